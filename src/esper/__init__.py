@@ -1,0 +1,85 @@
+"""Esper grows a PyTorch model while it trains.
+
+The public names, nothing else. They load on first use (PEP 562), so that ``import esper`` and ``esper --help`` cost
+next to nothing and do not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from esper.config import (
+        BudgetConfig,
+        CaptureConfig,
+        Config,
+        EvidenceConfig,
+        FitConfig,
+        GraftConfig,
+        SitesConfig,
+        TamiyoConfig,
+        TelemetryConfig,
+    )
+    from esper.errors import (
+        AttachError,
+        ConfigError,
+        DataError,
+        EsperError,
+        EvidenceError,
+        ExportError,
+        SilentSiteError,
+        SiteError,
+        TransitionError,
+        UnknownNameError,
+    )
+    from esper.grower import Grower
+    from esper.protocol import Lifecycle
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttachError",
+    "BudgetConfig",
+    "CaptureConfig",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "EsperError",
+    "EvidenceConfig",
+    "EvidenceError",
+    "ExportError",
+    "FitConfig",
+    "GraftConfig",
+    "Grower",
+    "Lifecycle",
+    "SilentSiteError",
+    "SiteError",
+    "SitesConfig",
+    "TamiyoConfig",
+    "TelemetryConfig",
+    "TransitionError",
+    "UnknownNameError",
+    "__version__",
+]
+
+
+def _home(name: str) -> str:
+    """The module that defines a public name."""
+    if name == "Grower":
+        return "esper.grower"
+    if name == "Lifecycle":
+        return "esper.protocol"
+    return "esper.config" if name.endswith("Config") else "esper.errors"
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'esper' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value: object = getattr(importlib.import_module(_home(name)), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,256 @@
+"""Every setting a user may change: frozen, keyword-only, validated once, here.
+
+Durations are counted in *real* optimizer steps (skipped and accumulating calls do not count).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from esper.errors import ConfigError
+
+
+def _check(condition: bool, rule: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"{rule}, got {value!r}; {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitesConfig:
+    """Which modules may grow."""
+
+    include: tuple[str, ...] = ("*",)
+    """Glob patterns over module names; every pattern must match something."""
+    exclude: tuple[str, ...] = ()
+    layers: bool = False
+    """Also offer single Linear and Conv2d layers (rank-limited branches), not only spans."""
+    chunks: int | None = None
+    """Chunks a site; ``None`` takes one a feature up to 1,024. Never more than a site's output features."""
+
+    def __post_init__(self) -> None:
+        _check(len(self.include) > 0, "sites.include must hold at least one pattern", self.include, "use ('*',)")
+        _check(self.chunks is None or self.chunks >= 1, "sites.chunks must be at least 1", self.chunks, "use None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetryConfig:
+    """How the network is watched."""
+
+    every: int = 10
+    """Steps between telemetry snapshots."""
+    rows: int = 1024
+    """Rows (positions) read a snapshot, strided over the batch."""
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 1, "telemetry.every must be at least 1", self.every, "use 10")
+        _check(self.rows >= 1, "telemetry.rows must be at least 1", self.rows, "use 1024")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureConfig:
+    """What a germinated seed's site records before the isolated training."""
+
+    batches: int = 8
+    """Training batches to record."""
+    rows: int = 131_072
+    """Rows to keep over all these batches (positions; images for convolutions count as their output positions)."""
+    max_bytes: int = 1 << 30
+    """Ceiling for all captures alive at once."""
+    timeout: int = 200
+    """Steps after which an unfilled capture cancels its cohort."""
+    max_age: int = 50
+    """Steps after which captured rows are too old to graft on."""
+
+    def __post_init__(self) -> None:
+        _check(self.batches >= 2, "capture.batches must be at least 2 (fit and check)", self.batches, "use 8")
+        _check(self.rows >= 16, "capture.rows must be at least 16", self.rows, "use 131072")
+        _check(self.max_bytes >= 1 << 16, "capture.max_bytes must be at least 64 KiB", self.max_bytes, "use 1 << 30")
+        _check(self.timeout >= 1, "capture.timeout must be at least 1", self.timeout, "use 200")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """The isolated training of a candidate branch."""
+
+    start: str | None = None
+    """How first weights are made; ``None`` chooses by site kind and optimizer."""
+
+    steps: int = 150
+    batch_rows: int = 8192
+    lr: float = 3e-3
+    scales: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Multiples of ``base_scale`` tried with real forward losses."""
+    base_scale: float = 0.1
+    """First size of a fitted branch: its RMS as a share of the site's output RMS."""
+    min_t: float = 2.0
+    """The fit must predict a gain on other batches with at least this clustered t statistic."""
+    reconstruction_threshold: float = 0.9
+    """Largest share of the output's variance a reconstruction fit may leave unexplained on other batches."""
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 1, "fit.steps must be at least 1", self.steps, "use 150")
+        _check(self.lr > 0, "fit.lr must be positive", self.lr, "use 3e-3")
+        _check(len(self.scales) > 0 and min(self.scales) > 0, "fit.scales must be positive", self.scales, "use (1.0,)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraftConfig:
+    """How a branch is blended in and how it learns."""
+
+    strategy: str = "fixed_ramp"
+    ramp: str = "linear"
+    """Shape of ``fixed_ramp``: linear, cosine or sigmoid."""
+    ramp_steps: int = 50
+    drift_threshold: float = 0.05
+    pause_duration: int = 50
+    """Longest pause ``drift_controlled`` may make at a stretch."""
+    timeout: int = 400
+    stabilize_steps: int = 10
+    stabilize_window: int = 30
+    """Steps over which slope and variance of the loss are read."""
+    fine_tune_steps: int = 20
+    cull_steps: int = 10
+    """Steps over which a culled branch's alpha ramps to zero."""
+    lr_boost: float = 2.0
+    """Learning rate of new units over the host's."""
+    warmup_steps: int = 50
+    embargo: int = 100
+    """Steps a chunk rests after its seed was removed."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.ramp in ("linear", "cosine", "sigmoid"),
+            "graft.ramp must be linear, cosine or sigmoid",
+            self.ramp,
+            "use 'linear'",
+        )
+        _check(self.ramp_steps >= 1, "graft.ramp_steps must be at least 1", self.ramp_steps, "use 50")
+        _check(
+            self.timeout > self.ramp_steps,
+            "graft.timeout must exceed graft.ramp_steps",
+            self.timeout,
+            "use 8 times ramp_steps",
+        )
+        _check(self.lr_boost > 0, "graft.lr_boost must be positive", self.lr_boost, "use 2.0")
+        _check(self.embargo >= 0, "graft.embargo must not be negative", self.embargo, "use 100")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvidenceConfig:
+    """How a branch proves itself."""
+
+    fdr: float = 0.05
+    """False discovery rate over all cohorts of a run."""
+    confirm_level: float = 0.05
+    """Level of the single confirmation."""
+    calibration_share: float = 0.2
+    confirm_share: float = 0.3
+    """Shares of the held-out batches used for calibration and for confirmation; the rest judges."""
+    min_gain: float = 0.0
+    """Smallest gain (loss units) that counts as one."""
+    control: str = "projected"
+    """What the branch is compared with: ``projected`` lets the host's own layer take over what it can express
+    (see docs/decisions), ``plain`` just switches the branch off."""
+    projection_rows: int = 8192
+    """Calibration rows for fitting the projected control."""
+    min_gain_per_cost: float = 0.0
+    """Smallest relative gain per relative FLOPs at which a branch may become permanent."""
+    held_out_batches: int = 4
+    """Gate batches behind the held-out curve."""
+
+    def __post_init__(self) -> None:
+        _check(0 < self.fdr < 1, "evidence.fdr must lie between 0 and 1", self.fdr, "use 0.05")
+        _check(0 < self.confirm_level < 1, "evidence.confirm_level must lie between 0 and 1", self.confirm_level, "0.05")
+        _check(
+            0 < self.calibration_share and 0 < self.confirm_share and self.calibration_share + self.confirm_share < 1,
+            "evidence.calibration_share and confirm_share must be positive and leave room for the gate",
+            (self.calibration_share, self.confirm_share),
+            "use 0.2 and 0.3",
+        )
+        _check(
+            self.control in ("projected", "plain"),
+            "evidence.control must be projected or plain",
+            self.control,
+            "use 'projected'",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """The ceiling, if any."""
+
+    params: int | None = None
+    """Most parameters the whole model may have."""
+    flops_share: float | None = None
+    """Most forward FLOPs a step, as a multiple of the host's."""
+
+    def __post_init__(self) -> None:
+        _check(self.params is None or self.params > 0, "budget.params must be positive", self.params, "use None")
+        _check(
+            self.flops_share is None or self.flops_share >= 1,
+            "budget.flops_share must be at least 1 (the host itself)",
+            self.flops_share,
+            "use None",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TamiyoConfig:
+    """The controller's temper."""
+
+    controller: str = "heuristic"
+    temper: str = "balanced"
+    """conservative, balanced, aggressive or exploratory."""
+    first: int = 100
+    """Steps before the first germination."""
+    growth: float = 1.0
+    """Units a cohort adds to a span, as a multiple of the host's inner width."""
+    last_share: float = 0.6
+    """No germination after this share of ``total_steps``: what starts too late cannot pay back."""
+    min_gain_per_cost: float = 0.02
+    """Stop when gain (relative to the held-out loss) over cost (relative FLOPs added) falls under this."""
+    patience: int = 2
+    """Cohorts in a row under the threshold, or refused, before growth stops."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.temper in ("conservative", "balanced", "aggressive", "exploratory"),
+            "tamiyo.temper must be conservative, balanced, aggressive or exploratory",
+            self.temper,
+            "use 'balanced'",
+        )
+        _check(self.growth > 0, "tamiyo.growth must be positive", self.growth, "use 1.0")
+        _check(self.patience >= 1, "tamiyo.patience must be at least 1", self.patience, "use 2")
+        _check(0 < self.last_share <= 1, "tamiyo.last_share must lie in (0, 1]", self.last_share, "use 0.6")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a :class:`esper.Grower`; each part is validated where it is defined."""
+
+    sites: SitesConfig = field(default_factory=SitesConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    capture: CaptureConfig = field(default_factory=CaptureConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    graft: GraftConfig = field(default_factory=GraftConfig)
+    evidence: EvidenceConfig = field(default_factory=EvidenceConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    tamiyo: TamiyoConfig = field(default_factory=TamiyoConfig)
+    interval: int = 10
+    """Steps between decisions."""
+    total_steps: int | None = None
+    """Steps the run will take, if known."""
+    held_out_every: int = 100
+    """Steps between held-out measurements outside judgements."""
+    seed: int = 0
+    """Seed of Esper's own generators (the global streams are never touched)."""
+
+    def __post_init__(self) -> None:
+        _check(self.interval >= 1, "interval must be at least 1", self.interval, "use 10")
+        _check(
+            self.total_steps is None or self.total_steps >= 1,
+            "total_steps must be at least 1",
+            self.total_steps,
+            "leave it None when unknown",
+        )
+        _check(self.held_out_every >= 1, "held_out_every must be at least 1", self.held_out_every, "use 100")

@@ -1,0 +1,46 @@
+"""Errors a user can meet. Each message states the rule, the value received and the remedy."""
+
+from __future__ import annotations
+
+
+class EsperError(Exception):
+    """Anything Esper refuses to do. Nothing was changed when it is raised."""
+
+
+class ConfigError(EsperError, ValueError):
+    """A setting is outside its range or contradicts another."""
+
+
+class SiteError(EsperError, ValueError):
+    """The model has no place that can grow, or a place cannot be used as asked."""
+
+
+class AttachError(EsperError, RuntimeError):
+    """The grower cannot be attached to this model, optimizer or data."""
+
+
+class SilentSiteError(EsperError, RuntimeError):
+    """A site's parameters receive gradients but its hook never runs."""
+
+
+class TransitionError(EsperError, RuntimeError):
+    """A lifecycle transition that the table does not allow."""
+
+
+class UnknownNameError(EsperError, KeyError):
+    """No plug-in of that name; the message lists the known ones."""
+
+    def __str__(self) -> str:  # KeyError would print the message's repr
+        return str(self.args[0]) if self.args else ""
+
+
+class ExportError(EsperError, RuntimeError):
+    """An exported model would not equal the grown one."""
+
+
+class DataError(EsperError, ValueError):
+    """A data set is missing or has the wrong shape."""
+
+
+class EvidenceError(EsperError, ValueError):
+    """A measurement that a test needs is missing, not finite or out of order."""

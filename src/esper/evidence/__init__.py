@@ -1,0 +1,1 @@
+"""Does a branch help? Splits, paired tests, controls and false-discovery control."""

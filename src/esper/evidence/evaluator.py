@@ -1,0 +1,81 @@
+"""Held-out losses, measured without disturbing the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from esper.errors import AttachError
+from esper.evidence.splits import split_batches
+from esper.kasmina.isolation import preserved_rng, undisturbed
+from esper.kasmina.ledger import Ledger
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class Evaluator:
+    """The user's held-out batches, split three ways, and the user's loss over them.
+
+    Parameters
+    ----------
+    loss:
+        ``loss(model, batch)`` returns the mean loss of a batch as a scalar tensor.
+    batches:
+        Held-out batches; read once, here, without advancing the global random streams.
+
+    Raises
+    ------
+    AttachError
+        Too few batches, or the loss of the first one is not a finite scalar.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        batches: Iterable[Any],
+        *,
+        calibration_share: float,
+        confirm_share: float,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.loss = loss
+        with preserved_rng():
+            self.batches: list[Any] = list(batches)
+        if not self.batches:
+            raise AttachError(
+                "evaluate must yield held-out batches, got none; pass evaluate=[batch, ...] or a DataLoader over "
+                "data that is not trained on"
+            )
+        self.splits = split_batches(len(self.batches), calibration_share, confirm_share, seed)
+        self.forward_cost: Callable[[int], float] = lambda num: 0.0
+        self.ledger = Ledger()
+        first = self.losses([0])[0]
+        if not math.isfinite(first):
+            raise AttachError(
+                f"the loss on held-out batches must be a finite scalar, got {first}; check evaluate= and loss="
+            )
+
+    def run_one(self) -> Tensor:
+        """The loss of the first batch, in whatever mode the caller has set."""
+        return self.loss(self.model, self.batches[0])
+
+    def losses(self, indices: Sequence[int]) -> list[float]:
+        """Loss of each batch in evaluation mode; NaN where the loss is not a scalar tensor or number."""
+        with undisturbed(self.model):
+            values = [self._value(self.loss(self.model, self.batches[index])) for index in indices]
+        self.ledger.add("evidence", self.forward_cost(len(indices)))
+        return values
+
+    @staticmethod
+    def _value(value: Any) -> float:
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise AttachError(
+                f"loss(model, batch) must return one number, got a tensor of shape {tuple(value.shape)}; "
+                "return the mean over the batch"
+            )
+        return float(value)

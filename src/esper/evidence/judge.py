@@ -1,0 +1,163 @@
+"""Does a cohort help? Paired on/off evidence on held-out batches, accepted at a controlled false discovery rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from esper.config import EvidenceConfig
+from esper.evidence.control import Recorder, WithoutCohort, fit_stand_in, probing, recalibrated
+from esper.evidence.eprocess import PairedEProcess, robust_scale
+from esper.evidence.evaluator import Evaluator
+from esper.evidence.fdr import OnlineFDR
+from esper.evidence.paired import PairedResult, paired_difference
+from esper.evidence.splits import Rotation
+from esper.kasmina.isolation import undisturbed
+from esper.kasmina.lifecycle import Gate, evidence_gate
+from esper.kasmina.site import Site
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was measured. ``result`` is the paired gain (positive: the cohort helps) with its 95% interval."""
+
+    result: PairedResult
+    e_value: float
+    threshold: float
+    confirm_p: float
+    num_batches: int
+    gate: Gate
+
+
+class Judge:
+    """Compares the network with and without a cohort over the same held-out batches.
+
+    Parameters
+    ----------
+    sites:
+        All sites of the model by name.
+    """
+
+    def __init__(self, evaluator: Evaluator, sites: dict[str, Site], config: EvidenceConfig, *, seed: int) -> None:
+        self.evaluator = evaluator
+        self.sites = sites
+        self.config = config
+        self.fdr = OnlineFDR(config.fdr)
+        self.generator = torch.Generator().manual_seed(seed)
+        splits = evaluator.splits
+        self.calibration = splits.calibration
+        self._turn = 0
+        self.confirm = Rotation(splits.confirm)
+
+    # ---------------------------------------------------------------------------------------------- the tests
+
+    def evaluate(self, cohort: int, members: Sequence[str]) -> Judgement:
+        """The acceptance test: an e-process over gate batches, then one confirmation on batches of its own."""
+        control = self._control(cohort, members)
+        calibration = self._differences(control, self.calibration)
+        if not np.isfinite(calibration).all():
+            return self._refusal("the loss on a calibration batch is not finite; check evaluate= and the model")
+        scale = robust_scale(calibration)
+        process = PairedEProcess(scale, self.config.min_gain)
+        threshold = self.fdr.threshold()
+        seen: list[float] = []
+        for block in _blocks(self._gate_batches()):
+            for difference in self._differences(control, block):
+                seen.append(difference)
+                process.update(difference)
+            if process.peak >= threshold:  # a test that may stop at any time has crossed its line
+                break
+        result, confirm_p = paired_difference(seen), NAN
+        if process.peak >= threshold:
+            result = paired_difference(self._differences(control, self.confirm.take()), min_gain=self.config.min_gain)
+            confirm_p = result.p_one_sided
+        gate = evidence_gate(
+            e_value=process.peak,
+            threshold=threshold,
+            confirm_p=confirm_p if process.peak >= threshold else 1.0,
+            level=self.config.confirm_level,
+            gain=result.mean,
+            min_gain=self.config.min_gain,
+        )
+        self.fdr.record(gate.passed)
+        return Judgement(result, process.peak, threshold, confirm_p, len(seen), gate)
+
+    def hold(self, cohort: int, members: Sequence[str]) -> PairedResult:
+        """Is the gain still there after fine-tuning? One block of gate batches."""
+        control = self._control(cohort, members)
+        return paired_difference(self._differences(control, next(iter(_blocks(self._gate_batches())))))
+
+    def held_out(self, num_batches: int) -> float:
+        """Mean loss over the first gate batches: the held-out curve (always the same batches)."""
+        values = self.evaluator.losses(sorted(self.evaluator.splits.gate)[:num_batches])
+        return float(np.mean(values))
+
+    def calibration_loss(self) -> float:
+        """Mean loss over the calibration batches, for choosing the size of a fitted branch."""
+        return float(np.mean(self.evaluator.losses(self.calibration)))
+
+    # ---------------------------------------------------------------------------------------------- how
+
+    def _control(self, cohort: int, members: Sequence[str]) -> dict[str, WithoutCohort]:
+        """The better (on calibration batches) of switching off and letting the host's layer stand in."""
+        plain = {name: WithoutCohort(cohort) for name in members}
+        if self.config.control == "plain":
+            return plain
+        rows = -(-self.config.projection_rows // len(self.calibration))
+        recorders = {name: Recorder(cohort, rows, self.generator) for name in members}
+        with probing(self.sites, recorders):
+            self.evaluator.losses(self.calibration)
+        projected = {name: fit_stand_in(recorders[name], self.sites[name]) for name in members}
+        if all(probe.weight is None for probe in projected.values()):
+            return plain
+        losses = [float(np.mean(self._arm(arm, self.calibration))) for arm in (plain, projected)]
+        return projected if losses[1] < losses[0] else plain
+
+    def _gate_batches(self) -> tuple[int, ...]:
+        """All gate batches, starting somewhere else each time."""
+        gate = self.evaluator.splits.gate
+        start = (self._turn * (len(gate) // 3 + 1)) % len(gate)
+        self._turn += 1
+        return gate[start:] + gate[:start]
+
+    def _refusal(self, reason: str) -> Judgement:
+        self.fdr.record(False)
+        unknown = paired_difference([])
+        return Judgement(unknown, NAN, self.fdr.threshold(), NAN, 0, Gate("evidence", False, reason))
+
+    def _differences(self, control: dict[str, WithoutCohort], indices: Sequence[int]) -> list[float]:
+        """Loss without minus loss with, batch by batch."""
+        without = self._arm(control, indices)
+        present = self._arm({}, indices)
+        return [off - on for off, on in zip(without, present, strict=True)]
+
+    def _arm(self, probes: dict[str, WithoutCohort], indices: Sequence[int]) -> list[float]:
+        with ExitStack() as stack:
+            stack.enter_context(probing(self.sites, probes))
+            stack.enter_context(undisturbed(self.evaluator.model))
+            stack.enter_context(recalibrated(self.evaluator.model, self.sites, self._calibration_runs()))
+            return self.evaluator.losses(indices)
+
+    def _calibration_runs(self) -> list[Callable[[], object]]:
+        evaluator = self.evaluator
+
+        def one(index: int) -> Callable[[], object]:
+            def run() -> object:
+                evaluator.ledger.add("evidence", evaluator.forward_cost(1))
+                return evaluator.loss(evaluator.model, evaluator.batches[index])
+
+            return run
+
+        return [one(index) for index in self.calibration]
+
+
+def _blocks(indices: Sequence[int]) -> list[tuple[int, ...]]:
+    """Two halves: an anytime-valid test may stop after the first."""
+    middle = (len(indices) + 1) // 2
+    return [tuple(indices[:middle]), tuple(indices[middle:])] if len(indices) >= 16 else [tuple(indices)]

@@ -1,0 +1,126 @@
+"""Merge what was grown into ordinary wider layers: a plain model without anything of Esper in it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.errors import ExportError
+from esper.kasmina.blueprints import Parts
+from esper.kasmina.execution import Kasmina
+from esper.kasmina.hooks import HeadEnter, ParentEnter, TailLeave
+from esper.kasmina.isolation import undisturbed
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest difference between grown and exported model: of the loss, relative; and what was allowed."""
+
+    loss: float
+    tolerance: float
+
+
+def merged(model: nn.Module, kasmina: Kasmina) -> nn.Module:
+    """A deep copy of the host with every annex merged and every hook of Esper removed.
+
+    Raises
+    ------
+    ExportError
+        While a cohort is in the forward pass but not yet permanent: it is neither part of the model nor absent.
+    """
+    grafted = {number for site in kasmina.sites.values() for number in site.grafted}
+    if grafted:
+        raise ExportError(
+            f"only permanent growth can be exported, got cohorts {sorted(grafted)} still on trial; let them end "
+            "(grower.finish()) or cancel them first"
+        )
+    plain = copy.deepcopy(model)
+    strip(plain)
+    for name, plan in kasmina.plans.items():  # upstream spans come first: their tail is the next one's head
+        annex = kasmina.sites[name].annex
+        if annex is None:
+            continue
+        norm = plain.get_submodule(plan.norm_name) if plan.norm_name is not None else None
+        assert norm is None or isinstance(norm, nn.BatchNorm2d)
+        parts = Parts(plain.get_submodule(plan.head_name), plain.get_submodule(plan.tail_name), norm)
+        wider = annex.plan.merge(parts, annex.params, annex.buffers, plan.geometry)
+        _replace(plain, plan.head_name, wider.head)
+        _replace(plain, plan.tail_name, wider.tail)
+        if plan.norm_name is not None and wider.norm is not None:
+            _replace(plain, plan.norm_name, wider.norm)
+    return plain
+
+
+def strip(model: nn.Module) -> None:
+    """Remove Esper's hooks from a model (a deep copy carries them along)."""
+    for module in model.modules():
+        for store in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, hook in store.items() if isinstance(hook, (ParentEnter, HeadEnter, TailLeave))]:
+                del store[key]
+        for extra in (module._forward_hooks_with_kwargs, module._forward_pre_hooks_with_kwargs):
+            live = set(module._forward_hooks) | set(module._forward_pre_hooks)
+            for key in [k for k in extra if k not in live]:
+                del extra[key]
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    old = model.get_submodule(name)
+    module.train(old.training)
+    for parameter, before in zip(module.parameters(recurse=False), old.parameters(recurse=False), strict=False):
+        parameter.requires_grad_(before.requires_grad)
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def check_equal(
+    grown: nn.Module, plain: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any, *, tolerance: float
+) -> Difference:
+    """Compare both models on one batch in evaluation mode.
+
+    Raises
+    ------
+    ExportError
+        When the relative difference of the losses exceeds ``tolerance`` or is not finite.
+    """
+    with undisturbed(grown), undisturbed(plain):
+        one, two = float(loss(grown, batch)), float(loss(plain, batch))
+    difference = abs(one - two) / max(abs(one), 1e-12)
+    if not math.isfinite(difference) or difference > tolerance:
+        raise ExportError(
+            f"an exported model must equal the grown one, its loss differs by {difference:.3g} (relative), allowed is "
+            f"{tolerance:g}; report this, or raise tolerance= if the model computes in low precision"
+        )
+    return Difference(difference, tolerance)
+
+
+def structure(plain: nn.Module, kasmina: Kasmina) -> dict[str, dict[str, int]]:
+    """The layers that differ from the host's, with their new sizes: enough to rebuild the shape without Esper."""
+    changed: dict[str, dict[str, int]] = {}
+    for name, plan in kasmina.plans.items():
+        if kasmina.sites[name].annex is None:
+            continue
+        for module_name in (plan.head_name, plan.tail_name, plan.norm_name):
+            if module_name is not None:
+                changed[module_name] = _sizes(plain.get_submodule(module_name))
+    return changed
+
+
+def _sizes(module: nn.Module) -> dict[str, int]:
+    if isinstance(module, nn.Linear):
+        return {"in_features": module.in_features, "out_features": module.out_features}
+    if isinstance(module, nn.Conv2d):
+        return {"in_channels": module.in_channels, "out_channels": module.out_channels}
+    assert isinstance(module, nn.BatchNorm2d)
+    return {"num_features": module.num_features}
+
+
+def default_tolerance(model: nn.Module) -> float:
+    """1e-4 in fp32, more for models that hold low-precision weights."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return 2e-2 if dtypes & {torch.bfloat16, torch.float16} else 1e-4

@@ -1,0 +1,1 @@
+"""The execution layer: sites, chunks, seeds, their lifecycle, and the branches that are grafted on."""

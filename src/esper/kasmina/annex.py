@@ -1,0 +1,98 @@
+"""The annex: a site's permanent growth as one dense bank that goes on learning."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from esper.kasmina.bank import Bank, Moments
+from esper.kasmina.site import Site
+
+
+@torch.no_grad()
+def fossilise(site: Site, cohort: int, slots: list[int], *, betas: tuple[float, float]) -> Bank:
+    """Move ``slots`` of a cohort's bank into the site's annex and return it.
+
+    The output of the site does not change: alpha is multiplied into the output weights, columns a slot does not
+    cover get zeros. Moments move along, rescaled by their bias corrections to the annex's step count, so that the
+    next Adam step is the one each unit would have taken on its own.
+    """
+    bank = site.banks[cohort]
+    bank.scale_output(bank.alpha)
+    dense = [_dense_slot(bank, slot, site.geometry.out_features) for slot in slots]
+    parts = dense if site.annex is None else [site.annex, *dense]
+    merged = parts[0] if len(parts) == 1 else _concatenate(parts, betas)
+    merged.set_learning(True)
+    site.annex = merged
+    return merged
+
+
+def _dense_slot(bank: Bank, slot: int, out_features: int) -> Bank:
+    """One slot as a bank of its own over all columns."""
+    dense = bank.frozen_copy()
+    dense.columns, dense._flat_columns, dense.num_slots = None, None, 1  # type: ignore[reportPrivateUsage]
+    columns = None if bank.columns is None else bank.columns[slot].to(bank.alpha.device)
+
+    def spread(name: str, value: Tensor) -> Tensor:
+        row = value[slot : slot + 1].detach().clone()
+        axes = bank.plan.axes.get(name)
+        if columns is None or axes is None or axes.column is None:
+            return row
+        shape = list(row.shape)
+        shape[axes.column] = out_features
+        return row.new_zeros(shape).index_copy_(axes.column, columns, row)
+
+    dense.params = {name: spread(name, value) for name, value in bank.params.items()}
+    dense.buffers = {name: value[slot : slot + 1].clone() for name, value in bank.buffers.items()}
+    dense.alpha = torch.ones(1, device=bank.alpha.device)
+    dense.moments = Moments(
+        {name: spread(name, value) for name, value in bank.moments.first.items()},
+        {name: spread(name, value) for name, value in bank.moments.second.items()},
+        bank.moments.steps[slot : slot + 1].clone(),
+    )
+    return dense
+
+
+def _concatenate(parts: list[Bank], betas: tuple[float, float]) -> Bank:
+    reads = max(part.reads for part in parts)
+    for part in parts:
+        part.widen_reads(reads - part.reads)
+    target = parts[0]
+    steps = float(target.moments.steps[0])
+    params = {
+        name: torch.cat([part.params[name].detach() for part in parts], dim=axes.unit)
+        for name, axes in target.plan.axes.items()
+        if name in target.params
+    }
+    buffers = {
+        name: torch.cat([part.buffers[name] for part in parts], dim=axes.unit)
+        for name, axes in target.plan.buffer_axes.items()
+        if name in target.buffers
+    }
+    moments = Moments(
+        _join_moments(parts, "first", betas[0], steps),
+        _join_moments(parts, "second", betas[1], steps),
+        target.moments.steps,
+    )
+    target.params, target.buffers, target.moments = params, buffers, moments
+    target.units = sum(part.units for part in parts)
+    return target
+
+
+def _join_moments(parts: list[Bank], which: str, beta: float, steps: float) -> dict[str, Tensor]:
+    joined: dict[str, Tensor] = {}
+    stores = [getattr(part.moments, which) for part in parts]
+    names = {name for store in stores for name in store}
+    for name in names:
+        unit = parts[0].plan.axes[name].unit
+        pieces: list[Tensor] = []
+        for part, store in zip(parts, stores, strict=True):
+            value = store.get(name)
+            if value is None:
+                value = torch.zeros_like(part.params[name])
+            taken = float(part.moments.steps[0])
+            if taken > 0 and steps > 0:
+                value = value * (1.0 - beta**steps) / (1.0 - beta**taken)
+            pieces.append(value)
+        joined[name] = torch.cat(pieces, dim=unit)
+    return joined

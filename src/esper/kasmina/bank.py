@@ -1,0 +1,166 @@
+"""A bank: seeds of one cohort on one site, stacked so that they run and learn as one.
+
+The annex of a site is a bank too: one slot over all columns, of what has become permanent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from esper.kasmina.blueprints import BLUEPRINTS, Blueprint
+from esper.kasmina.geometry import Geometry
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Moments:
+    """Optimizer state of a bank: first and second moments by parameter name, real steps taken by each slot."""
+
+    first: Tensors = field(default_factory=dict[str, Tensor])
+    second: Tensors = field(default_factory=dict[str, Tensor])
+    steps: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+class Bank:
+    """S stacked branches of one blueprint and size.
+
+    Parameters
+    ----------
+    blueprint:
+        Registered name.
+    columns:
+        ``(S, K)`` int64 on the CPU: the site's feature columns each slot adds to. ``None``: one slot, all columns.
+    units, reads:
+        Hidden units (or rank) a slot, and features it reads.
+
+    Attributes
+    ----------
+    params, buffers:
+        fp32 leaves ``(S, ...)``; a bank learns only while ``learning`` is True, otherwise its parameters are frozen
+        (no gradient is computed for them, while gradients still flow through the branch to the host).
+    alpha:
+        ``(S,)`` fp32 on the device, rewritten in place.
+    """
+
+    def __init__(
+        self,
+        blueprint: str,
+        geometry: Geometry,
+        *,
+        units: int,
+        reads: int,
+        columns: Tensor | None,
+        generator: torch.Generator,
+        device: torch.device,
+    ) -> None:
+        self.blueprint = blueprint
+        self.geometry = geometry
+        self.units = units
+        self.columns = columns
+        self.num_slots = 1 if columns is None else int(columns.shape[0])
+        width = geometry.out_features if columns is None else int(columns.shape[1])
+        params, buffers = self.plan.init(
+            geometry, num_slots=self.num_slots, units=units, columns=width, reads=reads, generator=generator
+        )
+        self.params = {name: value.to(device) for name, value in params.items()}
+        self.buffers = {name: value.to(device) for name, value in buffers.items()}
+        self.alpha = torch.zeros(self.num_slots, device=device)
+        self.moments = Moments(steps=torch.zeros(self.num_slots, device=device))
+        self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._flat_columns = None if columns is None else columns.reshape(-1).to(device)
+        self.learning = False
+        self.norm_momentum: float | None = None
+
+    @property
+    def plan(self) -> Blueprint:
+        return BLUEPRINTS[self.blueprint]
+
+    @property
+    def reads(self) -> int:
+        name, axis = next((n, a.read) for n, a in self.plan.axes.items() if a.read is not None)
+        return int(self.params[name].shape[axis])
+
+    @property
+    def num_params(self) -> int:
+        return sum(value.numel() for value in self.params.values())
+
+    @property
+    def flops_per_row(self) -> float:
+        width = self.geometry.out_features if self.columns is None else int(self.columns.shape[1])
+        cost = self.plan.cost(self.geometry, units=self.units, columns=width, reads=self.reads)
+        return cost.flops_per_row * self.num_slots
+
+    def set_learning(self, learning: bool) -> None:
+        """Switch gradients of this bank's parameters on or off; stale gradients are dropped."""
+        self.learning = learning
+        for value in self.params.values():
+            value.requires_grad_(learning)
+            value.grad = None
+
+    def hidden(self, x: Tensor, *, training: bool, generator: torch.Generator | None) -> Tensor:
+        """Activations of the hidden units, ``S * U`` features: what a downstream span may read."""
+        return self.plan.hidden(
+            self.params,
+            self.buffers,
+            x,
+            self.geometry,
+            training=training,
+            generator=generator,
+            norm_momentum=self.norm_momentum,
+        )
+
+    def project(self, h: Tensor, *, alpha: Tensor | None = None) -> Tensor:
+        """``alpha * out(h)`` over the bank's own columns (S * K features on the feature axis)."""
+        return self.plan.project(self.params, h, self.geometry, alpha=self.alpha if alpha is None else alpha)
+
+    def branch(
+        self, x: Tensor, *, alpha: Tensor | None = None, training: bool, generator: torch.Generator | None
+    ) -> Tensor:
+        """``alpha * branch(x)`` over the bank's own columns."""
+        return self.project(self.hidden(x, training=training, generator=generator), alpha=alpha)
+
+    def scatter(self, y: Tensor, delta: Tensor) -> Tensor:
+        """Add ``delta`` (over the bank's columns) to a new copy of ``y``."""
+        delta = delta.to(y.dtype)
+        if self._flat_columns is None:
+            return y + delta
+        return y.index_add(self.geometry.feature_axis, self._flat_columns, delta)
+
+    def scale_output(self, factor: float | Tensor) -> None:
+        """Multiply the output weights in place; ``factor`` is a number or one value a slot ``(S,)``."""
+        with torch.no_grad():
+            for name in self.plan.output_names():
+                value = self.params[name]
+                shaped = factor if isinstance(factor, float) else factor.view(-1, *[1] * (value.dim() - 1))
+                value.mul_(shaped)
+
+    def widen_reads(self, extra: int) -> None:
+        """Let the bank read ``extra`` further features, with weights of zero: its output does not change."""
+        if extra <= 0:
+            return
+        for name, axes in self.plan.axes.items():
+            if axes.read is None:
+                continue
+            for store in (self.params, self.moments.first, self.moments.second):
+                if name not in store:
+                    continue
+                old = store[name].detach()
+                shape = list(old.shape)
+                shape[axes.read] = extra
+                store[name] = torch.cat([old, old.new_zeros(shape)], dim=axes.read)
+            self.params[name].requires_grad_(self.learning)
+
+    def frozen_copy(self) -> Bank:
+        """A detached copy without optimizer state or gradients (an EMA host's branches)."""
+        twin = object.__new__(Bank)
+        twin.__dict__.update(self.__dict__)
+        twin.params = {name: value.detach().clone() for name, value in self.params.items()}
+        twin.buffers = {name: value.detach().clone() for name, value in self.buffers.items()}
+        twin.alpha = self.alpha.detach().clone()
+        twin.moments = Moments()
+        twin.learning = False
+        return twin

@@ -1,0 +1,111 @@
+"""What every blueprint offers.
+
+A blueprint works on *stacked* parameters: S seeds of one size on one site share tensors with a leading slot axis, so
+that thousands run as one operation. It returns the sum of nothing but its own branch; the bank adds
+``alpha * branch`` to the site's output.
+
+Shapes: S slots, U units (hidden units, channels or rank), K output columns a slot, I read features, N rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from esper.kasmina.geometry import Geometry
+from esper.kasmina.registry import Registry
+from esper.protocol import SiteKind
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Axes of one stacked parameter (slot axis 0 included in the count); ``None`` where it has none of that kind."""
+
+    unit: int
+    read: int | None = None
+    column: int | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one seed costs: parameters, and forward FLOPs per output row (2 a multiply-add; a row is a position)."""
+
+    params: int
+    flops_per_row: float
+
+
+@dataclass
+class Parts:
+    """Host modules of a site at export: ``norm`` only where the span has one."""
+
+    head: nn.Module
+    tail: nn.Module
+    norm: nn.BatchNorm2d | None
+
+
+class Blueprint(ABC):
+    """One family of branches. Stateless: parameters and buffers are passed in."""
+
+    kinds: frozenset[SiteKind]
+    """Site kinds it can sit on."""
+    axes: dict[str, Axes]
+    """Every parameter and its axes; those with a column axis are the output weights."""
+    buffer_axes: dict[str, Axes] = {}  # noqa: RUF012  (overridden as a whole, never mutated)
+
+    @abstractmethod
+    def init(
+        self, geometry: Geometry, *, num_slots: int, units: int, columns: int, reads: int, generator: torch.Generator
+    ) -> tuple[Tensors, Tensors]:
+        """Random parameters and buffers on the CPU, fp32, drawn from ``generator`` alone."""
+
+    @abstractmethod
+    def hidden(
+        self, params: Tensors, buffers: Tensors, x: Tensor, geometry: Geometry, *, training: bool,
+        generator: torch.Generator | None, norm_momentum: float | None = None,
+    ) -> Tensor:
+        """Activations of all hidden units, ``S * U`` features on the feature axis.
+
+        ``training`` is the host's flag at the site: it switches dropout (masks from ``generator``) and batch
+        statistics, whose running averages are updated as the host's are. ``norm_momentum`` forces batch statistics
+        with this momentum while norms are recalibrated.
+        """
+
+    @abstractmethod
+    def project(self, params: Tensors, h: Tensor, geometry: Geometry, *, alpha: Tensor) -> Tensor:
+        """``alpha * out(h)``: ``S * K`` features. ``alpha (S,)`` multiplies the weights, so it costs nothing a row."""
+
+    @abstractmethod
+    def cost(self, geometry: Geometry, *, units: int, columns: int, reads: int) -> Cost:
+        """Declared cost of one seed."""
+
+    @abstractmethod
+    def merge(self, parts: Parts, params: Tensors, buffers: Tensors, geometry: Geometry) -> Parts:
+        """New plain modules that compute host plus branch (S = 1, alpha = 1, all columns), nothing of Esper inside.
+
+        ``params['...']`` reads only the host's own input here; what it reads of an upstream annex is merged by the
+        upstream's widening, which the exporter has already applied to ``parts.head``.
+        """
+
+    def output_names(self) -> tuple[str, ...]:
+        return tuple(name for name, axes in self.axes.items() if axes.column is not None)
+
+
+BLUEPRINTS: Registry[Blueprint] = Registry("blueprint")
+
+
+def normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Tensor:
+    """Gaussian weights on the CPU from Esper's own stream."""
+    return torch.randn(shape, generator=generator) * std
+
+
+def dropped(h: Tensor, p: float, training: bool, generator: torch.Generator | None) -> Tensor:
+    """Inverted dropout with a generator of its own: the host's stream is not advanced."""
+    if not training or p == 0.0 or generator is None:
+        return h
+    keep = torch.rand(h.shape, generator=generator, device=h.device) >= p
+    return h * keep.to(h.dtype) / (1.0 - p)

@@ -1,0 +1,78 @@
+"""``bottleneck``: more hidden units for a Linear-activation-Linear span.
+
+    branch(x) = W2 @ dropout(act(W1 @ x + b1))
+
+With the host's own activation it equals, term by term, a host whose inner layer is U units wider.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from esper.kasmina.blueprints.blueprint import (
+    BLUEPRINTS,
+    Axes,
+    Blueprint,
+    Cost,
+    Parts,
+    Tensors,
+    dropped,
+    normal,
+)
+from esper.kasmina.geometry import Geometry
+from esper.protocol import SiteKind
+
+
+@BLUEPRINTS.register("bottleneck")
+class Bottleneck(Blueprint):
+    """Shapes: w1 (S, U, I), b1 (S, U), w2 (S, K, U)."""
+
+    kinds = frozenset({SiteKind.LINEAR_SPAN})
+    axes = {"w1": Axes(unit=1, read=2), "b1": Axes(unit=1), "w2": Axes(unit=2, column=1)}  # noqa: RUF012
+
+    def init(
+        self, geometry: Geometry, *, num_slots: int, units: int, columns: int, reads: int, generator: torch.Generator
+    ) -> tuple[Tensors, Tensors]:
+        params = {
+            "w1": normal((num_slots, units, reads), geometry.head_std, generator),
+            "w2": normal((num_slots, columns, units), geometry.tail_std, generator),
+        }
+        if geometry.head_bias:
+            params["b1"] = torch.zeros(num_slots, units)
+        return params, {}
+
+    def hidden(
+        self, params: Tensors, buffers: Tensors, x: Tensor, geometry: Geometry, *, training: bool,
+        generator: torch.Generator | None, norm_momentum: float | None = None,
+    ) -> Tensor:
+        assert geometry.activation is not None
+        bias = params["b1"].to(x.dtype).flatten() if "b1" in params else None
+        h = geometry.activation(F.linear(x, params["w1"].to(x.dtype).flatten(0, 1), bias))
+        return dropped(h, geometry.dropout, training, generator)
+
+    def project(self, params: Tensors, h: Tensor, geometry: Geometry, *, alpha: Tensor) -> Tensor:
+        w2 = (params["w2"] * alpha[:, None, None]).to(h.dtype)
+        slots, _, units = w2.shape
+        if slots == 1:
+            return F.linear(h, w2[0])
+        return torch.einsum("...su,sku->...sk", h.unflatten(-1, (slots, units)), w2).flatten(-2)
+
+    def cost(self, geometry: Geometry, *, units: int, columns: int, reads: int) -> Cost:
+        return Cost(units * (reads + columns + int(geometry.head_bias)), 2.0 * units * (reads + columns))
+
+    def merge(self, parts: Parts, params: Tensors, buffers: Tensors, geometry: Geometry) -> Parts:
+        head, tail = parts.head, parts.tail
+        assert isinstance(head, nn.Linear) and isinstance(tail, nn.Linear)
+        w1, w2 = params["w1"][0].to(head.weight), params["w2"][0].to(tail.weight)
+        wide = nn.Linear(head.in_features, head.out_features + w1.shape[0], head.bias is not None).to(head.weight)
+        out = nn.Linear(tail.in_features + w2.shape[1], tail.out_features, tail.bias is not None).to(tail.weight)
+        with torch.no_grad():
+            wide.weight.copy_(torch.cat([head.weight, w1]))
+            out.weight.copy_(torch.cat([tail.weight, w2], dim=1))
+            if head.bias is not None:
+                wide.bias.copy_(torch.cat([head.bias, params["b1"][0].to(head.bias)]))
+            if tail.bias is not None:
+                out.bias.copy_(tail.bias)
+        return Parts(wide, out, parts.norm)

@@ -1,0 +1,131 @@
+"""What a germinated seed learns from: sampled rows of (x, y, dL/dy) copied from ordinary training steps.
+
+Nothing here changes the host: rows are copied (the user may edit x in place), gradients are read by a read-only tensor
+hook, and sampling draws from Esper's own generator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esper.kasmina.geometry import Geometry
+
+
+@dataclass
+class Rows:
+    """Captured rows of one site.
+
+    For linear sites ``x (N, I)``, ``y, g (N, O)``; for convolutions images ``x (N, I, H, W)``, ``y, g (N, O, H', W')``.
+    ``cluster (N,)`` numbers the sequence or image a row came from, ``batch (N,)`` the training batch. ``g`` is scaled
+    to unit root mean square within each batch, so that loss scaling and accumulation do not matter.
+    """
+
+    x: Tensor
+    y: Tensor
+    g: Tensor
+    cluster: Tensor
+    batch: Tensor
+
+    def select(self, mask: Tensor) -> Rows:
+        return Rows(self.x[mask], self.y[mask], self.g[mask], self.cluster[mask], self.batch[mask])
+
+    @property
+    def positions(self) -> int:
+        """Rows of the site's output these captures hold (every position of an image counts)."""
+        return self.y.numel() // self.y.shape[1]
+
+
+class Capture:
+    """Collects rows of one site over several training batches, within a byte budget.
+
+    Parameters
+    ----------
+    num_batches:
+        Batches (calls with gradients) to record.
+    rows_per_batch:
+        Rows, or images for convolutions, sampled from each.
+    """
+
+    def __init__(
+        self, geometry: Geometry, *, num_batches: int, rows_per_batch: int, generator: torch.Generator
+    ) -> None:
+        self.geometry = geometry
+        self.num_batches = num_batches
+        self.rows_per_batch = rows_per_batch
+        self._generator = generator
+        self._done: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.dropped_batches = 0
+
+    @property
+    def filled(self) -> int:
+        return len(self._done)
+
+    @property
+    def full(self) -> bool:
+        return self.filled >= self.num_batches
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for part in self._done for t in part)
+
+    def record(self, x: Tensor, y: Tensor) -> None:
+        """Copy sampled rows of ``x`` and ``y`` now, and of ``dL/dy`` when the backward pass reaches ``y``."""
+        if self.full or not y.requires_grad:
+            return
+        conv = self.geometry.kind.is_conv
+        samples = y.shape[0]
+        flat_x = x.detach() if conv else x.detach().reshape(-1, x.shape[-1])
+        flat_y = y.detach() if conv else y.detach().reshape(-1, y.shape[-1])
+        total = flat_y.shape[0]
+        picked = torch.randperm(total, generator=self._generator)[: self.rows_per_batch]
+        cluster = picked if conv else picked // max(1, total // samples)
+        index = picked.to(y.device)
+        kept_x, kept_y, cluster = flat_x[index], flat_y[index], cluster.to(y.device)
+
+        def read(g: Tensor) -> None:
+            if self.full:
+                return
+            rows = g.detach() if conv else g.detach().reshape(-1, g.shape[-1])
+            self._done.append((kept_x, kept_y, rows[index], cluster))
+
+        y.register_hook(read)
+
+    def rows(self) -> Rows:
+        """All captured rows; batches with non-finite or all-zero gradients are dropped and counted."""
+        xs, ys, gs, clusters, batches = [], [], [], [], []
+        offset = 0
+        self.dropped_batches = 0
+        for number, (x, y, g, cluster) in enumerate(self._done):
+            g = g.float()
+            size = g.square().mean().sqrt()
+            finite = torch.isfinite(size) & torch.isfinite(x).all() & torch.isfinite(y).all()
+            if not bool(finite) or float(size) == 0.0:
+                self.dropped_batches += 1
+                continue
+            xs.append(x)
+            ys.append(y.float())
+            gs.append(g / size)
+            clusters.append(cluster + offset)
+            batches.append(torch.full_like(cluster, number))
+            offset += int(cluster.max()) + 1
+        if not xs:
+            empty = torch.zeros(0)
+            return Rows(empty, empty, empty, empty.long(), empty.long())
+        return Rows(torch.cat(xs), torch.cat(ys), torch.cat(gs), torch.cat(clusters), torch.cat(batches))
+
+
+def rows_per_batch(geometry: Geometry, batch_rows: int, samples: int, *, rows: int, batches: int, max_bytes: int) -> int:
+    """Rows (images) to keep of each batch so that neither the row target nor the byte budget is exceeded.
+
+    ``batch_rows`` counts output positions of one training batch, ``samples`` its images or sequences.
+    """
+    positions = max(1, batch_rows // max(1, samples)) if geometry.kind.is_conv else 1
+    wanted = -(-rows // batches) // positions
+    stride = geometry.head_conv.stride[0] * geometry.head_conv.stride[1] if geometry.head_conv is not None else 1
+    row_bytes = 4 * positions * (geometry.in_features * stride + 2 * geometry.out_features)
+    affordable = max_bytes // max(1, row_bytes * batches)
+    available = samples if geometry.kind.is_conv else batch_rows
+    return max(1, min(wanted, affordable, available))

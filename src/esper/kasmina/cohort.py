@@ -1,0 +1,59 @@
+"""A cohort: seeds that are fitted, grafted and judged together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from esper.kasmina.starts import StartReport
+from esper.protocol import Lifecycle
+
+
+@dataclass
+class Member:
+    """A cohort's seeds on one site: one bank, whose slot ``i`` is the table's slot ``slots[i]``."""
+
+    site: str
+    slots: npt.NDArray[np.int64]
+    start: str
+    report: StartReport = field(default_factory=StartReport)
+
+
+@dataclass
+class Cohort:
+    """What the execution layer remembers of a cohort besides the seed table.
+
+    ``ramped`` counts the steps in which alpha moved; ``memory`` belongs to the strategy; ``fading`` counts the steps
+    since a cull. ``gain_history`` holds (stage, gain, low, high).
+    """
+
+    number: int
+    members: dict[str, Member]
+    strategy: str
+    born: int
+    seed_ids: tuple[int, ...]
+    added_params: int
+    added_flops_share: float
+    state: Lifecycle = Lifecycle.GERMINATED
+    entered: int = 0
+    alpha: float = 0.0
+    ramped: int = 0
+    fading: int = 0
+    fading_from: float = 0.0
+    paused: bool = False
+    captured_at: int = 0
+    memory: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    losses: list[float] = field(default_factory=list[float])
+    gain: tuple[float, float, float] = (float("nan"), float("nan"), float("nan"))
+    reason: str = ""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(self.members)
+
+    @property
+    def slots(self) -> npt.NDArray[np.int64]:
+        return np.concatenate([member.slots for member in self.members.values()])

@@ -1,0 +1,27 @@
+"""First choices by site kind and optimizer, from measured paired gains; no start wins everywhere."""
+
+from __future__ import annotations
+
+from esper.protocol import SiteKind
+
+ROWS_FOR_A_FIT = 100_000
+"""Captured rows from which an isolated fit has paid; with few samples it learns the gradient's noise."""
+
+
+def default_blueprint(kind: SiteKind) -> str:
+    if kind is SiteKind.LINEAR_SPAN:
+        return "bottleneck"
+    if kind is SiteKind.CONV_SPAN:
+        return "bottleneck_conv"
+    return "low_rank"
+
+
+def default_start(kind: SiteKind, *, adaptive: bool, expected_rows: int) -> str:
+    """``negative_gradient`` on Linear spans under an adaptive optimizer with enough rows; else ``random_zero``.
+
+    On convolution spans under SGD a random function-preserving start beat every fit that was tried, on a transformer
+    under AdamW the fit won.
+    """
+    if kind is SiteKind.LINEAR_SPAN and adaptive and expected_rows >= ROWS_FOR_A_FIT:
+        return "negative_gradient"
+    return "random_zero"

@@ -1,0 +1,397 @@
+"""Kasmina, the execution layer: owns sites, seeds, banks and annexes, and changes them between steps only.
+
+It does what it is told and keeps host and seeds apart; it decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from esper.config import Config
+from esper.errors import EsperError
+from esper.kasmina.annex import fossilise
+from esper.kasmina.bank import Bank
+from esper.kasmina.blueprints import BLUEPRINTS
+from esper.kasmina.capture import Capture, rows_per_batch
+from esper.kasmina.cohort import Cohort, Member
+from esper.kasmina.defaults import default_blueprint, default_start
+from esper.kasmina.discovery import Discovery, SitePlan
+from esper.kasmina.hooks import attach
+from esper.kasmina.lifecycle import Gate, germination_gate
+from esper.kasmina.optim import Hyperparameters, SlotAdamW
+from esper.kasmina.seeds import SeedTable
+from esper.kasmina.site import Site
+from esper.kasmina.starts import STARTS
+from esper.kasmina.strategies import STRATEGIES
+from esper.kasmina.telemetry import TelemetryBuffer
+from esper.protocol import Lifecycle, SeedPlan
+
+MAX_LIVE_SEEDS = 1 << 20
+_LEARNING = (Lifecycle.GRAFTING, Lifecycle.FINE_TUNING)
+
+
+class Kasmina:
+    """Sites and everything that grows on them.
+
+    Parameters
+    ----------
+    adaptive:
+        Whether the host's optimizer scales steps by gradient statistics; decides the default start.
+    """
+
+    def __init__(self, model: nn.Module, discovery: Discovery, config: Config, *, adaptive: bool) -> None:
+        self.config = config
+        self.adaptive = adaptive
+        self.plans: dict[str, SitePlan] = {plan.info.name: plan for plan in discovery.sites}
+        self.host_params = sum(parameter.numel() for parameter in model.parameters())
+        self.device = next(model.parameters()).device
+        self.sites: dict[str, Site] = {}
+        for name, plan in self.plans.items():
+            self.sites[name] = Site(plan.info, plan.geometry, None)
+        for name, plan in self.plans.items():
+            if plan.upstream is not None and plan.upstream in self.sites:
+                self.sites[name].upstream = self.sites[plan.upstream]
+                self.sites[plan.upstream].downstream_reads = True
+        infos = [plan.info for plan in discovery.sites]
+        self.index = {info.name: number for number, info in enumerate(infos)}
+        self.table = SeedTable([info.out_features for info in infos], [info.num_chunks for info in infos])
+        self.cohorts: dict[int, Cohort] = {}
+        self.rows_per_step: dict[str, int] = dict.fromkeys(self.sites, 0)
+        self.samples_per_batch: dict[str, int] = dict.fromkeys(self.sites, 0)
+        self.rows_per_batch: dict[str, int] = dict.fromkeys(self.sites, 0)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.optimizer = SlotAdamW(lr_boost=config.graft.lr_boost, warmup_steps=config.graft.warmup_steps)
+        self._next_cohort = 1
+        self._prepare_sites()
+        self._handles = attach(list(discovery.sites), self.sites)
+
+    def _prepare_sites(self) -> None:
+        for name, site in self.sites.items():
+            device = self.plans[name].tail.weight.device  # type: ignore[reportUnknownMemberType]
+            assert isinstance(device, torch.device)
+            bounds = self.table.bounds[self.index[name]]
+            site.telemetry = TelemetryBuffer(bounds, self.config.telemetry.rows, device)
+            # only a dropout span draws on the device; its own stream leaves the host's alone
+            if site.geometry.dropout > 0:
+                site.generator = torch.Generator(device).manual_seed(self.config.seed + self.index[name])
+
+    def detach(self) -> None:
+        """Remove every hook; the host is as it was before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # ---------------------------------------------------------------------------------------------- measures
+
+    @property
+    def live_banks(self) -> list[Bank]:
+        return [bank for site in self.sites.values() for bank in site.banks.values()]
+
+    @property
+    def params(self) -> int:
+        """Host, annexes and live seeds."""
+        annexes = sum(site.annex.num_params for site in self.sites.values() if site.annex is not None)
+        return self.host_params + annexes + sum(bank.num_params for bank in self.live_banks)
+
+    def added_flops_per_step(self, rows: dict[str, int] | None = None) -> float:
+        """Forward FLOPs a step of all that is in the forward pass now, annexes included."""
+        rows = self.rows_per_step if rows is None else rows
+        total = 0.0
+        for name, site in self.sites.items():
+            active = [site.banks[cohort] for cohort in site.grafted]
+            if site.annex is not None:
+                active.append(site.annex)
+            total += rows[name] * sum(bank.flops_per_row for bank in active)
+        return total
+
+    def units(self, site: str) -> int:
+        """Hidden units a site has grown: annex and live seeds in the forward pass."""
+        here = self.sites[site]
+        return here.grown_units + sum(here.banks[c].units * here.banks[c].num_slots for c in here.grafted)
+
+    # ---------------------------------------------------------------------------------------------- germination
+
+    def germinate(
+        self, plans: Sequence[SeedPlan], *, step: int, host_flops: float, budget_params: int | None,
+        budget_flops: float | None,
+    ) -> Cohort | Gate:
+        """Make a cohort of ``plans``, all or nothing; a :class:`Gate` says why not.
+
+        Raises
+        ------
+        EsperError
+            For an unknown site, blueprint, start or strategy (the known ones are listed).
+        """
+        if not plans:
+            return Gate("germination", False, "a cohort needs at least one seed, got none; name a site")
+        resolved = [self._resolve(plan, step) for plan in plans]
+        params = sum(cost[0] for _, _, cost in resolved)
+        flops = sum(cost[1] for _, _, cost in resolved)
+        for plan, chunks, _ in resolved:
+            gate = self._germination_gate(plan, chunks, params, flops, step, host_flops, budget_params, budget_flops)
+            if not gate.passed:
+                return Gate(gate.name, False, f"{plan.site}: {gate.reason}")
+        return self._create([(plan, chunks) for plan, chunks, _ in resolved], params, flops, step, host_flops)
+
+    def _resolve(self, plan: SeedPlan, step: int) -> tuple[SeedPlan, np.ndarray, tuple[int, float]]:
+        if plan.site not in self.sites:
+            raise EsperError(f"no site is called {plan.site!r}; known: {', '.join(list(self.sites)[:8])}")
+        site = self.sites[plan.site]
+        blueprint = plan.blueprint or default_blueprint(site.info.kind)
+        if site.info.kind not in BLUEPRINTS[blueprint].kinds:
+            raise EsperError(
+                f"blueprint {blueprint!r} sits on {', '.join(sorted(BLUEPRINTS[blueprint].kinds))}, got site "
+                f"{plan.site!r} of kind {site.info.kind}; use {default_blueprint(site.info.kind)!r}"
+            )
+        rows = self.rows_per_batch[plan.site] * self.config.capture.batches
+        start = plan.start or self.config.fit.start
+        start = start or default_start(site.info.kind, adaptive=self.adaptive, expected_rows=rows)
+        STARTS[start]
+        strategy = plan.strategy or self.config.graft.strategy
+        STRATEGIES[strategy]
+        free = self.table.free_chunks(self.index[plan.site], step)
+        chunks = np.array(plan.chunks, dtype=np.int64) if plan.chunks else free
+        width = plan.width or max(1, site.info.hidden_features or min(site.info.in_features, 8))
+        full = SeedPlan(
+            site=plan.site, chunks=tuple(int(c) for c in chunks), blueprint=blueprint, width=width, start=start,
+            strategy=strategy,
+        )
+        columns = int(np.diff(self.table.bounds[self.index[plan.site]])[chunks].sum()) if len(chunks) else 0
+        cost = BLUEPRINTS[blueprint].cost(site.geometry, units=width, columns=columns, reads=site.reads)
+        return full, chunks, (cost.params, cost.flops_per_row * self.rows_per_step[plan.site])
+
+    def _germination_gate(
+        self, plan: SeedPlan, chunks: np.ndarray, params: int, flops: float, step: int, host_flops: float,
+        budget_params: int | None, budget_flops: float | None,
+    ) -> Gate:
+        index = self.index[plan.site]
+        rows = slice(int(self.table.offsets[index]), int(self.table.offsets[index + 1]))
+        site = self.sites[plan.site]
+        if site.refused is not None:
+            return Gate("germination", False, f"the site cannot be used: {site.refused}")
+        valid = bool(len(chunks)) and int(chunks.max()) < site.info.num_chunks and int(chunks.min()) >= 0
+        owned = self.table.owner[rows][chunks] >= 0 if valid else np.ones(1, dtype=bool)
+        rest = int((self.table.embargo_until[rows][chunks] - step).max()) if valid else 0
+        capturing = sum(s.capture.num_bytes for s in self.sites.values() if s.capture is not None)
+        return germination_gate(
+            free_slots=MAX_LIVE_SEEDS - len(self.table.occupied()),
+            chunks_free=0 if not valid or bool(owned.any()) else len(chunks),
+            embargo=max(0, rest),
+            params_after=self.params + params,
+            budget_params=budget_params,
+            flops_after=max(1.0, host_flops + self.added_flops_per_step() + flops),
+            budget_flops=budget_flops,
+            bytes_needed=params * 12,
+            bytes_free=max(0, self.config.capture.max_bytes - capturing),
+        )
+
+    def _create(
+        self, plans: list[tuple[SeedPlan, np.ndarray]], params: int, flops: float, step: int, host_flops: float
+    ) -> Cohort:
+        number = self._next_cohort
+        grouped: dict[str, list[tuple[SeedPlan, np.ndarray]]] = {}
+        for plan, chunks in plans:
+            grouped.setdefault(plan.site, []).append((plan, chunks))
+        members: dict[str, Member] = {}
+        for name, group in grouped.items():
+            members[name] = self._create_member(name, group, number, step)
+        before = max(1.0, host_flops + self.added_flops_per_step())
+        strategy = plans[0][0].strategy
+        assert strategy is not None
+        slots = np.concatenate([member.slots for member in members.values()])
+        cohort = Cohort(
+            number=number,
+            members=members,
+            strategy=strategy,
+            born=step,
+            entered=step,
+            seed_ids=tuple(int(i) for i in self.table.seed_id[slots]),
+            added_params=params,
+            added_flops_share=flops / before,
+        )
+        self._next_cohort += 1
+        self.cohorts[number] = cohort
+        self.refresh()
+        return cohort
+
+    def _create_member(self, name: str, group: list[tuple[SeedPlan, np.ndarray]], number: int, step: int) -> Member:
+        site, index, first = self.sites[name], self.index[name], group[0][0]
+        assert first.blueprint is not None and first.width is not None and first.start is not None
+        sizes = {len(np.atleast_1d(chunks)) for _, chunks in group}
+        if len(sizes) > 1 or any((p.blueprint, p.width, p.start) != (first.blueprint, first.width, first.start) for p, _ in group):
+            raise EsperError(
+                f"seeds of one cohort on one site must share blueprint, width, start and number of chunks, got "
+                f"differing ones on {name!r}; germinate them as cohorts of their own"
+            )
+        bounds = self.table.bounds[index]
+        columns = [np.concatenate([np.arange(bounds[c], bounds[c + 1]) for c in chunks]) for _, chunks in group]
+        if len({len(c) for c in columns}) > 1:
+            raise EsperError(f"seeds of one cohort on {name!r} must cover equally many features; choose other chunks")
+        whole = len(group) == 1 and len(columns[0]) == site.info.out_features
+        weight = self.plans[name].tail.weight
+        assert isinstance(weight, torch.Tensor)
+        bank = Bank(
+            first.blueprint,
+            site.geometry,
+            units=first.width,
+            reads=site.reads,
+            columns=None if whole else torch.from_numpy(np.stack(columns)),
+            generator=self.generator,
+            device=weight.device,
+        )
+        slots = self.table.germinate_many(
+            [index] * len(group),
+            np.concatenate([chunks for _, chunks in group]),
+            [len(chunks) for _, chunks in group],
+            cohort=number,
+            blueprint=BLUEPRINTS.code(first.blueprint),
+            strategy=STRATEGIES.code(first.strategy or "fixed_ramp"),
+            width=first.width,
+            step=step,
+        )
+        site.banks[number] = bank
+        if STARTS[first.start].needs_rows and site.capture is None:
+            site.capture = self._capture(site)
+        return Member(name, slots, first.start)
+
+    def _capture(self, site: Site) -> Capture:
+        config, name = self.config.capture, site.info.name
+        capturing = 1 + sum(1 for other in self.sites.values() if other.capture is not None)
+        per_batch = rows_per_batch(
+            site.geometry,
+            max(1, self.rows_per_batch[name]),
+            max(1, self.samples_per_batch[name]),
+            rows=config.rows,
+            batches=config.batches,
+            max_bytes=config.max_bytes // max(capturing, len(self.sites)),
+        )
+        return Capture(site.geometry, num_batches=config.batches, rows_per_batch=per_batch, generator=self.generator)
+
+    # ---------------------------------------------------------------------------------------------- changes of state
+
+    def move(self, cohort: Cohort, target: Lifecycle, step: int, slots: np.ndarray | None = None) -> None:
+        """Move a cohort's seeds (or some of them) through the table, and its banks with them."""
+        chosen = cohort.slots if slots is None else slots
+        self.table.transition(chosen, target, step)
+        if slots is not None and len(slots) < len(cohort.slots):
+            return
+        cohort.state, cohort.entered = target, step
+        for name in cohort.sites:
+            bank = self.sites[name].banks.get(cohort.number)
+            if bank is not None:
+                bank.set_learning(target in _LEARNING)
+        self.refresh()
+
+    def graft(self, cohort: Cohort) -> None:
+        """Put the cohort's branches into the forward pass (at their present alpha)."""
+        for name in cohort.sites:
+            self.sites[name].grafted.add(cohort.number)
+        self.refresh()
+
+    def set_alpha(self, cohort: Cohort, alpha: float) -> None:
+        """Write alpha of all seeds: host copy first, then the device mirror, in place."""
+        self.table.set_alpha(cohort.slots, alpha)
+        cohort.alpha = alpha
+        for name in cohort.sites:
+            self.sites[name].banks[cohort.number].alpha.fill_(alpha)
+
+    def set_paused(self, cohort: Cohort, paused: bool, step: int) -> None:
+        """Hold a cohort where it is, or let it go on; the time spent paused does not count."""
+        self.table.set_paused(cohort.slots, paused)
+        cohort.paused = paused
+        cohort.entered = step - cohort.entered  # while paused: steps already spent; resumed: shifted start
+
+    def drop_captures(self, cohort: Cohort) -> None:
+        for name in cohort.sites:
+            self.sites[name].capture = None
+        self.refresh()
+
+    def remove(self, cohort: Cohort, step: int, embargo: int) -> None:
+        """Free storage and chunks of a cohort at an end state; nothing of it stays in the forward pass."""
+        for name in cohort.sites:
+            site = self.sites[name]
+            site.grafted.discard(cohort.number)
+            site.banks.pop(cohort.number, None)
+        self.drop_captures(cohort)
+        if cohort.state is not Lifecycle.FOSSILIZED:
+            self.table.set_alpha(cohort.slots, 0.0) if cohort.state is not Lifecycle.ROLLED_BACK else None
+        self.table.release(cohort.slots, step, embargo)
+        del self.cohorts[cohort.number]
+        self.refresh()
+
+    def drop_member(self, cohort: Cohort, site: str, step: int, embargo: int) -> None:
+        """Cull one site's seeds of a cohort that goes on with the others (not yet in the forward pass)."""
+        member = cohort.members.pop(site)
+        cohort.added_params -= self.sites[site].banks[cohort.number].num_params
+        cohort.seed_ids = tuple(int(i) for i in self.table.seed_id[cohort.slots])
+        self.table.transition(member.slots, Lifecycle.CULLED, step)
+        self.table.release(member.slots, step, embargo)
+        self.sites[site].banks.pop(cohort.number, None)
+        self.sites[site].capture = None
+        self.refresh()
+
+    def fossilise(self, cohort: Cohort, step: int, hosts: dict[str, Hyperparameters]) -> None:
+        """Move a cohort into the annexes of its sites; its chunks are dormant again in the next generation."""
+        for name in cohort.sites:
+            site = self.sites[name]
+            before = site.grown_units
+            fossilise(site, cohort.number, list(range(len(cohort.members[name].slots))), betas=hosts[name].betas)
+            self._widen_downstream(site, site.grown_units - before)
+        self.move(cohort, Lifecycle.FOSSILIZED, step)
+        self.remove(cohort, step, 0)
+
+    def _widen_downstream(self, site: Site, extra: int) -> None:
+        for other in self.sites.values():
+            if other.upstream is site:
+                for bank in [*other.banks.values(), *([other.annex] if other.annex is not None else [])]:
+                    bank.widen_reads(extra)
+
+    # ---------------------------------------------------------------------------------------------- every step
+
+    def learn(self, hosts: dict[str, Hyperparameters], *, inverse_scale: float) -> None:
+        """One update of everything that learns, after a real host step."""
+        for name, site in self.sites.items():
+            for bank in [*site.banks.values(), *([site.annex] if site.annex is not None else [])]:
+                if bank.learning:
+                    self.optimizer.step(bank, hosts[name], inverse_scale=inverse_scale)
+
+    def damaged(self) -> list[Cohort]:
+        """Cohorts with a non-finite gradient since the last look, or non-finite parameters. Synchronises."""
+        found: list[Cohort] = []
+        for site in self.sites.values():
+            for number, bank in site.banks.items():
+                sums = torch.stack([value.detach().sum() for value in bank.params.values()]).sum()
+                if int(bank.bad_steps) or not bool(torch.isfinite(sums)):
+                    found.append(self.cohorts[number])
+                bank.bad_steps.zero_()
+        return list({cohort.number: cohort for cohort in found}.values())
+
+    def forget_gradients(self) -> None:
+        """Drop accumulated gradients of everything that learns (the host skipped its step)."""
+        for site in self.sites.values():
+            for bank in [*site.banks.values(), *([site.annex] if site.annex is not None else [])]:
+                for value in bank.params.values():
+                    value.grad = None
+
+    def note_rows(self) -> None:
+        """Read and reset the row counts that the hooks made since the last real step."""
+        for name, site in self.sites.items():
+            if site.num_calls:
+                self.rows_per_step[name] = site.num_rows
+                self.rows_per_batch[name] = site.num_rows // site.num_calls
+                self.samples_per_batch[name] = site.num_samples // site.num_calls
+            site.num_calls = site.num_rows = site.num_samples = 0
+
+    def watch(self, due: bool) -> None:
+        """Arm or disarm telemetry for the next step."""
+        for site in self.sites.values():
+            site.telemetry_due = due and site.refused is None
+        self.refresh()
+
+    def refresh(self) -> None:
+        for site in self.sites.values():
+            site.refresh()

@@ -1,0 +1,70 @@
+"""Forward hooks as importable objects: a hooked model can be copied and saved, and carries its branches along."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from esper.kasmina.discovery import SitePlan
+from esper.kasmina.site import Site
+
+
+class ParentEnter:
+    """Opens the spans inside a module at each of its calls."""
+
+    def __init__(self, sites: list[Site]) -> None:
+        self.sites = sites
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        for site in self.sites:
+            if site.engaged:
+                site.open()
+
+
+class HeadEnter:
+    """Notes what a span's first layer reads."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.site.engaged:
+            self.site.enter(args[0] if args else kwargs["input"])
+
+
+class TailLeave:
+    """Adds the branches to the site's output; returns nothing while there is nothing to do."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
+        if not self.site.engaged:
+            return None
+        return self.site.leave(module, args[0] if args else kwargs["input"], y)
+
+
+def attach(plans: list[SitePlan], sites: dict[str, Site]) -> list[RemovableHandle]:
+    """Register the hooks of all sites. A chain's upstream leaves before its downstream reads."""
+    handles: list[RemovableHandle] = []
+    parents: dict[int, tuple[nn.Module, list[Site]]] = {}
+    for plan in plans:
+        site = sites[plan.info.name]
+        if plan.info.kind.is_span:
+            parents.setdefault(id(plan.parent), (plan.parent, []))[1].append(site)
+            handles.append(plan.head.register_forward_pre_hook(HeadEnter(site), with_kwargs=True))
+        handles.append(plan.tail.register_forward_hook(TailLeave(site), with_kwargs=True))
+    for parent, inside in parents.values():
+        handles.append(parent.register_forward_pre_hook(ParentEnter(inside)))
+    return handles
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether any module already carries Esper's hooks."""
+    return any(
+        isinstance(hook, (TailLeave, HeadEnter))
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )

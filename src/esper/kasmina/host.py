@@ -1,0 +1,104 @@
+"""The host's side of the clock: real optimizer steps, learning rates, loss scale. It only listens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from esper.errors import AttachError
+from esper.kasmina.discovery import SitePlan
+from esper.kasmina.optim import Hyperparameters, hyperparameters, is_adaptive
+
+
+class HostClock:
+    """Counts real steps of the first optimizer and notes, for each site, what its optimizer does.
+
+    Parameters
+    ----------
+    optimizers:
+        The user's optimizers, in order; the first one's steps are the clock.
+    tracked:
+        Whatever the user named with ``track=``; a GradScaler among it tells the loss scale.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], plans: Iterable[SitePlan], tracked: Iterable[Any]) -> None:
+        self.optimizers = list(optimizers)
+        self.steps = 0
+        self.backwards_since_step = 0
+        self.hosts: dict[str, Hyperparameters] = {}
+        self.silent: list[str] = []
+        self._scaler = next((t for t in tracked if hasattr(t, "get_scale") and hasattr(t, "unscale_")), None)
+        self._scale_at_step = 1.0
+        self._groups = {plan.info.name: self._find_group(plan) for plan in plans}
+        self._plans = {plan.info.name: plan for plan in plans}
+        self._watched = next(iter(self._plans.values())).tail.weight
+        assert isinstance(self._watched, Tensor)
+        self.note_hyperparameters()
+        self._handles: list[Any] = [
+            self.optimizers[0].register_step_pre_hook(self._before_step),
+            self.optimizers[0].register_step_post_hook(self._after_step),
+            self._watched.register_post_accumulate_grad_hook(self._after_backward),
+        ]
+
+    def _find_group(self, plan: SitePlan) -> tuple[Optimizer, int]:
+        weight = plan.tail.weight
+        for optimizer in self.optimizers:
+            for number, group in enumerate(optimizer.param_groups):
+                if any(parameter is weight for parameter in group["params"]):
+                    return optimizer, number
+        raise AttachError(
+            f"the optimizers must own the model's parameters, {plan.tail_name}.weight is in none of "
+            f"{len(self.optimizers)}; build the optimizer from model.parameters() before the Grower and pass that one"
+        )
+
+    @property
+    def adaptive(self) -> bool:
+        return is_adaptive(self.optimizers[0])
+
+    @property
+    def has_scaler(self) -> bool:
+        return self._scaler is not None
+
+    @property
+    def inverse_scale(self) -> float:
+        """Undoes the loss scale of the step just taken."""
+        return 1.0 / self._scale_at_step
+
+    def weights(self, site: str) -> tuple[Tensor, ...]:
+        """The host's weights at a site, for strategies that watch their drift."""
+        plan = self._plans[site]
+        modules: list[nn.Module] = [plan.head] if plan.head is plan.tail else [plan.head, plan.tail]
+        return tuple(module.weight for module in modules)  # type: ignore[reportReturnType]
+
+    def gradients_live(self, site: str) -> bool:
+        """Whether a site's weight had a gradient in the step just taken."""
+        return site in self._had_gradient
+
+    def note_hyperparameters(self) -> None:
+        """Read each site's group; called before each real step, when the user's scheduler has set it."""
+        for name, (optimizer, number) in self._groups.items():
+            self.hosts[name] = hyperparameters(optimizer, optimizer.param_groups[number])
+        self._had_gradient = {
+            name for name, plan in self._plans.items() if getattr(plan.tail.weight, "grad", None) is not None
+        }
+
+    def _before_step(self, *_: Any) -> None:
+        self.note_hyperparameters()
+        if self._scaler is not None:
+            self._scale_at_step = float(self._scaler.get_scale())
+
+    def _after_step(self, *_: Any) -> None:
+        self.steps += 1
+        self.backwards_since_step = 0
+
+    def _after_backward(self, _: torch.Tensor) -> None:
+        self.backwards_since_step += 1
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

@@ -1,0 +1,66 @@
+"""Leave no trace: run something with the host without changing flags, buffers, gradients or random streams."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Restore the Python, NumPy, torch CPU and every initialised CUDA generator on exit.
+
+    Iterating even an unshuffled ``DataLoader`` advances the global torch stream.
+    """
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    cpu_state = torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(cpu_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+@contextmanager
+def preserved_modes(model: nn.Module) -> Iterator[None]:
+    """Restore each module's own training flag on exit (a model may mix trained and frozen parts)."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore every buffer that was written in place or replaced inside the block."""
+    saved: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]] = []
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            saved.append((module, name, buffer, buffer.detach().clone()))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, copy in saved:
+                buffer.copy_(copy)
+                module._buffers[name] = buffer
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; flags, buffers and random streams are as before on exit."""
+    with preserved_rng(), preserved_modes(model), preserved_buffers(model), torch.no_grad():
+        model.eval()
+        yield

@@ -1,0 +1,381 @@
+"""The lifecycle of a seed: eleven states, one table, and the gates between them.
+
+Everything that depends on a state (the forward pass, optimizers, reports) reads :data:`TABLE` through the vectorised
+lookups below. A transition that the table does not list raises :class:`~esper.errors.TransitionError`.
+
+Gates are pure and fail closed: a metric that is missing (``None``), NaN or infinite *refuses*, as does a missing
+threshold. A gate's reason always states the rule and the value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeGuard
+
+import numpy as np
+import numpy.typing as npt
+
+from esper.errors import TransitionError
+from esper.protocol import Lifecycle
+
+NUM_STATES = len(Lifecycle)
+
+# --------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+@dataclass(frozen=True, slots=True)
+class StateRow:
+    """What holds while a seed is in one state.
+
+    Attributes
+    ----------
+    forward:
+        Who adds the branch to the host's output: nobody (``no``), the seed's slot (``slot``), the site's annex
+        (``annex``), or the slot for as long as alpha has not come down to 0 (``fading``).
+    learns:
+        From what the branch learns: nothing (``none``), captured rows (``captured``) or the task's loss (``task``).
+    successors:
+        Legal next states, each with the gate that decides. For ``CULLED`` that is the gate whose refusal leads
+        there; a command to cull leads there too. ``command`` is a user or the system, ``guard`` the guard or operator.
+    """
+
+    state: Lifecycle
+    forward: Literal["no", "slot", "annex", "fading"]
+    learns: Literal["none", "captured", "task"]
+    successors: Mapping[Lifecycle, str]
+
+
+_WITHDRAW = {Lifecycle.CANCELLED: "command", Lifecycle.ROLLED_BACK: "guard"}
+"""Open to every active seed. A capture that runs out of time is cancelled by the system."""
+
+_S = Lifecycle
+TABLE: tuple[StateRow, ...] = (
+    StateRow(_S.DORMANT, "no", "none", {_S.GERMINATED: "germination"}),
+    StateRow(_S.GERMINATED, "no", "none", {_S.TRAINING: "capture", **_WITHDRAW}),
+    StateRow(_S.TRAINING, "no", "captured", {_S.GRAFTING: "sanity", _S.CULLED: "sanity", **_WITHDRAW}),
+    StateRow(_S.GRAFTING, "slot", "task", {_S.STABILIZATION: "ramp", _S.CULLED: "ramp", **_WITHDRAW}),
+    StateRow(_S.STABILIZATION, "slot", "none", {_S.EVALUATING: "stability", _S.CULLED: "stability", **_WITHDRAW}),
+    StateRow(_S.EVALUATING, "slot", "none", {_S.FINE_TUNING: "evidence", _S.CULLED: "evidence", **_WITHDRAW}),
+    StateRow(_S.FINE_TUNING, "slot", "task", {_S.FOSSILIZED: "hold", _S.CULLED: "hold", **_WITHDRAW}),
+    StateRow(_S.FOSSILIZED, "annex", "task", {}),
+    StateRow(_S.CULLED, "fading", "none", {}),
+    StateRow(_S.CANCELLED, "fading", "none", {}),
+    StateRow(_S.ROLLED_BACK, "no", "none", {}),
+)
+"""One row a state, at the index of its code."""
+
+
+def _column(values: Sequence[bool]) -> npt.NDArray[np.bool_]:
+    column = np.array(values, dtype=np.bool_)
+    column.flags.writeable = False
+    return column
+
+
+LEGAL: npt.NDArray[np.bool_] = np.array([[t in row.successors for t in Lifecycle] for row in TABLE], dtype=np.bool_)
+"""``(11, 11)`` bool, read-only: ``LEGAL[source, target]``."""
+LEGAL.flags.writeable = False
+
+# A state without successors is an end; a state that can be withdrawn from is active. DORMANT is neither.
+_TERMINAL = _column([not row.successors for row in TABLE])
+_ACTIVE = _column([Lifecycle.CANCELLED in row.successors for row in TABLE])
+_IN_FORWARD = _column([row.forward != "no" for row in TABLE])
+_IN_SLOT = _column([row.forward in ("slot", "fading") for row in TABLE])
+_FADING = _column([row.forward == "fading" for row in TABLE])
+_TASK = _column([row.learns == "task" for row in TABLE])
+_CAPTURED = _column([row.learns == "captured" for row in TABLE])
+
+
+def _lookup(column: npt.NDArray[np.bool_], states: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    codes = np.asarray(states)
+    # A negative code would silently read the table from its end.
+    if codes.size and (codes.dtype.kind not in "iu" or codes.min() < 0 or codes.max() >= NUM_STATES):
+        raise TransitionError(f"a state must be a code between 0 and {NUM_STATES - 1}, got {states!r}; use Lifecycle")
+    return np.asarray(column[codes.astype(np.intp)])
+
+
+def is_active(states: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Seeds on their way (GERMINATED to FINE_TUNING). ``states``: integer codes of any shape; so is the result."""
+    return _lookup(_ACTIVE, states)
+
+
+def is_terminal(states: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Seeds at an end (FOSSILIZED, CULLED, CANCELLED, ROLLED_BACK)."""
+    return _lookup(_TERMINAL, states)
+
+
+def in_forward(states: npt.ArrayLike, alpha: npt.ArrayLike | None = None) -> npt.NDArray[np.bool_]:
+    """Branches that change the host's output, through their slot or through the annex.
+
+    A culled or cancelled seed counts until its ``alpha`` (same shape as ``states``) is 0; without ``alpha`` it counts.
+    """
+    return _faded_out(_lookup(_IN_FORWARD, states), states, alpha)
+
+
+def in_slot(states: npt.ArrayLike, alpha: npt.ArrayLike | None = None) -> npt.NDArray[np.bool_]:
+    """As :func:`in_forward`, without what the annex already carries (FOSSILIZED)."""
+    return _faded_out(_lookup(_IN_SLOT, states), states, alpha)
+
+
+def _faded_out(
+    inside: npt.NDArray[np.bool_], states: npt.ArrayLike, alpha: npt.ArrayLike | None
+) -> npt.NDArray[np.bool_]:
+    if alpha is None:
+        return inside
+    return np.asarray(inside & ~(_lookup(_FADING, states) & (np.asarray(alpha) == 0)))
+
+
+def learns_from_task(states: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Branches the task's loss trains (GRAFTING, FINE_TUNING, and FOSSILIZED in the annex)."""
+    return _lookup(_TASK, states)
+
+
+def learns_from_captures(states: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Branches trained on captured rows, apart from the host (TRAINING)."""
+    return _lookup(_CAPTURED, states)
+
+
+def check(source: int, target: int) -> None:
+    """Raise :class:`~esper.errors.TransitionError` unless the table lets a seed go from ``source`` to ``target``."""
+    for name, code in (("source", source), ("target", target)):
+        if not 0 <= code < NUM_STATES:
+            raise TransitionError(f"{name} must be a state code between 0 and {NUM_STATES - 1}, got {code}")
+    if LEGAL[source, target]:
+        return
+    successors = " or ".join(s.name for s in TABLE[source].successors)
+    if not successors:
+        successors = "nothing (it is an end state; germinate a new seed instead)"
+    raise TransitionError(
+        f"{Lifecycle(source).name} -> {Lifecycle(target).name} is not a legal transition; "
+        f"{Lifecycle(source).name} leads to {successors}"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Gates
+
+
+Number = float | int | None
+"""A metric; ``None`` where it could not be measured."""
+
+MIN_WINDOW = 8
+"""Fewest losses from which slope and variance are read."""
+
+SANITY_KINDS = ("gradient", "reconstruction", "none")
+"""What a start's isolated training promises: see :func:`sanity_gate`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What a gate said. ``reason`` holds the rule and the value, also when it passed."""
+
+    name: str
+    passed: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """``what`` must be ``relation`` ``bound``, and no less than ``least`` (which catches a -1 that stands for "none").
+
+    ``ceiling``: a bound of ``None`` means that the user set none.
+    """
+
+    what: str
+    value: Number
+    relation: Literal["at least", "at most", "above"]
+    bound: Number
+    remedy: str
+    ceiling: bool = False
+    least: float = -math.inf
+
+    def problem(self) -> str | None:
+        if not _is_finite(self.value):
+            return f"{self.what} must be a finite number, got {self.value}; {self.remedy}"
+        value, bound = self.value, self.bound
+        if value < self.least:
+            return f"{self.what} must be at least {self.least:.12g}, got {value:.12g}; {self.remedy}"
+        if self.ceiling and bound is None:
+            return None
+        if not _is_finite(bound):
+            return f"the bound on {self.what} must be a finite number, got {bound}; check the configuration"
+        if self.relation == "above":
+            holds = value > bound
+        else:
+            holds = value >= bound if self.relation == "at least" else value <= bound
+        return None if holds else f"{self.what} must be {self.relation} {bound:.12g}, got {value:.12g}; {self.remedy}"
+
+    def statement(self) -> str:
+        bound = "unbounded" if self.bound is None else f"{self.relation} {self.bound:.12g}"
+        return f"{self.what} {self.value:.12g} ({bound})"
+
+
+def _is_finite(value: Number) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
+
+
+def _judge(name: str, *rules: _Rule) -> Gate:
+    for rule in rules:
+        problem = rule.problem()
+        if problem is not None:
+            return Gate(name, False, problem)
+    return Gate(name, True, ", ".join(rule.statement() for rule in rules))
+
+
+def germination_gate(
+    *,
+    free_slots: Number,
+    chunks_free: Number,
+    embargo: Number,
+    params_after: Number,
+    budget_params: Number,
+    flops_after: Number,
+    budget_flops: Number,
+    bytes_needed: Number,
+    bytes_free: Number,
+) -> Gate:
+    """DORMANT -> GERMINATED: is there room, and is the place free?
+
+    ``chunks_free`` counts the wanted chunks that nobody owns, ``embargo`` the steps for which they must still rest.
+    ``budget_params`` and ``budget_flops`` are the user's ceilings; ``None`` there means that none was set.
+    """
+    return _judge(
+        "germination",
+        _Rule("free slots", free_slots, "at least", 1, "wait for a cohort to end"),
+        _Rule("free chunks", chunks_free, "at least", 1, "name chunks without a live seed"),
+        _Rule("steps of embargo left", embargo, "at most", 0, "wait, or name other chunks"),
+        _Rule("parameters after", params_after, "at most", budget_params, "raise the budget or grow less", True, 1),
+        _Rule("FLOPs after", flops_after, "at most", budget_flops, "raise the budget or grow less", True, 1),
+        _Rule("bytes needed", bytes_needed, "at most", bytes_free, "lower capture.rows", least=0),
+    )
+
+
+def capture_gate(*, rows: Number, needed: Number) -> Gate:
+    """GERMINATED -> TRAINING: is the capture buffer full?"""
+    return _judge(
+        "capture",
+        _Rule("rows needed", needed, "at least", 1, "set capture.rows to at least 16"),
+        _Rule("captured rows", rows, "at least", needed, "wait for more training batches"),
+    )
+
+
+def sanity_gate(
+    kind: str,
+    *,
+    t_statistic: Number = None,
+    explained: Number = None,
+    min_t: Number = None,
+    max_unexplained: Number = None,
+    capture_age: Number,
+    max_age: Number,
+) -> Gate:
+    """TRAINING -> GRAFTING: did the isolated training learn something that holds on rows of other batches?
+
+    ``gradient`` needs ``t_statistic`` (clustered by sequence or image) of at least ``min_t``; ``reconstruction`` needs
+    to leave at most the share ``max_unexplained`` of the target's variance; ``none`` (a start that fits nothing and
+    begins with zero effect) is held to the age of the captures alone. ``capture_age`` and ``max_age`` are in steps.
+    """
+    age = _Rule("age of the captures in steps", capture_age, "at most", max_age, "capture again", least=0)
+    if kind == "gradient":
+        fit = _Rule("t statistic of the fit", t_statistic, "at least", min_t, "try another start or site")
+        return _judge("sanity", fit, age)
+    if kind == "reconstruction":
+        left = 1 - explained if explained is not None else None
+        fit = _Rule("unexplained share", left, "at most", max_unexplained, "fit longer or wider")
+        return _judge("sanity", fit, age)
+    if kind == "none":
+        return _judge("sanity", age)
+    return Gate("sanity", False, f"kind must be one of {', '.join(SANITY_KINDS)}, got {kind!r}; fix the start")
+
+
+def ramp_gate(*, alpha: Number, target: Number) -> Gate:
+    """GRAFTING -> STABILIZATION: alpha is at its target (to float32 rounding)."""
+    reached = target * (1 - 1e-6) if target is not None else None
+    return _judge(
+        "ramp",
+        _Rule("target of alpha", target, "above", 0, "set a positive target"),
+        _Rule("alpha", alpha, "at least", reached, "let the strategy go on"),
+    )
+
+
+def stability_gate(
+    losses: Sequence[float] | npt.NDArray[np.floating] | None,
+    *,
+    steps: Number,
+    min_steps: Number,
+    slope_band: Number = 2.0,
+    variance_band: Number = 4.0,
+    calm: Number = 0.01,
+) -> Gate:
+    """STABILIZATION -> EVALUATING: has the network settled?
+
+    Read from ``losses``, the task's loss at the last steps, oldest first; nothing here depends on the loss's scale.
+
+    * Slope: the rise of the least-squares line over the window is at most ``slope_band`` of its standard errors, or at
+      most the share ``calm`` of the mean loss. A falling loss passes.
+    * Variance about that line: in the second half at most ``variance_band`` times the first half's (4 is about
+      p = 0.01 of an F ratio at 15 and 15 degrees of freedom), or a deviation within the share ``calm`` of the mean.
+    """
+    window = np.zeros(0) if losses is None else np.asarray(losses, dtype=np.float64).reshape(-1)
+    enough = _judge(
+        "stability",
+        _Rule("steps in the state", steps, "at least", min_steps, "wait"),
+        _Rule("losses in the window", window.size, "at least", MIN_WINDOW, "wait for more steps"),
+        _Rule("slope band", slope_band, "at least", 0, "use 2"),
+        _Rule("variance band", variance_band, "above", 0, "use 4"),
+        _Rule("calm share", calm, "at least", 0, "use 0.01"),
+    )
+    if not enough.passed:
+        return enough
+    assert slope_band is not None and variance_band is not None and calm is not None  # judged finite above
+    if not np.isfinite(window).all():
+        bad = window[~np.isfinite(window)][0]
+        return Gate("stability", False, f"losses must be finite, got {bad}; wait until they leave the window")
+    # In units of the largest loss nothing over- or underflows; a window of zeros stays as it is.
+    window = window / (np.abs(window).max() or 1.0)
+    rise, error, early, late = _trend(window)
+    level = abs(float(window.mean()))
+    return _judge(
+        "stability",
+        _Rule("rise of the loss (share of its peak)", rise, "at most", max(slope_band * error, calm * level), "wait"),
+        _Rule("late variance", late, "at most", max(variance_band * early, (calm * level) ** 2), "wait"),
+        _Rule("steps in the state", steps, "at least", min_steps, "wait"),
+    )
+
+
+def _trend(window: npt.NDArray[np.float64]) -> tuple[float, float, float, float]:
+    """Rise of the least-squares line over the window, its standard error, residual variance of each half."""
+    size = window.size
+    time = np.linspace(-0.5, 0.5, size)
+    spread = float(time @ time)
+    rise = float(time @ window) / spread
+    residual = window - window.mean() - rise * time
+    error = math.sqrt(float(residual @ residual) / (size - 2) / spread)
+    half = size // 2
+    return rise, error, float(np.mean(residual[:half] ** 2)), float(np.mean(residual[-half:] ** 2))
+
+
+def evidence_gate(
+    *, e_value: Number, threshold: Number, confirm_p: Number, level: Number, gain: Number, min_gain: Number = 0.0
+) -> Gate:
+    """EVALUATING -> FINE_TUNING: is the gain on held-out batches real, and confirmed once on unused ones?
+
+    ``gain`` and ``min_gain`` are in units of the loss. An e-value that overflowed refuses: cap it where it is computed.
+    """
+    return _judge(
+        "evidence",
+        _Rule("gain", gain, "above", min_gain, "cull"),
+        _Rule("e-value", e_value, "at least", threshold, "look at more batches or cull"),
+        _Rule("p-value of the confirmation", confirm_p, "at most", level, "cull", least=0),
+    )
+
+
+def hold_gate(*, gain_low: Number, gain_per_cost: Number, min_gain_per_cost: Number) -> Gate:
+    """FINE_TUNING -> FOSSILIZED: the gain (lower end of its interval) is still there and worth its cost."""
+    return _judge(
+        "hold",
+        _Rule("lower end of the gain", gain_low, "above", 0, "fine-tune longer or cull"),
+        _Rule("gain per cost", gain_per_cost, "at least", min_gain_per_cost, "cull"),
+    )

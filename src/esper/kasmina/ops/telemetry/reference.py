@@ -1,0 +1,32 @@
+"""Reference for the telemetry op: mean and variance a chunk over sampled rows, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def chunk_statistics(y_NF: Tensor, chunk_of: Tensor, chunk_sizes: Tensor) -> Tensor:
+    """Mean and population variance of each chunk.
+
+    Parameters
+    ----------
+    y_NF:
+        Rows by features, any float dtype; accumulated in fp32 by two passes (no cancellation).
+    chunk_of:
+        ``(F,)`` int64: the chunk of each feature.
+    chunk_sizes:
+        ``(C,)`` fp32: features a chunk.
+
+    Returns
+    -------
+    Tensor
+        ``(2, C)`` fp32: means, variances.
+    """
+    y = y_NF.detach().float()
+    rows = y.shape[0]
+    counts = chunk_sizes * rows
+    mean = torch.zeros_like(chunk_sizes).index_add_(0, chunk_of, y.sum(0)) / counts
+    centred = y - mean[chunk_of]
+    var = torch.zeros_like(chunk_sizes).index_add_(0, chunk_of, centred.square().sum(0)) / counts
+    return torch.stack([mean, var])

@@ -1,0 +1,121 @@
+"""The optimizer of grafted seeds and annexes.
+
+It follows the host: its learning rate, betas, momentum and weight decay are those the host's optimizer used for the
+layer in the step just taken, and it steps only when the host stepped. Each slot counts its own steps: a fresh slot in
+an Adam pool that shares one count would take steps several times too large.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from esper.kasmina.bank import Bank
+
+_ADAPTIVE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What the host's optimizer did for one parameter group in the step just taken."""
+
+    rule: str
+    """``adamw`` (decoupled decay), ``adam`` (decay in the gradient) or ``sgd``."""
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    nesterov: bool = False
+
+
+def is_adaptive(optimizer: Optimizer) -> bool:
+    """Whether the optimizer scales steps by gradient statistics (Adam and its kin, by class or by its ``betas``)."""
+    return isinstance(optimizer, _ADAPTIVE) or any("betas" in group for group in optimizer.param_groups)
+
+
+def hyperparameters(optimizer: Optimizer, group: dict[str, object]) -> Hyperparameters:
+    """Read one parameter group of the host's optimizer as it stands now."""
+    lr = float(group["lr"])  # type: ignore[reportArgumentType]  (a float or a 0-d tensor)
+    decay = float(group.get("weight_decay", 0.0))  # type: ignore[reportArgumentType]
+    if is_adaptive(optimizer):
+        betas = group.get("betas", (0.9, 0.999))
+        decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay", False))
+        rule = "adam" if isinstance(optimizer, torch.optim.Adam) and not decoupled else "adamw"
+        first, second = float(betas[0]), float(betas[1])  # type: ignore[reportIndexIssue]
+        return Hyperparameters(rule, lr, decay, (first, second), float(group.get("eps", 1e-8)))  # type: ignore[reportArgumentType]
+    momentum, nesterov = float(group.get("momentum", 0.0)), bool(group.get("nesterov", False))  # type: ignore[reportArgumentType]
+    return Hyperparameters("sgd", lr, decay, momentum=momentum, nesterov=nesterov)
+
+
+class SlotAdamW:
+    """One update of a bank from the gradients its parameters hold (AdamW: Loshchilov & Hutter 2019; or the host's SGD).
+
+    Parameters
+    ----------
+    lr_boost:
+        Learning rate over the host's for adaptive rules (new units have ground to make up).
+    warmup_steps:
+        Real steps over which a slot's learning rate rises linearly from zero.
+    """
+
+    def __init__(self, *, lr_boost: float, warmup_steps: int) -> None:
+        self.lr_boost = lr_boost
+        self.warmup_steps = warmup_steps
+
+    @torch.no_grad()
+    def step(
+        self, bank: Bank, host: Hyperparameters, *, learning: Tensor | None = None, inverse_scale: float = 1.0
+    ) -> None:
+        """Update ``bank`` in place and drop its gradients.
+
+        ``learning`` is a bool mask ``(S,)`` of slots that learn (``None``: all); ``inverse_scale`` undoes a
+        GradScaler's factor. A non-finite gradient changes nothing (parameters, moments and step count stay) and is
+        counted in ``bank.bad_steps``, on the device: nothing here waits for it.
+        """
+        gradients = {name: value.grad for name, value in bank.params.items() if value.grad is not None}
+        for value in bank.params.values():
+            value.grad = None
+        if not gradients:
+            return
+        finite = torch.isfinite(torch.stack([gradient.sum() for gradient in gradients.values()]).sum())
+        bank.bad_steps += ~finite
+        mask = finite.to(bank.alpha.dtype) * (torch.ones_like(bank.alpha) if learning is None else learning)
+        bank.moments.steps += mask
+        lr = self._learning_rates(bank, host) * mask
+        for name, gradient in gradients.items():
+            shape = (-1, *[1] * (gradient.dim() - 1))
+            gradient = torch.where(finite, gradient.float() * inverse_scale, 0.0)
+            self._update(bank, name, gradient, host, lr.view(shape), mask.view(shape), shape)
+
+    def _learning_rates(self, bank: Bank, host: Hyperparameters) -> Tensor:
+        boost = self.lr_boost if host.rule != "sgd" else 1.0
+        warm = (bank.moments.steps / max(1, self.warmup_steps)).clamp(max=1.0)
+        return host.lr * warm * boost
+
+    def _update(
+        self, bank: Bank, name: str, gradient: Tensor, host: Hyperparameters, lr: Tensor, mask: Tensor,
+        shape: tuple[int, ...],
+    ) -> None:
+        value, moments = bank.params[name], bank.moments
+        first = moments.first.setdefault(name, torch.zeros_like(value))
+        if host.rule == "sgd":
+            gradient = gradient + host.weight_decay * value
+            first.copy_(torch.where(mask > 0, host.momentum * first + gradient, first))
+            direction = gradient + host.momentum * first if host.nesterov else first
+            value.sub_(lr * direction)
+            return
+        second = moments.second.setdefault(name, torch.zeros_like(value))
+        if host.rule == "adam":
+            gradient = gradient + host.weight_decay * value
+        else:
+            value.mul_(1.0 - lr * host.weight_decay)
+        beta1, beta2 = host.betas
+        first.add_((gradient - first) * ((1.0 - beta1) * mask))
+        second.add_((gradient.square() - second) * ((1.0 - beta2) * mask))
+        steps = moments.steps.view(shape).clamp(min=1.0)
+        root = (second / (1.0 - beta2**steps)).sqrt_().add_(host.eps)
+        value.sub_(lr / (1.0 - beta1**steps) * first / root)

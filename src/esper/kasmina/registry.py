@@ -1,0 +1,58 @@
+"""One registry class for every family of plug-ins: one file and one registration each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from esper.errors import UnknownNameError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names to instances of one plug-in family.
+
+    Parameters
+    ----------
+    family:
+        What the plug-ins are, for error messages ("blueprint").
+    """
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+        self._items: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Class decorator: instantiate without arguments and file under ``name``; a taken name is refused."""
+
+        def decorator(cls: type[T]) -> type[T]:
+            if name in self._items:
+                raise ValueError(f"{self.family} names must be unique, got {name!r} twice; choose another name")
+            self._items[name] = cls()
+            return cls
+
+        return decorator
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._items:
+            near = difflib.get_close_matches(name, self._items, n=3)
+            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+            raise UnknownNameError(f"no {self.family} is called {name!r}; {hint}known: {', '.join(sorted(self._items))}")
+        return self._items[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._items))
+
+    def code(self, name: str) -> int:
+        """Small integer for structure-of-arrays storage: the position in registration order."""
+        self[name]  # unknown names raise with the list of known ones
+        return list(self._items).index(name)
+
+    def name(self, code: int) -> str:
+        """Inverse of :meth:`code`."""
+        return list(self._items)[code]

@@ -1,0 +1,30 @@
+"""How many output rows each site sees in one call: the unit in which branches cost FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+
+from esper.kasmina.discovery import SitePlan
+
+
+def count_rows(plans: Iterable[SitePlan], run: Callable[[], object]) -> dict[str, int]:
+    """Run once and count, for each site, positions of its tail's output."""
+    counted: dict[str, int] = {}
+
+    def counter(name: str, axis: int) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(_module: nn.Module, _args: object, y: Tensor) -> None:
+            counted[name] = counted.get(name, 0) + y.numel() // y.shape[axis]
+
+        return hook
+
+    handles = [
+        plan.tail.register_forward_hook(counter(plan.info.name, plan.geometry.feature_axis)) for plan in plans
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counted

@@ -1,0 +1,214 @@
+"""A site at run time: what its hooks do in a forward pass.
+
+The host module keeps its parameters, keys and methods; everything grown lives here, outside the module tree. A site
+that has nothing to add and nothing to record returns the host's own tensor, untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from esper.errors import SiteError
+from esper.kasmina.bank import Bank
+from esper.kasmina.capture import Capture
+from esper.kasmina.geometry import Geometry
+from esper.kasmina.telemetry import TelemetryBuffer
+from esper.protocol import SiteInfo
+
+
+def in_backward() -> bool:
+    """True while autograd runs: a forward here is a recomputation (activation checkpointing)."""
+    return torch._C._current_graph_task_id() != -1  # type: ignore[reportPrivateUsage]
+
+
+class Probe(Protocol):
+    """Takes a site's place in the forward pass while evidence is gathered."""
+
+    def leave(self, site: Site, x: Tensor, layer_input: Tensor, y: Tensor, training: bool) -> Tensor:
+        """What the host goes on with."""
+        ...
+
+
+class Site:
+    """State and behaviour of one site.
+
+    Attributes
+    ----------
+    banks:
+        Live banks by cohort; those in ``grafted`` are in the forward pass.
+    annex:
+        What has become permanent (one dense bank), or ``None``.
+    engaged:
+        Whether hooks have anything to do in this step; rewritten only between steps.
+    refused:
+        Why this site cannot be used after all, found at run time.
+    """
+
+    def __init__(self, info: SiteInfo, geometry: Geometry, upstream: Site | None) -> None:
+        self.info = info
+        self.geometry = geometry
+        self.upstream = upstream
+        self.banks: dict[int, Bank] = {}
+        self.grafted: set[int] = set()
+        self.annex: Bank | None = None
+        self.capture: Capture | None = None
+        self.telemetry: TelemetryBuffer | None = None
+        self.generator: torch.Generator | None = None
+        self.probe: Probe | None = None
+        """Set during judgements only."""
+        self.recording = True
+        self.telemetry_due = False
+        self.engaged = False
+        self.refused: str | None = None
+        self.num_calls = 0
+        self.num_rows = 0
+        self.num_samples = 0
+        self.downstream_reads = False
+        self._open = not info.kind.is_span
+        self._x: Tensor | None = None
+        self._version = -1
+        self._grown: Tensor | None = None
+
+    # ---------------------------------------------------------------------------------------------- between steps
+
+    def refresh(self) -> None:
+        """Decide whether the hooks have work in the next step."""
+        adds = self.annex is not None or bool(self.grafted) or self.probe is not None
+        records = self.recording and (self.capture is not None or self.telemetry_due)
+        self.engaged = adds or records
+
+    @property
+    def grown_units(self) -> int:
+        """Hidden units in the annex."""
+        return 0 if self.annex is None else self.annex.units
+
+    @property
+    def reads(self) -> int:
+        """Features a new branch reads: the host's input and what the upstream annex offers."""
+        return self.geometry.in_features + (self.upstream.grown_units if self.upstream is not None else 0)
+
+    def refuse(self, reason: str) -> None:
+        """Give the site up. With something grafted on it this is an error: outputs would be wrong from here on."""
+        if self.grafted or self.annex is not None:
+            raise SiteError(
+                f"site {self.info.name!r} must run as it did when it was grown, but {reason}; "
+                "undo the change to the model's forward pass, or remove the site's branches first"
+            )
+        self.refused = reason
+        self.capture = None
+        self.telemetry_due = False
+        self.engaged = False
+
+    # ---------------------------------------------------------------------------------------------- in a forward
+
+    def open(self) -> None:
+        """The enclosing module is entered."""
+        self._open, self._x, self._grown = True, None, None
+
+    def enter(self, x: Tensor) -> None:
+        """The head is about to run on ``x``."""
+        if not self._open:
+            where = "its ends lie in different checkpoint regions" if in_backward() else "it runs outside its parent"
+            self.refuse(where)
+        elif self._x is not None:
+            self.refuse("its first layer runs more than once in a forward")
+        else:
+            self._x, self._version = x, x._version
+
+    def leave(self, module: nn.Module, layer_input: Tensor, y: Tensor) -> Tensor | None:
+        """The tail has produced ``y``; returns what the host goes on with, or ``None`` for ``y`` itself."""
+        x = self._take(layer_input)
+        if x is None:
+            return None
+        if torch._C._functorch.is_batchedtensor(y):  # type: ignore[reportPrivateUsage]
+            raise SiteError(
+                f"a model with an attached grower must not run under vmap, got a batched tensor at site "
+                f"{self.info.name!r}; export() a plain model first"
+            )
+        training = module.training
+        if self.probe is not None:
+            return self.probe.leave(self, x, layer_input, y, training)
+        if self.recording and not in_backward() and torch.is_grad_enabled() and y.requires_grad:
+            self._record(x, y)
+        return self.compose(x, y, self.grafted, training=training) if self.adds else None
+
+    def compose(self, x: Tensor, y: Tensor, cohorts: Iterable[int], *, training: bool) -> Tensor:
+        """``y`` plus the annex and the branches of ``cohorts``; ``y`` itself is never written."""
+        read = self.read(x)
+        out = y
+        if self.annex is not None:
+            h = self.annex.hidden(read, training=training, generator=self.generator)
+            self._grown = h if self.downstream_reads else None
+            out = self.annex.scatter(out, self.annex.project(h))
+        for cohort in cohorts:
+            delta = self.banks[cohort].branch(read, training=training, generator=self.generator)
+            out = self.banks[cohort].scatter(out, delta)
+        return out
+
+    @property
+    def adds(self) -> bool:
+        return self.annex is not None or bool(self.grafted)
+
+    def read(self, x: Tensor) -> Tensor:
+        """What branches read: the host's input and, on a chain of spans, what the upstream annex computed."""
+        if self.upstream is None or self.upstream.annex is None:
+            return x
+        grown = self.upstream._grown
+        if grown is None:
+            raise SiteError(
+                f"site {self.info.name!r} reads what {self.upstream.info.name!r} has grown, which has not run in this "
+                "forward; run the layers in the order in which they were found"
+            )
+        return torch.cat([x, grown.to(x.dtype)], dim=self.geometry.feature_axis)
+
+    def _take(self, layer_input: Tensor) -> Tensor | None:
+        if not self.info.kind.is_span:
+            return layer_input
+        x, self._x = self._x, None
+        if x is None or not self._open:
+            late = "its ends lie in different checkpoint regions" if in_backward() else "its last layer runs first or twice"
+            self.refuse(late)
+            return None
+        self._open = False
+        if x._version != self._version:
+            self.refuse("its input is edited in place before the span ends")
+            return None
+        return x
+
+    def _record(self, x: Tensor, y: Tensor) -> None:
+        self.num_calls += 1
+        axis = self.geometry.feature_axis
+        self.num_rows += y.numel() // y.shape[axis]
+        self.num_samples += y.shape[0] if y.dim() > 1 else 1
+        if self.telemetry_due and self.telemetry is not None:
+            self.telemetry.record(y, axis)
+        if self.capture is not None:
+            self.capture.record(self.read(x), y)
+
+    # ---------------------------------------------------------------------------------------------- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels with a copied or saved host: the added branches, and nothing that records."""
+        state = dict(self.__dict__)
+        state.update(
+            banks={cohort: self.banks[cohort].frozen_copy() for cohort in self.grafted},
+            grafted=set(self.grafted),
+            annex=None if self.annex is None else self.annex.frozen_copy(),
+            capture=None,
+            telemetry=None,
+            generator=None,
+            probe=None,
+            recording=False,
+            telemetry_due=False,
+            _x=None,
+            _grown=None,
+        )
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.refresh()

@@ -1,0 +1,120 @@
+"""One probe forward, recorded as a dataflow of the operations that matter for finding sites."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass
+class Operation:
+    """A recorded call: its name, first tensor argument, weight (if any) and further plain arguments."""
+
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    weight: int | None = None
+    statistics: int | None = None
+    arguments: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass
+class Trace:
+    """Values are numbered; an in-place operation gives its tensor a new number."""
+
+    operations: list[Operation] = field(default_factory=list[Operation])
+    consumers: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    calls: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    """How often each module ran, by ``id``."""
+
+    def sole_consumer(self, value: int) -> Operation | None:
+        readers = self.consumers.get(value, [])
+        return self.operations[readers[0]] if len(readers) == 1 else None
+
+
+_WEIGHTED = {"linear", "conv2d"}
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in _tensors(item)]  # type: ignore[reportUnknownVariableType]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in _tensors(item)]  # type: ignore[reportUnknownVariableType]
+    return []
+
+
+class _Recorder(TorchFunctionMode):
+    """Sees every torch function the host calls at Python level, functional or through modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self._numbers: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # ids stay unique while the objects live
+        self._next = 0
+
+    def _number(self, tensor: Tensor, *, fresh: bool = False) -> int:
+        key = id(tensor)
+        if fresh or key not in self._numbers:
+            self._numbers[key] = self._next
+            self._next += 1
+            self._alive.append(tensor)
+        return self._numbers[key]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = tuple(self._number(t) for t in _tensors(args) + _tensors(kwargs))
+        result = func(*args, **kwargs)
+        outputs = _tensors(result)
+        name = getattr(func, "__name__", str(func)).rstrip("_") or str(func)
+        if not outputs or (name.strip("_") in ("get", "set") and not isinstance(result, Tensor)):
+            return result
+        operation = Operation(name, inputs, tuple(self._number(t, fresh=True) for t in outputs))
+        self._describe(operation, func, args, kwargs)
+        index = len(self.trace.operations)
+        self.trace.operations.append(operation)
+        for value in set(inputs):
+            self.trace.consumers[value].append(index)
+        return result
+
+    @staticmethod
+    def _describe(operation: Operation, func: Any, args: Any, kwargs: Any) -> None:
+        if operation.name in _WEIGHTED:
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            operation.weight = id(weight)
+        elif operation.name == "batch_norm":
+            mean = args[1] if len(args) > 1 else kwargs.get("running_mean")
+            operation.statistics = id(mean)
+        plain: dict[str, Any] = {}
+        try:
+            bound = inspect.signature(func).bind(*args, **kwargs)
+            plain = dict(bound.arguments)
+        except (TypeError, ValueError):  # a builtin has no signature: its keyword arguments are all there is
+            plain = dict(kwargs)
+            plain.update({f"_{i}": value for i, value in enumerate(args[1:], 1)})
+        operation.arguments = {k: v for k, v in plain.items() if isinstance(v, (bool, int, float, str))}
+
+
+def trace(model: nn.Module, run: Callable[[], object]) -> Trace:
+    """Record one call of ``run``, which runs ``model`` once without gradients."""
+    recorder = _Recorder()
+    handles = [
+        module.register_forward_hook(lambda m, _a, _y, t=recorder.trace: t.calls.__setitem__(id(m), t.calls[id(m)] + 1))
+        for module in model.modules()
+    ]
+    try:
+        with torch.no_grad(), recorder:
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorder.trace

@@ -1,0 +1,1 @@
+"""Guard, exact snapshots and crash-safe checkpoints."""

@@ -1,0 +1,300 @@
+"""One function a state: what a cohort needs to leave it. Gates decide; a gate that lacks a metric refuses."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from esper.config import Config
+from esper.evidence.judge import Judge
+from esper.evidence.paired import PairedResult
+from esper.evidence.shrinkage import shrink_gains
+from esper.kasmina.cohort import Cohort
+from esper.kasmina.execution import Kasmina
+from esper.kasmina.host import HostClock
+from esper.kasmina.ledger import Ledger
+from esper.kasmina.lifecycle import Gate, hold_gate, ramp_gate, sanity_gate, stability_gate
+from esper.kasmina.starts import STARTS
+from esper.kasmina.strategies import STRATEGIES, GraftContext
+from esper.protocol import AnyEvent, Fitted, Judged, Lifecycle, Transitioned, Verdict
+
+NAN = float("nan")
+
+
+@dataclass
+class Stages:
+    """Brings cohorts from germination to an end state, one step at a time."""
+
+    kasmina: Kasmina
+    judge: Judge
+    clock: HostClock
+    ledger: Ledger
+    config: Config
+    emit: Callable[[AnyEvent], None]
+    losses: deque[torch.Tensor]
+    """Detached task losses of the last steps, oldest first."""
+    held_out: float = NAN
+    verdicts: list[Verdict] = field(default_factory=list[Verdict])
+
+    # ---------------------------------------------------------------------------------------------- the step
+
+    def advance(self, step: int) -> None:
+        """Give every cohort its turn; paused ones stand still (alpha as it is, timers stopped)."""
+        running = [cohort for cohort in list(self.kasmina.cohorts.values()) if not cohort.paused]
+        if not running:
+            return
+        self.kasmina.table.tick()
+        for cohort in running:
+            self._STAGES[cohort.state](self, cohort, step)
+
+    def _germinated(self, cohort: Cohort, step: int) -> None:
+        sites = [self.kasmina.sites[name] for name in cohort.sites]
+        refused = next((site for site in sites if site.refused is not None), None)
+        if refused is not None:
+            self.end(cohort, Lifecycle.CANCELLED, step, f"{refused.info.name}: {refused.refused}")
+        elif all(site.capture is None or site.capture.full for site in sites):
+            cohort.captured_at = step
+            self._move(cohort, Lifecycle.TRAINING, step, "capture: all rows are there")
+        elif step - cohort.entered >= self.config.capture.timeout:
+            filled = min(site.capture.filled for site in sites if site.capture is not None)
+            self.end(
+                cohort, Lifecycle.CANCELLED, step,
+                f"capture: {filled} of {self.config.capture.batches} batches after {step - cohort.entered} steps "
+                "(no gradient reaches the site?); raise capture.timeout or exclude it",
+            )
+
+    def _training(self, cohort: Cohort, step: int) -> None:
+        for name in list(cohort.sites):
+            gate = self._fit(cohort, name, step)
+            if not gate.passed:
+                self._drop(cohort, name, step, gate)
+        if not cohort.members:
+            return
+        self.kasmina.drop_captures(cohort)
+        preserving = all(STARTS[member.start].preserves_function for member in cohort.members.values())
+        self._move(cohort, Lifecycle.GRAFTING, step, "sanity: the branches may be grafted")
+        self.kasmina.graft(cohort)
+        if preserving:
+            self.kasmina.set_alpha(cohort, 1.0)  # a zero branch has nothing to ramp
+        else:
+            self._choose_scale(cohort)
+
+    def _grafting(self, cohort: Cohort, step: int) -> None:
+        gate = ramp_gate(alpha=cohort.alpha, target=1.0)
+        if gate.passed and step - cohort.entered >= self.config.graft.ramp_steps:
+            self._move(cohort, Lifecycle.STABILIZATION, step, gate.reason)
+        elif step - cohort.entered >= self.config.graft.timeout:
+            self.end(cohort, Lifecycle.CULLED, step, f"out of time: {gate.reason}")
+        elif not gate.passed:
+            self._ramp(cohort)
+
+    def _stabilization(self, cohort: Cohort, step: int) -> None:
+        window = torch.stack(list(self.losses)).float().cpu().numpy() if self.losses else None
+        gate = stability_gate(window, steps=step - cohort.entered, min_steps=self.config.graft.stabilize_steps)
+        if gate.passed:
+            self._move(cohort, Lifecycle.EVALUATING, step, gate.reason)
+        elif step - cohort.entered >= self.config.graft.timeout:
+            self.end(cohort, Lifecycle.CULLED, step, f"out of time: {gate.reason}")
+
+    def _evaluating(self, cohort: Cohort, step: int) -> None:
+        before = self.ledger.spent["evidence"]
+        judged = self.judge.evaluate(cohort.number, cohort.sites)
+        self._note_gain(cohort, judged.result)
+        self.emit(
+            Judged(
+                step=step, cohort=cohort.number, stage="evaluate", sites=cohort.sites, gain=judged.result.mean,
+                gain_low=judged.result.low, gain_high=judged.result.high, gain_shrunken=self._shrunken(judged.result),
+                e_value=judged.e_value, e_threshold=judged.threshold, confirm_p=judged.confirm_p,
+                num_batches=judged.num_batches, accepted=judged.gate.passed, added_params=cohort.added_params,
+                added_flops_share=cohort.added_flops_share, flops=self.ledger.spent["evidence"] - before,
+                reason=judged.gate.reason,
+            )
+        )  # fmt: skip
+        if judged.gate.passed:
+            self._move(cohort, Lifecycle.FINE_TUNING, step, judged.gate.reason)
+        else:
+            self.end(cohort, Lifecycle.CULLED, step, judged.gate.reason)
+
+    def _fine_tuning(self, cohort: Cohort, step: int) -> None:
+        if step - cohort.entered < self.config.graft.fine_tune_steps:
+            return
+        before = self.ledger.spent["evidence"]
+        result = self.judge.hold(cohort.number, cohort.sites)
+        per_cost = result.mean / self.held_out / max(cohort.added_flops_share, 1e-9)
+        gate = hold_gate(
+            gain_low=result.low, gain_per_cost=per_cost, min_gain_per_cost=self.config.evidence.min_gain_per_cost
+        )
+        self.emit(
+            Judged(
+                step=step, cohort=cohort.number, stage="hold", sites=cohort.sites, gain=result.mean,
+                gain_low=result.low, gain_high=result.high, gain_shrunken=self._shrunken(result), e_value=NAN,
+                e_threshold=NAN, confirm_p=NAN, num_batches=result.num, accepted=gate.passed,
+                added_params=cohort.added_params, added_flops_share=cohort.added_flops_share,
+                flops=self.ledger.spent["evidence"] - before, reason=gate.reason,
+            )
+        )  # fmt: skip
+        if gate.passed:
+            self._finish(cohort, Lifecycle.FOSSILIZED, step, gate.reason)
+        else:
+            self.end(cohort, Lifecycle.CULLED, step, gate.reason)
+
+    def _fading(self, cohort: Cohort, step: int) -> None:
+        """A culled or cancelled branch leaves over ``cull_steps`` steps, so that the host can follow."""
+        cohort.fading += 1
+        left = max(0.0, 1.0 - cohort.fading / max(1, self.config.graft.cull_steps))
+        self.kasmina.set_alpha(cohort, cohort.fading_from * left)
+        if left == 0.0:
+            self.kasmina.remove(cohort, step, self.config.graft.embargo)
+
+    _STAGES = {  # noqa: RUF012  (a constant table)
+        Lifecycle.GERMINATED: _germinated,
+        Lifecycle.TRAINING: _training,
+        Lifecycle.GRAFTING: _grafting,
+        Lifecycle.STABILIZATION: _stabilization,
+        Lifecycle.EVALUATING: _evaluating,
+        Lifecycle.FINE_TUNING: _fine_tuning,
+        Lifecycle.CULLED: _fading,
+        Lifecycle.CANCELLED: _fading,
+    }
+
+    # ---------------------------------------------------------------------------------------------- ends
+
+    def end(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
+        """Bring a cohort to ``CULLED``, ``CANCELLED`` or ``ROLLED_BACK``; a branch in the forward fades out, or
+        leaves at once on a rollback."""
+        in_forward = cohort.state >= Lifecycle.GRAFTING and cohort.alpha > 0
+        cohort.paused = False
+        cohort.fading_from = cohort.alpha
+        self._conclude(cohort, target, step, reason)
+        if target is Lifecycle.ROLLED_BACK or not in_forward:
+            self.kasmina.remove(cohort, step, self.config.graft.embargo)
+
+    def _finish(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
+        self._report_move(cohort, target, step, reason)
+        self._add_verdict(cohort, target, step, reason)
+        self.kasmina.fossilise(cohort, step, self.clock.hosts)
+
+    def _conclude(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
+        self._move(cohort, target, step, reason)
+        self._add_verdict(cohort, target, step, reason)
+        for name in cohort.sites:
+            self.kasmina.sites[name].capture = None
+
+    def _add_verdict(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
+        gain, low, high = cohort.gain
+        self.verdicts.append(
+            Verdict(
+                cohort=cohort.number, step=step, state=target, sites=cohort.sites, gain=gain, gain_low=low,
+                gain_high=high, added_params=cohort.added_params, added_flops_share=cohort.added_flops_share,
+                reason=reason,
+            )
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------------------------------------- how
+
+    def _fit(self, cohort: Cohort, name: str, step: int) -> Gate:
+        site, member = self.kasmina.sites[name], cohort.members[name]
+        start, bank = STARTS[member.start], site.banks[cohort.number]
+        rows = site.capture.rows() if site.capture is not None and start.needs_rows else None
+        if rows is not None and site.telemetry is not None and rows.g.numel():
+            site.telemetry.record_gradient(rows.g, site.geometry.feature_axis)
+        member.report = start.prepare(bank, rows, self.config.fit, self.kasmina.generator)
+        self.ledger.add("fit", member.report.flops)
+        report = member.report
+        self.emit(
+            Fitted(
+                step=step, cohort=cohort.number, seed_id=int(self.kasmina.table.seed_id[member.slots[0]]), site=name,
+                start=member.start, explained=report.explained, t_statistic=report.t_statistic, scale=NAN,
+                flops=report.flops,
+            )
+        )  # fmt: skip
+        return sanity_gate(
+            start.sanity,
+            t_statistic=report.t_statistic,
+            explained=report.explained,
+            min_t=self.config.fit.min_t,
+            max_unexplained=self.config.fit.reconstruction_threshold,
+            capture_age=step - cohort.captured_at,
+            max_age=self.config.capture.max_age,
+        )
+
+    def _drop(self, cohort: Cohort, name: str, step: int, gate: Gate) -> None:
+        """One site's seeds fail the sanity test: they are culled, the others go on."""
+        if len(cohort.members) == 1:
+            self.end(cohort, Lifecycle.CULLED, step, f"{name}: {gate.reason}")
+            cohort.members.clear()
+            return
+        slots = cohort.members[name].slots
+        self._emit_move(cohort, slots, Lifecycle.CULLED, step, f"{name}: {gate.reason}")
+        self.kasmina.drop_member(cohort, name, step, self.config.graft.embargo)
+
+    def _choose_scale(self, cohort: Cohort) -> None:
+        """Size of a fitted branch by real forward losses; zero (features kept, output zero) if none helps."""
+        banks = [self.kasmina.sites[name].banks[cohort.number] for name in cohort.sites]
+        best, least = 0.0, self.judge.calibration_loss()
+        for scale in self.config.fit.scales:
+            for bank in banks:
+                bank.alpha.fill_(scale)
+            loss = self.judge.calibration_loss()
+            if math.isfinite(loss) and loss < least:
+                best, least = scale, loss
+        for bank in banks:
+            bank.alpha.fill_(cohort.alpha)
+            bank.scale_output(best)
+        if best == 0.0:
+            self.kasmina.set_alpha(cohort, 1.0)
+
+    def _ramp(self, cohort: Cohort) -> None:
+        strategy = STRATEGIES[cohort.strategy]
+        alphas: list[float] = []
+        for name in cohort.sites:
+            context = GraftContext(
+                alpha=cohort.alpha,
+                ramped=cohort.ramped,
+                weights=self.clock.weights(name),
+                memory=cohort.memory.setdefault(name, {}),
+            )
+            alphas.append(strategy.advance(context, self.config.graft).alpha)
+        alpha = min(alphas)  # the site that drifts most holds the others: they are judged together
+        if alpha > cohort.alpha:
+            cohort.ramped += 1
+            self.kasmina.set_alpha(cohort, alpha)
+
+    def _note_gain(self, cohort: Cohort, result: PairedResult) -> None:
+        cohort.gain = (result.mean, result.low, result.high)
+
+    def _shrunken(self, result: PairedResult) -> float:
+        """Gain shrunk towards the run's other judged gains (the best of many looks is too good)."""
+        past = [v for v in self.verdicts if math.isfinite(v.gain) and math.isfinite(v.gain_low)]
+        error = (result.high - result.low) / 4
+        if not math.isfinite(result.mean) or error <= 0:
+            return result.mean
+        gains = [v.gain for v in past] + [result.mean]
+        errors = [max((v.gain_high - v.gain_low) / 4, 1e-12) for v in past] + [error]
+        return float(shrink_gains(gains, errors)[-1])
+
+    def _move(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
+        source = cohort.state
+        self.kasmina.move(cohort, target, step)
+        self._emit(cohort, cohort.seed_ids, source, target, step, reason)
+
+    def _report_move(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
+        self._emit(cohort, cohort.seed_ids, cohort.state, target, step, reason)
+
+    def _emit_move(self, cohort: Cohort, slots: Iterable[int], target: Lifecycle, step: int, reason: str) -> None:
+        ids = tuple(int(self.kasmina.table.seed_id[slot]) for slot in slots)
+        self._emit(cohort, ids, cohort.state, target, step, reason)
+
+    def _emit(
+        self, cohort: Cohort, ids: tuple[int, ...], source: Lifecycle, target: Lifecycle, step: int, reason: str
+    ) -> None:
+        self.emit(
+            Transitioned(
+                step=step, cohort=cohort.number, seeds=ids, source=source, target=target, alpha=cohort.alpha,
+                reason=reason,
+            )
+        )  # fmt: skip

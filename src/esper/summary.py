@@ -1,0 +1,86 @@
+"""A run in words: what ``print(grower)`` and ``grower.report()`` show."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from esper.protocol import Lifecycle, Verdict
+
+if TYPE_CHECKING:
+    from esper.grower import Grower
+
+
+def describe(grower: Grower) -> str:
+    """At most 15 lines: coverage, what was skipped and why, what is alive."""
+    kasmina, infos = grower.kasmina, grower.sites()
+    covered = sum(info.weights for info in infos) / max(1, kasmina.host_params)
+    grown = kasmina.params - kasmina.host_params
+    lines = [
+        f"Grower: {len(infos)} sites covering {min(1.0, covered):.0%} of weights | "
+        f"{kasmina.host_params:,} host parameters, {grown:,} grown | state_dict keys unchanged"
+    ]
+    for info in infos[:6]:
+        units = kasmina.units(info.name)
+        inner = f"{info.hidden_features} hidden" if info.hidden_features else "layer"
+        lines.append(f"  {info.name}: {info.in_features} -> {inner} (+{units}) -> {info.out_features}")
+    if len(infos) > 6:
+        lines.append(f"  ... and {len(infos) - 6} more: grower.sites()")
+    skipped = grower.discovery.skipped
+    if skipped:
+        lines.append(f"skipped {len(skipped)}:")
+        lines += [f"  {item.name}: {item.reason}" for item in skipped[:4]]
+        if len(skipped) > 4:
+            lines.append(f"  ... and {len(skipped) - 4} more: grower.discovery.skipped")
+    kept = sum(verdict.state is Lifecycle.FOSSILIZED for verdict in grower.verdicts)
+    status = f"stopped: {grower.stopped}" if grower.stopped else "growing"
+    lines.append(f"{len(kasmina.cohorts)} cohorts alive, {kept} of {len(grower.verdicts)} kept | {status}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run grew, where, what it gained and what it cost."""
+
+    verdicts: tuple[Verdict, ...]
+    widths: dict[str, int]
+    host_params: int
+    params: int
+    held_out: float
+    flops: dict[str, float]
+    stopped: str | None
+
+    @classmethod
+    def of(cls, grower: Grower) -> Report:
+        kasmina = grower.kasmina
+        widths = {
+            info.name: info.hidden_features + kasmina.sites[info.name].grown_units
+            for info in grower.sites()
+            if info.kind.is_span
+        }
+        return cls(
+            verdicts=grower.verdicts,
+            widths=widths,
+            host_params=kasmina.host_params,
+            params=kasmina.params,
+            held_out=grower.held_out,
+            flops=dict(grower.ledger.spent),
+            stopped=grower.stopped,
+        )
+
+    def __str__(self) -> str:
+        total = max(1.0, sum(self.flops.values()))
+        lines = [
+            f"{self.host_params:,} -> {self.params:,} parameters ({self.params / self.host_params - 1:+.0%}), "
+            f"held-out loss {self.held_out:.4g}",
+            "cost: " + ", ".join(f"{part} {flops / total:.1%}" for part, flops in self.flops.items()),
+        ]
+        for verdict in self.verdicts:
+            word = {Lifecycle.FOSSILIZED: "KEPT", Lifecycle.CULLED: "REJECTED"}.get(verdict.state, verdict.state.name)
+            gain = f"{-verdict.gain:+.4f}" if math.isfinite(verdict.gain) else "not measured"
+            lines.append(
+                f"step {verdict.step}: {word} {', '.join(verdict.sites)}: {gain} for {verdict.added_params:,} parameters"
+            )
+        lines.append(f"stopped: {self.stopped}" if self.stopped else "growth has not stopped")
+        return "\n".join(lines)

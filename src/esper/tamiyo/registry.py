@@ -1,0 +1,74 @@
+"""What a controller is, and the names they go by."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from esper.config import TamiyoConfig
+from esper.errors import ConfigError, UnknownNameError
+from esper.protocol import Command, Observation
+
+
+class Controller(Protocol):
+    """Maps an observation to commands, once a decision point.
+
+    A controller is deterministic given its configuration, its state and the observation. Commands are requests: a gate
+    may refuse any of them, and a refusal shows only in what the next observation holds.
+    """
+
+    def decide(self, observation: Observation) -> tuple[Command, ...]:
+        """Return the commands for this decision point, in the order they should be applied; none is ordinary."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that :meth:`load` needs, as JSON-ready plain values."""
+        ...
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` returned; raises ``ConfigError`` and changes nothing if it does not fit."""
+        ...
+
+
+class ControllerFactory(Protocol):
+    """Builds a controller; usually its class."""
+
+    def __call__(self, config: TamiyoConfig, *, seed: int) -> Controller: ...
+
+
+_FACTORIES: dict[str, ControllerFactory] = {}
+
+F = TypeVar("F", bound=ControllerFactory)
+
+
+def register_controller(name: str) -> Callable[[F], F]:
+    """Class decorator: file a controller under ``name``; a taken name raises ``ConfigError``."""
+
+    def decorator(factory: F) -> F:
+        if name in _FACTORIES:
+            raise ConfigError(f"controller names must be unique, got {name!r} twice; choose another name")
+        _FACTORIES[name] = factory
+        return factory
+
+    return decorator
+
+
+def known_controllers() -> tuple[str, ...]:
+    """Return all registered names, sorted."""
+    return tuple(sorted(_FACTORIES))
+
+
+def make_controller(name: str, config: TamiyoConfig, *, seed: int = 0) -> Controller:
+    """Build the controller called ``name``; ``seed`` starts its own generator, if it has one.
+
+    Raises
+    ------
+    UnknownNameError
+        No controller of that name; the message lists the known and the near ones.
+    """
+    if name not in _FACTORIES:
+        near = difflib.get_close_matches(name, _FACTORIES, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise UnknownNameError(f"no controller is called {name!r}; {hint}known: {', '.join(known_controllers())}")
+    return _FACTORIES[name](config, seed=seed)

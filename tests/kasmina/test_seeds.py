@@ -1,0 +1,482 @@
+"""The seed table against a slow model of plain dictionaries; refusals leave no trace; a million chunks are ordinary."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from esper.errors import ConfigError, DataError, EsperError, SiteError, TransitionError
+from esper.kasmina.chunks import chunk_bounds
+from esper.kasmina.seeds import MAX_EPOCHS, SeedTable
+from esper.protocol import Lifecycle as L
+
+pytestmark = pytest.mark.unit
+
+LEADS_TO = {
+    L.GERMINATED: {L.TRAINING, L.CANCELLED, L.ROLLED_BACK},
+    L.TRAINING: {L.GRAFTING, L.CULLED, L.CANCELLED, L.ROLLED_BACK},
+    L.GRAFTING: {L.STABILIZATION, L.CULLED, L.CANCELLED, L.ROLLED_BACK},
+    L.STABILIZATION: {L.EVALUATING, L.CULLED, L.CANCELLED, L.ROLLED_BACK},
+    L.EVALUATING: {L.FINE_TUNING, L.CULLED, L.CANCELLED, L.ROLLED_BACK},
+    L.FINE_TUNING: {L.FOSSILIZED, L.CULLED, L.CANCELLED, L.ROLLED_BACK},
+}
+ENDS = (L.FOSSILIZED, L.CULLED, L.CANCELLED, L.ROLLED_BACK)
+WAY = (L.TRAINING, L.GRAFTING, L.STABILIZATION, L.EVALUATING, L.FINE_TUNING, L.FOSSILIZED)
+BRANCH_IN_SLOT = (L.GRAFTING, L.STABILIZATION, L.EVALUATING, L.FINE_TUNING, L.CULLED, L.CANCELLED)
+FREE = {
+    "lifecycle": 0, "site": -1, "cohort": -1, "seed_id": -1, "blueprint": -1, "epochs_in_state": 0, "strategy": -1,
+    "alpha": 0.0, "born": -1, "entered": -1, "paused": False, "width": 0, "num_chunks": 0,
+}  # fmt: skip
+CODES = {"cohort": 1, "blueprint": 2, "strategy": 3, "width": 8}
+
+
+def _bytes(table: SeedTable) -> dict[str, tuple[str, bytes]]:
+    return {name: (str(a.dtype), a.tobytes()) for name, a in table.to_dict().items()}
+
+
+def _move(table: SeedTable, slots: Any, last: L, step: int = 1) -> None:
+    """Take germinated seeds along the ordinary way up to a state."""
+    for state in WAY[: WAY.index(last) + 1]:
+        table.transition(slots, state, step)
+
+
+def _table() -> SeedTable:
+    return SeedTable([10, 7], [5, 7], capacity=2)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Against a reference model
+
+
+class SeedTableMachine(RuleBasedStateMachine):
+    """Every rule may be illegal; the model says whether it is, and a refused call must not change a byte."""
+
+    features, chunks = (10, 7, 6), (5, 7, 1)
+
+    @initialize()
+    def start(self) -> None:
+        self.table = SeedTable(self.features, self.chunks, capacity=1)
+        self.seeds: dict[int, dict[str, Any]] = {}
+        self.owner: dict[tuple[int, int], int] = {}
+        self.embargo: dict[tuple[int, int], int] = {}
+        self.generation: dict[tuple[int, int], int] = {}
+        self.step = 0
+        self.ids = 0
+
+    def attempt(self, legal: bool, call: Any) -> Any:
+        before = _bytes(self.table)
+        if legal:
+            return call()
+        with pytest.raises(EsperError) as caught:
+            call()
+        assert ", got " in str(caught.value) or " leads to " in str(caught.value)
+        assert _bytes(self.table) == before
+        return None
+
+    def live(self, slots: list[int]) -> bool:
+        return all(slot in self.seeds for slot in slots)
+
+    def some(self, picks: list[int]) -> list[int]:
+        """Slots that mostly hold a seed; a pick of 0 may not."""
+        held = sorted(self.seeds)
+        return [held[p % len(held)] if p and held else p % 3 for p in picks]
+
+    wanted = st.lists(st.tuples(st.integers(-1, 3), st.lists(st.integers(-1, 7), max_size=3)), min_size=1, max_size=3)
+    picks = st.lists(st.integers(0, 30), min_size=1, max_size=3)
+
+    def germinate(self, wanted: list[tuple[int, list[int]]], cohort: int, blueprint: int) -> None:
+        pairs = [(site, chunk) for site, chunks in wanted for chunk in chunks]
+        legal = blueprint <= 32_767 and all(chunks for _, chunks in wanted) and len(set(pairs)) == len(pairs)
+        legal = legal and all(
+            0 <= s < 3
+            and 0 <= c < self.chunks[s]
+            and (s, c) not in self.owner
+            and self.embargo.get((s, c), 0) <= self.step
+            for s, c in pairs
+        )
+        slots = self.attempt(
+            legal,
+            lambda: self.table.germinate_many(
+                [site for site, _ in wanted],
+                np.array([c for _, chunks in wanted for c in chunks], dtype=np.int64),
+                [len(chunks) for _, chunks in wanted],
+                cohort=cohort, blueprint=blueprint, strategy=2, width=[4] * len(wanted), step=self.step,
+            ),
+        )  # fmt: skip
+        if not legal:
+            return
+        for slot, (site, chunks) in zip(slots.tolist(), wanted, strict=True):
+            assert slot not in self.seeds
+            self.seeds[slot] = {
+                "lifecycle": L.GERMINATED, "site": site, "cohort": cohort, "seed_id": self.ids, "blueprint": blueprint,
+                "epochs_in_state": 0, "strategy": 2, "alpha": 0.0, "born": self.step, "entered": self.step,
+                "paused": False, "width": 4, "num_chunks": len(chunks),
+            }  # fmt: skip
+            self.ids += 1
+            self.owner.update({(site, chunk): slot for chunk in chunks})
+
+    @rule(wanted=wanted, cohort=st.integers(0, 3), blueprint=st.sampled_from([0, 7, 40_000]))
+    def germinate_anything(self, wanted: list[tuple[int, list[int]]], cohort: int, blueprint: int) -> None:
+        self.germinate(wanted, cohort, blueprint)
+
+    @rule(site=st.integers(0, 2), count=st.integers(1, 3), cohort=st.integers(0, 3))
+    def germinate_free_chunks(self, site: int, count: int, cohort: int) -> None:
+        free = self.table.free_chunks(site, self.step).tolist()
+        self.germinate([(site, free[:count])], cohort, 7)
+
+    @rule(picks=picks, state=st.sampled_from(L))
+    def transition_anything(self, picks: list[int], state: L) -> None:
+        self.transition(self.some(picks), state)
+
+    @rule(pick=st.integers(1, 30), which=st.integers(0, 3), skip=st.booleans())
+    def transition_as_the_table_says(self, pick: int, which: int, skip: bool) -> None:
+        (slot,) = self.some([pick])
+        successors = sorted(LEADS_TO.get(self.seeds.get(slot, {}).get("lifecycle", L.DORMANT), {L.GERMINATED}))
+        self.transition([slot], successors[0 if skip else which % len(successors)])
+
+    def transition(self, slots: list[int], target: L) -> None:
+        legal = self.live(slots) and all(target in LEADS_TO.get(self.seeds[s]["lifecycle"], set()) for s in slots)
+        self.attempt(legal, lambda: self.table.transition(slots, target, self.step))
+        for slot in slots if legal else []:
+            seed = self.seeds[slot]
+            seed.update(lifecycle=target, epochs_in_state=0, entered=self.step)
+            if target in ENDS:
+                seed["paused"] = False
+            if target == L.ROLLED_BACK:
+                seed["alpha"] = 0.0
+
+    @rule(picks=picks, embargo=st.integers(-1, 20))
+    def release(self, picks: list[int], embargo: int) -> None:
+        ended = [s for s, seed in self.seeds.items() if seed["lifecycle"] in ENDS]
+        slots = ended[:2] if ended and picks[0] % 2 else self.some(picks)
+        legal = embargo >= 0 and self.live(slots)
+        for slot in slots if legal else []:
+            state, alpha = self.seeds[slot]["lifecycle"], self.seeds[slot]["alpha"]
+            legal = legal and state in ENDS and (state == L.FOSSILIZED or alpha == 0)
+        self.attempt(legal, lambda: self.table.release(slots, self.step, embargo))
+        for slot in set(slots) if legal else ():
+            seed = self.seeds.pop(slot)
+            for place in [place for place, owner in self.owner.items() if owner == slot]:
+                del self.owner[place]
+                if seed["lifecycle"] == L.FOSSILIZED:
+                    self.generation[place] = self.generation.get(place, 0) + 1
+                else:
+                    self.embargo[place] = self.step + embargo
+
+    @rule(n=st.sampled_from([1, 3, 20_000, 70_000]), picks=st.none() | picks)
+    def tick(self, n: int, picks: list[int] | None) -> None:
+        slots = None if picks is None else self.some(picks)
+        legal = slots is None or self.live(slots)
+        self.attempt(legal, lambda: self.table.tick(slots, n))
+        for slot in set(self.seeds if slots is None else slots) if legal else ():
+            seed = self.seeds[slot]
+            if not seed["paused"]:
+                seed["epochs_in_state"] = min(seed["epochs_in_state"] + n, 32_767)
+
+    @rule(picks=picks, paused=st.booleans())
+    def pause(self, picks: list[int], paused: bool) -> None:
+        slots = self.some(picks)
+        legal = self.live(slots) and not any(self.seeds[s]["lifecycle"] in ENDS for s in slots)
+        self.attempt(legal, lambda: self.table.set_paused(slots, paused))
+        for slot in slots if legal else []:
+            self.seeds[slot]["paused"] = paused
+
+    @rule(picks=picks, alpha=st.sampled_from([0.0, 0.0, 0.5, 1.0, float("nan"), float("inf"), 1e300]))
+    def alpha(self, picks: list[int], alpha: float) -> None:
+        slots = self.some(picks)
+        legal = alpha <= 1 and self.live(slots)
+        legal = legal and (alpha == 0 or all(self.seeds[s]["lifecycle"] in BRANCH_IN_SLOT for s in slots))
+        self.attempt(legal, lambda: self.table.set_alpha(slots, alpha))
+        for slot in slots if legal else []:
+            self.seeds[slot]["alpha"] = alpha
+
+    @rule(steps=st.integers(1, 15))
+    def advance(self, steps: int) -> None:
+        self.step += steps
+
+    @rule()
+    def save_and_load(self) -> None:
+        loaded = SeedTable.from_dict(self.table.to_dict())
+        assert _bytes(loaded) == _bytes(self.table)
+        self.table = loaded
+
+    @invariant()
+    def equals_the_model(self) -> None:
+        table = self.table
+        table.check_invariants()
+        for slot in range(table.capacity):
+            expected = self.seeds.get(slot, FREE)
+            assert {name: getattr(table, name)[slot].item() for name in FREE} == expected
+        active = sorted(s for s, seed in self.seeds.items() if seed["lifecycle"] not in ENDS)
+        assert table.alive().tolist() == active
+        assert table.occupied().tolist() == sorted(self.seeds)
+        for cohort in range(4):
+            members = sorted(s for s, seed in self.seeds.items() if seed["cohort"] == cohort)
+            assert sorted(table.slots_of(cohort).tolist()) == members
+        for site, count in enumerate(self.chunks):
+            rows = []
+            for place in ((site, chunk) for chunk in range(count)):
+                row = table.offsets[site] + place[1]
+                assert table.owner[row] == self.owner.get(place, -1)
+                assert table.embargo_until[row] == self.embargo.get(place, 0)
+                assert table.generation[row] == self.generation.get(place, 0)
+                seed = self.seeds.get(self.owner.get(place, -1), FREE)
+                rows.append([seed[n] for n in ("lifecycle", "blueprint", "epochs_in_state", "strategy")])
+            assert table.state_tensor(site).tolist() == rows
+            free = [
+                c for c in range(count)
+                if (site, c) not in self.owner and self.embargo.get((site, c), 0) <= self.step
+            ]  # fmt: skip
+            assert table.free_chunks(site, self.step).tolist() == free
+            assert table.num_free_chunks(self.step)[site] == len(free)
+
+
+TestSeedTableMachine = SeedTableMachine.TestCase
+TestSeedTableMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSeedTableMachine.pytestmark = [pytest.mark.unit]  # type: ignore[attr-defined]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# By hand
+
+
+def test_a_whole_life_ends_in_the_next_generation() -> None:
+    table = _table()
+    slot = table.germinate(1, [2, 4], **CODES, step=5)
+    assert table.chunks_of(slot).tolist() == [2, 4]
+    assert table.columns(slot).tolist() == [2, 4]
+    _move(table, [slot], L.FINE_TUNING, step=9)
+    table.set_alpha([slot], 1.0)
+    table.tick(n=3)
+    assert table.state_tensor(1)[2].tolist() == [L.FINE_TUNING, 2, 3, 3]
+    table.transition([slot], L.FOSSILIZED, 12)
+    table.release([slot], 12, embargo=100)
+    assert table.generation[table.offsets[1] :].tolist() == [0, 0, 1, 0, 1, 0, 0]
+    assert table.free_chunks(1, 12).tolist() == list(range(7))  # a fossil's chunks do not rest
+    assert table.germinate(1, [2], **CODES, step=12) == slot  # the slot is used again ...
+    assert table.seed_id[slot] == 1  # ... the id is not
+
+
+def test_columns_of_a_chunk_of_several_features() -> None:
+    table = _table()
+    assert table.columns(table.germinate(0, [0, 3], **CODES, step=0)).tolist() == [0, 1, 6, 7]
+
+
+def test_a_culled_seed_must_fade_before_its_release_and_its_chunks_rest() -> None:
+    table = _table()
+    slot = table.germinate(0, [1], **CODES, step=0)
+    _move(table, [slot], L.GRAFTING)
+    table.set_alpha([slot], 0.5)
+    table.set_paused([slot], True)
+    table.transition([slot], L.CULLED, 3)
+    assert not table.paused[slot]
+    with pytest.raises(TransitionError, match=r"alpha must be 0 .* \(alpha 0.5\); ramp it down first"):
+        table.release([slot], 3, embargo=10)
+    table.set_alpha([slot], 0.0)
+    table.release([slot], 4, embargo=10)
+    assert table.free_chunks(0, 13).tolist() == [0, 2, 3, 4]
+    assert table.free_chunks(0, 14).tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(SiteError, match="must not rest under an embargo, got chunk 1 of site 0"):
+        table.germinate(0, [1], **CODES, step=13)
+
+
+def test_a_rollback_takes_effect_at_once() -> None:
+    table = _table()
+    slot = table.germinate(0, [1], **CODES, step=0)
+    _move(table, [slot], L.EVALUATING)
+    table.set_alpha([slot], 1.0)
+    table.transition([slot], L.ROLLED_BACK, 3)
+    assert table.alpha[slot] == 0
+    table.release([slot], 3, embargo=0)
+    assert table.occupied().size == 0
+
+
+def test_one_illegal_seed_refuses_all() -> None:
+    table = _table()
+    slots = table.germinate_many([0, 0, 1], [0, 1, 0], [1, 1, 1], **CODES, step=0)
+    table.transition(slots[:1], L.TRAINING, 1)
+    before = _bytes(table)
+    with pytest.raises(TransitionError, match="TRAINING -> TRAINING"):
+        table.transition(slots, L.TRAINING, 2)
+    assert _bytes(table) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda t: t.germinate(0, [0], **CODES, step=0), SiteError, "no live seed, got chunk 0 of site 0"),
+        (lambda t: t.germinate(0, [1, 1], **CODES, step=0), SiteError, "can be named once, got chunk 1"),
+        (lambda t: t.germinate(0, [5], **CODES, step=0), SiteError, r"must exist at its site, got chunk 5"),
+        (lambda t: t.germinate(2, [0], **CODES, step=0), SiteError, "a site must be between 0 and 1, got 2"),
+        (lambda t: t.germinate(0, [], **CODES, step=0), SiteError, "at least one chunk"),
+        (
+            lambda t: t.germinate(0, [1], **{**CODES, "strategy": 128}, step=0),
+            ConfigError,
+            "between 0 and 127, got 128",
+        ),
+        (lambda t: t.germinate(0, [1], **{**CODES, "width": -1}, step=0), ConfigError, "width must be between 0"),
+        (lambda t: t.germinate(0, [1], **{**CODES, "cohort": [1, 2]}, step=0), ConfigError, "one value or 1, got 2"),
+        (lambda t: t.germinate(0, [1], **CODES, step=-1), ConfigError, "step must be between 0"),
+        (lambda t: t.germinate(0, [1.5], **CODES, step=0), ConfigError, "chunks must be integers"),
+        (lambda t: t.transition([1], L.TRAINING, 0), TransitionError, "a slot must hold a seed, got 1"),
+        (lambda t: t.transition([-1], L.TRAINING, 0), TransitionError, "a slot must hold a seed, got -1"),
+        (lambda t: t.transition([99], L.TRAINING, 0), TransitionError, "a slot must hold a seed, got 99"),
+        (lambda t: t.transition([True], L.TRAINING, 0), ConfigError, "slots must be integers, got bool"),
+        (lambda t: t.release([0], 0, 0), TransitionError, "only a seed at an end state .* slot 0 in GERMINATED"),
+        (lambda t: t.set_alpha([0], 0.5), TransitionError, "slot 0 in GERMINATED"),
+        (lambda t: t.set_alpha([0], float("nan")), ConfigError, "alpha must be finite, got nan"),
+        (lambda t: t.tick(n=-1), ConfigError, "n must be between 0"),
+        (lambda t: t.chunks_of(1), TransitionError, "a slot must hold a seed, got 1"),
+        (lambda t: t.state_tensor(-1), SiteError, "a site must be between 0 and 1, got -1"),
+    ],
+)
+def test_a_refusal_names_rule_and_value_and_changes_nothing(change: Any, error: type[Exception], words: str) -> None:
+    table = _table()
+    table.germinate(0, [0], **CODES, step=0)
+    before = _bytes(table)
+    with pytest.raises(error, match=words):
+        change(table)
+    assert _bytes(table) == before
+
+
+def test_a_seed_at_its_end_cannot_be_paused() -> None:
+    table = _table()
+    slot = table.germinate(0, [0], **CODES, step=0)
+    table.transition([slot], L.CANCELLED, 1)
+    with pytest.raises(TransitionError, match="only an active seed can be paused, got slot 0 in CANCELLED"):
+        table.set_paused([slot], True)
+
+
+def test_no_slots_is_no_change() -> None:
+    table = _table()
+    before = _bytes(table)
+    table.transition([], L.TRAINING, 0)
+    table.release([], 0, 5)
+    table.tick([])
+    assert _bytes(table) == before
+
+
+def test_steps_in_the_state_saturate() -> None:
+    table = _table()
+    slot = table.germinate(0, [0], **CODES, step=0)
+    for _ in range(3):
+        table.tick(n=20_000)
+    assert table.epochs_in_state[slot] == MAX_EPOCHS
+    table.tick(n=10**12)
+    assert table.epochs_in_state[slot] == MAX_EPOCHS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (([8], [9]), SiteError, "pass chunks=8 for one chunk a feature"),
+        (([8], [4, 4]), SiteError, "one chunk count a site"),
+        (([], []), SiteError, "at least one site"),
+        (([8], [4], 0), ConfigError, "capacity must be at least 1"),
+    ],
+)
+def test_a_table_that_cannot_be(arguments: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        SeedTable(*arguments)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def _poke(name: str, index: int, value: Any) -> Any:
+    def change(state: dict[str, np.ndarray]) -> None:
+        state[name][index] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda s: s.pop("alpha"), "has the arrays"),
+        (lambda s: s.update(extra=np.zeros(1)), "has the arrays"),
+        (lambda s: s.update(alpha=s["alpha"].astype(np.float64)), "alpha must be float32"),
+        (lambda s: s.update(owner=s["owner"][:-1]), "owner must be int32"),
+        (lambda s: s.update(next_seed_id=np.zeros(2, dtype=np.int64)), "one next_seed_id"),
+        (_poke("owner", 0, 77), "owner is not a slot"),
+        (_poke("lifecycle", 0, 11), "not a code of the table"),
+        (_poke("site", 0, 9), "sits at no site"),
+        (_poke("site", 0, 1), "seed of another site"),
+        (_poke("owner", 1, 1), "belongs to a free slot"),
+        (_poke("owner", 0, -1), "not as many as it took"),
+        (_poke("num_chunks", 0, 0), "a seed has no chunk"),
+        (_poke("lifecycle", 0, 0), "a seed is dormant"),
+        (_poke("width", 1, 3), "a free slot is not clean"),
+        (_poke("next_seed_id", 0, 0), "unique and below"),
+        (_poke("alpha", 0, float("nan")), "alpha is not finite"),
+        (_poke("alpha", 0, 0.5), "alpha is not 0 outside"),
+        (_poke("epochs_in_state", 0, -3), "negative"),
+        (_poke("entered", 0, 3), "before it was born"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(damage: Any, words: str) -> None:
+    table = _table()
+    table.germinate(0, [0], **CODES, step=7)
+    state = table.to_dict()
+    damage(state)
+    with pytest.raises(DataError, match=words):
+        SeedTable.from_dict(state)
+
+
+def test_a_paused_end_is_found() -> None:
+    table = _table()
+    slot = table.germinate(0, [0], **CODES, step=0)
+    table.transition([slot], L.CANCELLED, 1)
+    table.paused[slot] = True
+    with pytest.raises(AssertionError, match="a seed at an end is paused"):
+        table.check_invariants()
+
+
+def test_a_checkpoint_shares_no_memory_with_the_table() -> None:
+    table = _table()
+    state = table.to_dict()
+    loaded = SeedTable.from_dict(state)
+    table.germinate(0, [0], **CODES, step=0)
+    assert state["owner"].max() == -1 and loaded.owner.max() == -1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Size
+
+
+def test_thousands_of_seeds_and_a_million_chunks_are_ordinary() -> None:
+    """A loop over seeds or chunks in Python would take many times these bounds."""
+    sites, chunks = 128, 8192
+    table = SeedTable([chunks] * sites, [chunks] * sites)
+    started = time.process_time()
+    slots = table.germinate_many(np.full(chunks, 5), np.arange(chunks), np.ones(chunks, dtype=int), **CODES, step=0)
+    for state in WAY:
+        table.transition(slots, state, 1)
+    table.release(slots, 2, 10)
+    assert table.generation.sum() == chunks
+    assert time.process_time() - started < 0.5
+
+    everywhere = np.repeat(np.arange(sites), chunks), np.tile(np.arange(chunks), sites)
+    table.germinate_many(*everywhere, np.ones(sites * chunks, dtype=int), **CODES, step=0)
+    started = time.process_time()
+    table.tick()
+    elapsed = time.process_time() - started
+    assert (table.epochs_in_state == 1).sum() == sites * chunks == 1_048_576
+    assert elapsed < 0.1
+    started = time.process_time()
+    assert all((table.state_tensor(site)[:, 2] == 1).all() for site in range(sites))
+    assert time.process_time() - started < 1.0
+    table.check_invariants()
+
+
+def test_bounds_are_those_of_the_chunks_module() -> None:
+    table = _table()
+    assert np.array_equal(table.bounds[0], chunk_bounds(10, 5))
+    assert table.num_sites == 2 and table.capacity == 2

@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from esper.config import TamiyoConfig
+from esper.errors import ConfigError
+from esper.protocol import CohortView, Germinate, Lifecycle, Observation, Stop, Verdict
+from esper.tamiyo import HeuristicController
+from esper.tamiyo.heuristic import TEMPERS
+
+pytestmark = pytest.mark.unit
+
+Observe = Callable[..., Observation]
+View = Callable[[Lifecycle], CohortView]
+Build = Callable[..., Verdict]
+NAN = float("nan")
+
+IN_THE_WAY = [state for state in Lifecycle if Lifecycle.GERMINATED <= state <= Lifecycle.EVALUATING]
+NOT_IN_THE_WAY = [Lifecycle.FINE_TUNING, Lifecycle.CULLED, Lifecycle.ROLLED_BACK]
+
+
+def controller(temper: str = "balanced", seed: int = 0, **settings: object) -> HeuristicController:
+    return HeuristicController(TamiyoConfig(temper=temper, **settings), seed=seed)  # type: ignore[arg-type]
+
+
+def germinate(subject: HeuristicController, observation: Observation) -> Germinate:
+    (command,) = subject.decide(observation)
+    assert isinstance(command, Germinate)
+    return command
+
+
+def stop(subject: HeuristicController, observation: Observation) -> str:
+    (command,) = subject.decide(observation)
+    assert isinstance(command, Stop)
+    return command.reason
+
+
+def test_even_growth_over_all_spans(observe: Observe) -> None:
+    command = germinate(controller(), observe(spans=4, layers=2))
+    assert [plan.site for plan in command.seeds] == [f"blocks.{row}" for row in range(4)]
+    assert {plan.width for plan in command.seeds} == {32}
+    assert all(plan.chunks == () for plan in command.seeds)
+    assert all(plan.blueprint is plan.start is plan.strategy is None for plan in command.seeds)
+    assert command.reason == "even growth over 4 sites: +32 units each"
+
+
+def test_only_eligible_spans(observe: Observe) -> None:
+    command = germinate(controller(), observe(eligible=np.array([False, True, False, True])))
+    assert [plan.site for plan in command.seeds] == ["blocks.1", "blocks.3"]
+
+
+def test_layers_when_there_is_no_span(observe: Observe) -> None:
+    command = germinate(controller(), observe(spans=0, layers=1))
+    assert [(plan.blueprint, plan.width) for plan in command.seeds] == [("low_rank", 8)]
+    assert command.reason == "even growth over 1 site: +8 ranks each"
+
+
+def test_layers_only_when_no_span_is_about_to_come_free(observe: Observe, view: View) -> None:
+    busy = observe(spans=1, layers=1, eligible=np.array([False, True]), alive=(view(Lifecycle.FINE_TUNING),))
+    assert controller().decide(busy) == ()
+    embargo = dataclasses.replace(busy, alive=())
+    assert [plan.site for plan in germinate(controller(), embargo).seeds] == ["blocks.1"]
+
+
+def test_waits_when_nothing_is_eligible(observe: Observe) -> None:
+    assert controller().decide(observe(eligible=np.zeros(4, dtype=np.bool_))) == ()
+
+
+@pytest.mark.parametrize(("step", "germinates"), [(0, False), (99, False), (100, True), (600, True)])
+def test_first_and_last(observe: Observe, step: int, germinates: bool) -> None:
+    assert bool(controller().decide(observe(step=step))) == germinates
+
+
+def test_too_late(observe: Observe) -> None:
+    assert stop(controller(), observe(step=601)) == "too late to pay back: step 601 is past 60% of 1000 planned steps"
+    assert germinate(controller(), observe(step=10**9, total_steps=None))
+
+
+@pytest.mark.parametrize("state", IN_THE_WAY)
+def test_one_cohort_at_a_time(observe: Observe, view: View, state: Lifecycle) -> None:
+    assert controller().decide(observe(alive=(view(Lifecycle.FINE_TUNING), view(state)))) == ()
+
+
+@pytest.mark.parametrize("state", NOT_IN_THE_WAY)
+def test_next_cohort_beside_one_that_is_decided(observe: Observe, view: View, state: Lifecycle) -> None:
+    assert germinate(controller(), observe(alive=(view(state),)))
+
+
+def test_says_nothing_once_stopped(observe: Observe, verdict: Build) -> None:
+    bad = (verdict(Lifecycle.CULLED),) * 3
+    assert controller().decide(observe(stopped="by hand", step=900, verdicts=bad)) == ()
+
+
+def test_stops_on_verdicts_even_beside_a_living_cohort(observe: Observe, view: View, verdict: Build) -> None:
+    poor = (verdict(gain=0.001),) * 2
+    observation = observe(verdicts=poor, alive=(view(Lifecycle.TRAINING),), step=900)
+    assert stop(controller(), observation).startswith("gain per cost below threshold: 0.01 < 0.02 for 2 cohorts")
+
+
+def test_waits_while_the_measure_of_verdicts_is_unknown(observe: Observe, verdict: Build) -> None:
+    assert controller().decide(observe(verdicts=(verdict(),), held_out=NAN)) == ()
+    assert controller().decide(observe(verdicts=(verdict(Lifecycle.CULLED),) * 5, held_out=NAN)) == ()
+    assert germinate(controller(), observe(held_out=NAN))  # nothing to measure yet
+
+
+@pytest.mark.parametrize(
+    ("temper", "width", "patience", "threshold"),
+    [
+        ("conservative", 16, 1, 0.04),
+        ("balanced", 32, 2, 0.02),
+        ("aggressive", 48, 3, 0.01),
+        ("exploratory", None, 2, 0.02),
+    ],
+)
+def test_tempers(
+    observe: Observe, verdict: Build, temper: str, width: int | None, patience: int, threshold: float
+) -> None:
+    if width is not None:
+        assert germinate(controller(temper), observe()).seeds[0].width == width
+    poor = verdict(gain=0.099 * threshold, cost=0.1)
+    assert controller(temper).decide(observe(verdicts=(poor,) * (patience - 1), alive=(), step=10)) == ()
+    assert f"{threshold:.3g}" in stop(controller(temper), observe(verdicts=(poor,) * patience, step=10))
+    good = verdict(gain=0.101 * threshold, cost=0.1)
+    assert controller(temper).decide(observe(verdicts=(good,) * patience, step=10)) == ()
+
+
+def test_every_temper_of_the_configuration_is_known() -> None:
+    assert set(TEMPERS) == {"conservative", "balanced", "aggressive", "exploratory"}
+    assert controller("conservative", patience=5).patience == 1
+
+
+def test_parameter_budget_trims_evenly(observe: Observe) -> None:
+    # A unit of such a span has 129 parameters; there is room for 40 of them over 4 sites.
+    command = germinate(controller(), observe(budget_params=20_000 + 40 * 129))
+    assert [plan.width for plan in command.seeds] == [10] * 4
+
+
+def test_flops_budget_uses_stated_costs(observe: Observe) -> None:
+    stated = np.array([1e4, 1e4, 1e4, 1e4])
+    command = germinate(controller(), observe(budget_flops=4e6 + 20 * 1e4, unit_flops=stated))
+    assert [plan.width for plan in command.seeds] == [5] * 4
+
+
+def test_budget_reached(observe: Observe) -> None:
+    assert stop(controller(), observe(budget_params=20_100, budget_flops=5e6)) == (
+        "budget reached: 20000 of 20100 parameters and 4e+06 of 5e+06 forward FLOPs a step used, "
+        "and the next cohort needs more than is left"
+    )
+
+
+def test_leftovers_of_the_budget_are_no_second_cohort(observe: Observe, verdict: Build) -> None:
+    # Room for 8 of 128 units: worth it only as the first cohort.
+    ceiling = 20_000 + 8 * 129
+    assert [plan.width for plan in germinate(controller(), observe(budget_params=ceiling)).seeds] == [4, 4]
+    assert stop(controller(), observe(budget_params=ceiling, verdicts=(verdict(),))).startswith("budget reached")
+
+
+def test_unknown_present_cost_waits(observe: Observe) -> None:
+    assert controller().decide(observe(budget_flops=5e6, flops_per_step=NAN)) == ()
+
+
+def test_refused_germinations_shrink_and_then_stop(observe: Observe) -> None:
+    subject = controller()
+    assert [germinate(subject, observe()).seeds[0].width for _ in range(3)] == [32, 16, 8]
+    assert stop(subject, observe()) == "germination refused 3 times in a row; the refused events name the gate"
+
+
+def test_an_accepted_germination_forgets_refusals(observe: Observe, view: View, verdict: Build) -> None:
+    subject = controller()
+    germinate(subject, observe())
+    germinate(subject, observe())
+    assert subject.decide(observe(alive=(view(Lifecycle.TRAINING),))) == ()
+    assert germinate(subject, observe(verdicts=(verdict(),))).seeds[0].width == 32
+
+
+def test_exploration_varies_and_repeats(observe: Observe, view: View) -> None:
+    def play(seed: int) -> list[Germinate]:
+        subject, commands = controller("exploratory", seed), []
+        for _ in range(12):
+            commands.append(germinate(subject, observe(spans=6)))
+            subject.decide(observe(spans=6, alive=(view(Lifecycle.TRAINING),)))
+        return commands
+
+    commands = play(1)
+    assert commands == play(1) != play(2)
+    assert len({tuple(plan.site for plan in command.seeds) for command in commands}) > 3
+    assert len({plan.start for command in commands for plan in command.seeds}) > 1
+    assert len({plan.strategy for command in commands for plan in command.seeds}) > 1
+
+
+def test_exploration_does_not_fit_convolutions(observe: Observe) -> None:
+    for seed in range(20):
+        command = germinate(controller("exploratory", seed), observe(conv=True))
+        assert {plan.start for plan in command.seeds} <= {None, "random_zero"}
+
+
+def test_exploration_sometimes_holds_pressing_chunks_only(observe: Observe) -> None:
+    rng = np.random.default_rng(0)
+    chunks = {
+        "chunk_site": rng.integers(0, 4, 64),
+        "chunk_index": np.arange(64),
+        "chunk_pressure": np.sort(rng.random(64))[::-1],
+    }
+    commands = [germinate(controller("exploratory", seed), observe(**chunks)) for seed in range(30)]
+    held = [plan for command in commands for plan in command.seeds if plan.chunks]
+    assert 0 < len(held) < sum(len(command.seeds) for command in commands)
+    for plan in held:
+        assert all(chunks["chunk_site"][chunk] == int(plan.site.split(".")[1]) for chunk in plan.chunks)
+
+
+def test_state_round_trip(observe: Observe) -> None:
+    subject, again = controller("exploratory", 3), controller("exploratory", 3)
+    germinate(subject, observe())
+    germinate(subject, observe())
+    again.load(json.loads(json.dumps(subject.state())))
+    assert again.decide(observe()) == subject.decide(observe())
+    assert again.state() == subject.state()
+
+
+def test_foreign_state_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must have the keys"):
+        controller().load({"germinations": 1})
+
+
+@pytest.mark.parametrize("temper", ["balanced", "exploratory"])
+def test_a_million_chunks_in_milliseconds(observe: Observe, temper: str) -> None:
+    num = 1_000_000
+    rng = np.random.default_rng(0)
+    observation = observe(
+        spans=500,
+        chunk_site=rng.integers(0, 500, num),
+        chunk_index=rng.integers(0, 2000, num),
+        chunk_pressure=np.linspace(1, 0, num),
+    )
+    seeds = range(30) if temper == "exploratory" else range(1)
+    # The fastest of those that aim at chunks; a Python loop over a million of them takes far more than this.
+    times = []
+    for seed in seeds:
+        subject = controller(temper, seed)
+        begin = time.process_time()
+        command = germinate(subject, observation)
+        if temper == "balanced" or command.seeds[0].chunks:
+            times.append(time.process_time() - begin)
+    assert min(times) < 0.5
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    temper=st.sampled_from(sorted(TEMPERS)),
+    seed=st.integers(0, 3),
+    shape=st.tuples(st.integers(0, 5), st.integers(0, 3)),
+    step=st.integers(0, 1200),
+    held_out=st.sampled_from([0.5, NAN, math.inf, 0.0]),
+    room_params=st.none() | st.integers(-100, 40_000),
+    states=st.lists(st.sampled_from(list(Lifecycle)[1:]), max_size=3),
+    ended=st.lists(st.sampled_from(list(Lifecycle)[7:]), max_size=4),
+    data=st.data(),
+)
+def test_whatever_it_sees_it_asks_for_something_legal(
+    observe: Observe,
+    view: View,
+    verdict: Build,
+    temper: str,
+    seed: int,
+    shape: tuple[int, int],
+    step: int,
+    held_out: float,
+    room_params: int | None,
+    states: list[Lifecycle],
+    ended: list[Lifecycle],
+    data: st.DataObject,
+) -> None:
+    num = sum(shape)
+    observation = observe(
+        spans=shape[0],
+        layers=shape[1],
+        step=step,
+        held_out=held_out,
+        budget_params=None if room_params is None else 20_000 + room_params,
+        eligible=np.array(data.draw(st.lists(st.booleans(), min_size=num, max_size=num)), dtype=np.bool_),
+        alive=tuple(map(view, states)),
+        verdicts=tuple(map(verdict, ended)),
+    )
+    commands = controller(temper, seed).decide(observation)
+    assert len(commands) <= 1
+    for command in commands:
+        if isinstance(command, Stop):
+            assert command.reason
+            continue
+        assert isinstance(command, Germinate) and command.seeds
+        rows = [observation.site_names.index(plan.site) for plan in command.seeds]
+        assert observation.eligible[rows].all() and len(set(rows)) == len(rows)
+        assert 100 <= step <= 600 and not set(states) & set(IN_THE_WAY)
+        assert all(plan.width is not None and plan.width >= 4 for plan in command.seeds)
+        if room_params is not None:
+            units = [129 if plan.blueprint is None else 128 for plan in command.seeds]
+            assert sum((plan.width or 0) * unit for plan, unit in zip(command.seeds, units, strict=True)) <= room_params
