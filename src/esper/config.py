@@ -151,6 +151,8 @@ class EvidenceConfig:
     control: str = "projected"
     """What the branch is compared with: ``projected`` lets the host's own layer take over what it can express
     (see docs/decisions), ``plain`` just switches the branch off."""
+    accept: str = "evidence"
+    """``evidence`` judges every cohort; ``always`` keeps whatever reaches judgement (a control arm, not for use)."""
     projection_rows: int = 8192
     """Calibration rows for fitting the projected control."""
     min_gain_per_cost: float = 0.0
@@ -166,6 +168,12 @@ class EvidenceConfig:
             "evidence.calibration_share and confirm_share must be positive and leave room for the gate",
             (self.calibration_share, self.confirm_share),
             "use 0.2 and 0.3",
+        )
+        _check(
+            self.accept in ("evidence", "always"),
+            "evidence.accept must be evidence or always",
+            self.accept,
+            "use 'evidence'",
         )
         _check(
             self.control in ("projected", "plain"),

@@ -218,6 +218,11 @@ class Grower:
         return tuple(self.stages.verdicts)
 
     @property
+    def stopped_because(self) -> str:
+        """Why growth ended, in a sentence."""
+        return self.stopped or "growth has not stopped"
+
+    @property
     def held_out(self) -> float:
         """Latest held-out loss; NaN before the first decision."""
         return self.stages.held_out
@@ -239,6 +244,10 @@ class Grower:
         batch = self._evaluator.batches[0]
         exporting.check_equal(self.model, plain, self._evaluator.loss, batch, tolerance=allowed)
         return plain
+
+    def export_structure(self) -> dict[str, dict[str, int]]:
+        """The layers that :meth:`export` has widened, with their sizes."""
+        return exporting.structure(exporting.merged(self.model, self.kasmina), self.kasmina)
 
     def detach(self) -> None:
         """Remove every hook. Call :meth:`export` first to keep what was grown."""

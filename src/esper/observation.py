@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from esper.kasmina.blueprints import BLUEPRINTS, Cost
+from esper.kasmina.defaults import default_blueprint
 from esper.kasmina.execution import Kasmina
+from esper.kasmina.site import Site
 from esper.protocol import SITE_FEATURES, CohortView, Lifecycle, Observation, Verdict
 
 NUM_PRESSING = 64
@@ -37,6 +40,7 @@ def observe(
     grown = np.array([kasmina.units(name) for name in names], dtype=np.int64)
     rows, energies = _site_rows(kasmina, free / chunks, grown, verdicts, step)
     pressing = _pressing(energies)
+    costs = [_unit_cost(site) for site in kasmina.sites.values()]
     return Observation(
         step=step,
         total_steps=total_steps,
@@ -59,7 +63,17 @@ def observe(
         alive=tuple(_view(kasmina, number, step) for number in kasmina.cohorts),
         verdicts=tuple(verdicts),
         stopped=stopped,
+        unit_params=np.array([cost.params for cost in costs], dtype=np.float64),
+        unit_flops=np.array(
+            [cost.flops_per_row * kasmina.rows_per_step[name] for name, cost in zip(names, costs, strict=True)]
+        ),
     )
+
+
+def _unit_cost(site: Site) -> Cost:
+    """What one more unit over all columns costs with the site kind's default blueprint."""
+    blueprint = BLUEPRINTS[default_blueprint(site.info.kind)]
+    return blueprint.cost(site.geometry, units=1, columns=site.info.out_features, reads=site.reads)
 
 
 def _view(kasmina: Kasmina, number: int, step: int) -> CohortView:

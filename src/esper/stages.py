@@ -17,7 +17,7 @@ from esper.kasmina.cohort import Cohort
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.host import HostClock
 from esper.kasmina.ledger import Ledger
-from esper.kasmina.lifecycle import Gate, hold_gate, ramp_gate, sanity_gate, stability_gate
+from esper.kasmina.lifecycle import Gate, ramp_gate, sanity_gate, stability_gate
 from esper.kasmina.starts import STARTS
 from esper.kasmina.strategies import STRATEGIES, GraftContext
 from esper.protocol import AnyEvent, Fitted, Judged, Lifecycle, Transitioned, Verdict
@@ -123,10 +123,8 @@ class Stages:
         if step - cohort.entered < self.config.graft.fine_tune_steps:
             return
         before = self.ledger.spent["evidence"]
-        result = self.judge.hold(cohort.number, cohort.sites)
-        per_cost = result.mean / self.held_out / max(cohort.added_flops_share, 1e-9)
-        gate = hold_gate(
-            gain_low=result.low, gain_per_cost=per_cost, min_gain_per_cost=self.config.evidence.min_gain_per_cost
+        result, gate = self.judge.hold(
+            cohort.number, cohort.sites, held_out=self.held_out, flops_share=cohort.added_flops_share
         )
         self.emit(
             Judged(

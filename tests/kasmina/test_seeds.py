@@ -59,8 +59,9 @@ class SeedTableMachine(RuleBasedStateMachine):
 
     features, chunks = (10, 7, 6), (5, 7, 1)
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(ages=st.lists(st.integers(0, 6), min_size=3, max_size=6))
+    def start(self, ages: list[int]) -> None:
+        """Begin with seeds of several ages, for random rules alone seldom keep many alive."""
         self.table = SeedTable(self.features, self.chunks, capacity=1)
         self.seeds: dict[int, dict[str, Any]] = {}
         self.owner: dict[tuple[int, int], int] = {}
@@ -68,6 +69,10 @@ class SeedTableMachine(RuleBasedStateMachine):
         self.generation: dict[tuple[int, int], int] = {}
         self.step = 0
         self.ids = 0
+        self.germinate([(1, [chunk]) for chunk in range(len(ages))], 0, 7)
+        for slot, age in enumerate(ages):
+            for state in WAY[:age]:
+                self.transition([slot], state)
 
     def attempt(self, legal: bool, call: Any) -> Any:
         before = _bytes(self.table)
@@ -125,20 +130,41 @@ class SeedTableMachine(RuleBasedStateMachine):
     def germinate_anything(self, wanted: list[tuple[int, list[int]]], cohort: int, blueprint: int) -> None:
         self.germinate(wanted, cohort, blueprint)
 
-    @rule(site=st.integers(0, 2), count=st.integers(1, 3), cohort=st.integers(0, 3))
-    def germinate_free_chunks(self, site: int, count: int, cohort: int) -> None:
+    @rule(site=st.integers(0, 2), counts=st.lists(st.integers(1, 3), min_size=1, max_size=3), twice=st.booleans())
+    def germinate_free_chunks(self, site: int, counts: list[int], twice: bool) -> None:
         free = self.table.free_chunks(site, self.step).tolist()
-        self.germinate([(site, free[:count])], cohort, 7)
+        wanted = [(site, [free.pop() for _ in range(count) if free]) for count in counts]
+        wanted = [(site, chunks) for site, chunks in wanted if chunks]
+        self.germinate(wanted * 2 if twice and len(counts) == 3 else wanted, sum(counts) % 4, 7)
 
     @rule(picks=picks, state=st.sampled_from(L))
     def transition_anything(self, picks: list[int], state: L) -> None:
         self.transition(self.some(picks), state)
 
-    @rule(pick=st.integers(1, 30), which=st.integers(0, 3), skip=st.booleans())
-    def transition_as_the_table_says(self, pick: int, which: int, skip: bool) -> None:
+    @rule(picks=picks, which=st.integers(0, 3))
+    def transition_as_suits_the_first(self, picks: list[int], which: int) -> None:
+        slots = self.some(picks)
+        successors = sorted(LEADS_TO.get(self.seeds.get(slots[0], FREE)["lifecycle"], {L.GERMINATED}))
+        self.transition(slots, successors[which % len(successors)])
+
+    @rule(pick=st.integers(1, 30), states=st.integers(1, 6), alpha=st.sampled_from([None, 0.5]))
+    def grow(self, pick: int, states: int, alpha: float | None) -> None:
+        """Far along the ordinary way, which single random steps seldom reach."""
         (slot,) = self.some([pick])
-        successors = sorted(LEADS_TO.get(self.seeds.get(slot, {}).get("lifecycle", L.DORMANT), {L.GERMINATED}))
-        self.transition([slot], successors[0 if skip else which % len(successors)])
+        for _ in range(states):
+            successors = sorted(LEADS_TO.get(self.seeds.get(slot, FREE)["lifecycle"], ()))
+            if successors:
+                self.transition([slot], successors[0])
+        if alpha is not None:
+            self.set_alpha([slot], alpha)
+
+    @rule(pick=st.integers(1, 30), which=st.integers(0, 2), paused=st.booleans(), embargo=st.integers(0, 20))
+    def withdraw(self, pick: int, which: int, paused: bool, embargo: int) -> None:
+        (slot,) = self.some([pick])
+        if paused:
+            self.set_paused([slot], True)
+        self.transition([slot], ENDS[1 + which])
+        self.release_slots([slot], embargo)
 
     def transition(self, slots: list[int], target: L) -> None:
         legal = self.live(slots) and all(target in LEADS_TO.get(self.seeds[s]["lifecycle"], set()) for s in slots)
@@ -154,7 +180,16 @@ class SeedTableMachine(RuleBasedStateMachine):
     @rule(picks=picks, embargo=st.integers(-1, 20))
     def release(self, picks: list[int], embargo: int) -> None:
         ended = [s for s, seed in self.seeds.items() if seed["lifecycle"] in ENDS]
-        slots = ended[:2] if ended and picks[0] % 2 else self.some(picks)
+        self.release_slots(ended[:2] if ended and picks[0] % 2 else self.some(picks), embargo)
+
+    @rule(embargo=st.integers(0, 20))
+    def retire(self, embargo: int) -> None:
+        ended = [s for s, seed in self.seeds.items() if seed["lifecycle"] in ENDS]
+        if ended:
+            self.set_alpha([s for s in ended if self.seeds[s]["lifecycle"] != L.FOSSILIZED], 0.0)
+            self.release_slots(ended, embargo)
+
+    def release_slots(self, slots: list[int], embargo: int) -> None:
         legal = embargo >= 0 and self.live(slots)
         for slot in slots if legal else []:
             state, alpha = self.seeds[slot]["lifecycle"], self.seeds[slot]["alpha"]
@@ -181,7 +216,9 @@ class SeedTableMachine(RuleBasedStateMachine):
 
     @rule(picks=picks, paused=st.booleans())
     def pause(self, picks: list[int], paused: bool) -> None:
-        slots = self.some(picks)
+        self.set_paused(self.some(picks), paused)
+
+    def set_paused(self, slots: list[int], paused: bool) -> None:
         legal = self.live(slots) and not any(self.seeds[s]["lifecycle"] in ENDS for s in slots)
         self.attempt(legal, lambda: self.table.set_paused(slots, paused))
         for slot in slots if legal else []:
@@ -189,7 +226,9 @@ class SeedTableMachine(RuleBasedStateMachine):
 
     @rule(picks=picks, alpha=st.sampled_from([0.0, 0.0, 0.5, 1.0, float("nan"), float("inf"), 1e300]))
     def alpha(self, picks: list[int], alpha: float) -> None:
-        slots = self.some(picks)
+        self.set_alpha(self.some(picks), alpha)
+
+    def set_alpha(self, slots: list[int], alpha: float) -> None:
         legal = alpha <= 1 and self.live(slots)
         legal = legal and (alpha == 0 or all(self.seeds[s]["lifecycle"] in BRANCH_IN_SLOT for s in slots))
         self.attempt(legal, lambda: self.table.set_alpha(slots, alpha))
@@ -297,10 +336,11 @@ def test_a_rollback_takes_effect_at_once() -> None:
     assert table.occupied().size == 0
 
 
-def test_one_illegal_seed_refuses_all() -> None:
+@pytest.mark.parametrize("illegal", [0, 1, 2])
+def test_one_illegal_seed_refuses_all(illegal: int) -> None:
     table = _table()
     slots = table.germinate_many([0, 0, 1], [0, 1, 0], [1, 1, 1], **CODES, step=0)
-    table.transition(slots[:1], L.TRAINING, 1)
+    table.transition(slots[[illegal]], L.TRAINING, 1)
     before = _bytes(table)
     with pytest.raises(TransitionError, match="TRAINING -> TRAINING"):
         table.transition(slots, L.TRAINING, 2)

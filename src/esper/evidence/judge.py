@@ -17,10 +17,11 @@ from esper.evidence.fdr import OnlineFDR
 from esper.evidence.paired import PairedResult, paired_difference
 from esper.evidence.splits import Rotation
 from esper.kasmina.isolation import undisturbed
-from esper.kasmina.lifecycle import Gate, evidence_gate
+from esper.kasmina.lifecycle import Gate, evidence_gate, hold_gate
 from esper.kasmina.site import Site
 
 NAN = float("nan")
+_UNJUDGED = Gate("evidence", True, "kept without judgement: evidence.accept is 'always'")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Judge:
 
     def evaluate(self, cohort: int, members: Sequence[str]) -> Judgement:
         """The acceptance test: an e-process over gate batches, then one confirmation on batches of its own."""
+        if self.config.accept == "always":
+            return Judgement(paired_difference([]), NAN, NAN, NAN, 0, _UNJUDGED)
         control = self._control(cohort, members)
         calibration = self._differences(control, self.calibration)
         if not np.isfinite(calibration).all():
@@ -88,10 +91,22 @@ class Judge:
         self.fdr.record(gate.passed)
         return Judgement(result, process.peak, threshold, confirm_p, len(seen), gate)
 
-    def hold(self, cohort: int, members: Sequence[str]) -> PairedResult:
-        """Is the gain still there after fine-tuning? One block of gate batches."""
+    def hold(
+        self, cohort: int, members: Sequence[str], *, held_out: float, flops_share: float
+    ) -> tuple[PairedResult, Gate]:
+        """Is the gain still there after fine-tuning, and worth its cost? One block of gate batches.
+
+        ``held_out`` is the loss that the gain is relative to, ``flops_share`` the forward FLOPs the cohort adds.
+        """
+        if self.config.accept == "always":
+            return paired_difference([]), _UNJUDGED
         control = self._control(cohort, members)
-        return paired_difference(self._differences(control, next(iter(_blocks(self._gate_batches())))))
+        result = paired_difference(self._differences(control, _blocks(self._gate_batches())[0]))
+        per_cost = result.mean / held_out / max(flops_share, 1e-9) if held_out else NAN
+        gate = hold_gate(
+            gain_low=result.low, gain_per_cost=per_cost, min_gain_per_cost=self.config.min_gain_per_cost
+        )
+        return result, gate
 
     def held_out(self, num_batches: int) -> float:
         """Mean loss over the first gate batches: the held-out curve (always the same batches)."""
@@ -127,9 +142,9 @@ class Judge:
         return gate[start:] + gate[:start]
 
     def _refusal(self, reason: str) -> Judgement:
+        threshold = self.fdr.threshold()
         self.fdr.record(False)
-        unknown = paired_difference([])
-        return Judgement(unknown, NAN, self.fdr.threshold(), NAN, 0, Gate("evidence", False, reason))
+        return Judgement(paired_difference([]), NAN, threshold, NAN, 0, Gate("evidence", False, reason))
 
     def _differences(self, control: dict[str, WithoutCohort], indices: Sequence[int]) -> list[float]:
         """Loss without minus loss with, batch by batch."""

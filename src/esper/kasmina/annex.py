@@ -14,8 +14,14 @@ def fossilise(site: Site, cohort: int, slots: list[int], *, betas: tuple[float, 
     """Move ``slots`` of a cohort's bank into the site's annex and return it.
 
     The output of the site does not change: alpha is multiplied into the output weights, columns a slot does not
-    cover get zeros. Moments move along, rescaled by their bias corrections to the annex's step count, so that the
-    next Adam step is the one each unit would have taken on its own.
+    cover get zeros. Moments move along, rescaled to the annex's step count: the bias-corrected averages that Adam
+    divides stay what they were for each unit. From there on all units share one count, so a young unit's averages
+    take up new gradients at the annex's (slower) pace.
+
+    Parameters
+    ----------
+    betas:
+        The host's Adam betas; zeros where moments have no bias to correct (SGD).
     """
     bank = site.banks[cohort]
     bank.scale_output(bank.alpha)
@@ -57,7 +63,7 @@ def _concatenate(parts: list[Bank], betas: tuple[float, float]) -> Bank:
     reads = max(part.reads for part in parts)
     for part in parts:
         part.widen_reads(reads - part.reads)
-    target = parts[0]
+    target = max(parts, key=lambda part: float(part.moments.steps[0]))
     steps = float(target.moments.steps[0])
     params = {
         name: torch.cat([part.params[name].detach() for part in parts], dim=axes.unit)

@@ -162,5 +162,6 @@ class Bank:
         twin.buffers = {name: value.detach().clone() for name, value in self.buffers.items()}
         twin.alpha = self.alpha.detach().clone()
         twin.moments = Moments()
+        twin.bad_steps = self.bad_steps.clone()
         twin.learning = False
         return twin

@@ -204,7 +204,6 @@ def _follow(
 
 def _common_parent(model: nn.Module, first: str, second: str, probe: Trace) -> nn.Module | None:
     """Innermost module whose call encloses both; containers that are never called do not count."""
-    path = [a for a, b in zip(first.split("."), second.split("."), strict=False) if a == b]
     shared = 0
     for a, b in zip(first.split("."), second.split("."), strict=False):
         if a != b:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 PARTS = ("host", "branches", "fit", "evidence")
 """Where FLOPs go: the host's own training, grown branches in training, isolated fits, held-out evaluations."""
@@ -27,6 +26,8 @@ class Ledger:
 
 def forward_flops(model: nn.Module, run: Callable[[], object]) -> float:
     """FLOPs of the matrix products and convolutions in one call of ``run``."""
+    from torch.utils.flop_counter import FlopCounterMode  # loads Triton where there is one: not at import time
+
     counter = FlopCounterMode(display=False)
     with counter:
         run()

@@ -48,7 +48,8 @@ def hyperparameters(optimizer: Optimizer, group: dict[str, object]) -> Hyperpara
         first, second = float(betas[0]), float(betas[1])  # type: ignore[reportIndexIssue]
         return Hyperparameters(rule, lr, decay, (first, second), float(group.get("eps", 1e-8)))  # type: ignore[reportArgumentType]
     momentum, nesterov = float(group.get("momentum", 0.0)), bool(group.get("nesterov", False))  # type: ignore[reportArgumentType]
-    return Hyperparameters("sgd", lr, decay, momentum=momentum, nesterov=nesterov)
+    # betas of zero: a momentum buffer is a plain sum and has no bias to correct when growth is merged
+    return Hyperparameters("sgd", lr, decay, betas=(0.0, 0.0), momentum=momentum, nesterov=nesterov)
 
 
 class SlotAdamW:

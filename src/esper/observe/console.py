@@ -150,9 +150,8 @@ class Console:
     def _beat(self, run: SeedRun) -> None:
         now = self._clock()
         period = LIVE_SECONDS if self._is_live else HEARTBEAT_SECONDS
-        if self._last_beat is None and not self._is_live:
-            self._last_beat = now  # The first minute is silent: a quick run needs no heartbeat.
-            return
+        if self._last_beat is None and run.last_held_out is None:
+            return  # The first sign of life says something: it waits for the first measurement.
         if self._last_beat is not None and now - self._last_beat < period:
             return
         self._last_beat = now

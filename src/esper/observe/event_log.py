@@ -12,10 +12,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import msgspec
 import numpy as np
@@ -92,7 +92,7 @@ class EventLog:
         """
         with self._mutex:
             if self._closed:
-                raise EsperError(f"an event log takes events only while open, got a closed one ({self.path}); reopen it")
+                raise EsperError(f"an event log takes events while open, got a closed one ({self.path}); reopen it")
             record = Record(v=SCHEMA_VERSION, seq=self._next_seq, time=self._clock(), event=event)
             self._write(encode_record(record))
             self._next_seq += 1
@@ -223,7 +223,7 @@ def _damage(path: Path, number: int, what: str) -> str:
 
 def _plain_number(value: Any) -> Any:
     if isinstance(value, np.generic):
-        return value.item()
+        return cast("np.generic[Any]", value).item()
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
@@ -233,9 +233,9 @@ def _without_non_finite(value: Any) -> Any:
             return value
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
-        return {key: _without_non_finite(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return {key: _without_non_finite(item) for key, item in cast("dict[str, Any]", value).items()}
     if isinstance(value, list | tuple):
-        return [_without_non_finite(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        return [_without_non_finite(item) for item in cast("Sequence[Any]", value)]
     return value
 
 

@@ -154,8 +154,8 @@ class SeedRun:
     arm: str
     seed: int
     attached: Attached | None = None
-    train: Curve[TrainLoss] = field(default_factory=lambda: Curve[TrainLoss]())
-    held_out: Curve[HeldOut] = field(default_factory=lambda: Curve[HeldOut]())
+    train: Curve[TrainLoss] = field(default_factory=Curve[TrainLoss])
+    held_out: Curve[HeldOut] = field(default_factory=Curve[HeldOut])
     first_held_out: HeldOut | None = None
     telemetry: Curve[Telemetry] = field(default_factory=lambda: Curve[Telemetry](512))
     overheads: Curve[Overhead] = field(default_factory=lambda: Curve[Overhead](512))

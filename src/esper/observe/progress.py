@@ -49,7 +49,9 @@ def done_line(history: RunHistory) -> str:
     pairs = [(first.loss, last.loss) for first, last in measured if first is not None and last is not None]
     if not pairs:
         return "done"
-    text = f"done       {decimal(_mean([first for first, _ in pairs]))} -> {decimal(_mean([last for _, last in pairs]))}"
+    text = (
+        f"done       {decimal(_mean([first for first, _ in pairs]))} -> {decimal(_mean([last for _, last in pairs]))}"
+    )
     growths = [run.last_held_out.params / run.host_params - 1 for run in runs if run.last_held_out and run.host_params]
     if growths:
         text += f", params {percent(_mean(growths), sign=True)}"

@@ -66,8 +66,8 @@ class Bottleneck(Blueprint):
         head, tail = parts.head, parts.tail
         assert isinstance(head, nn.Linear) and isinstance(tail, nn.Linear)
         w1, w2 = params["w1"][0].to(head.weight), params["w2"][0].to(tail.weight)
-        wide = nn.Linear(head.in_features, head.out_features + w1.shape[0], head.bias is not None).to(head.weight)
-        out = nn.Linear(tail.in_features + w2.shape[1], tail.out_features, tail.bias is not None).to(tail.weight)
+        wide = _empty_like(head, head.in_features, head.out_features + w1.shape[0])
+        out = _empty_like(tail, tail.in_features + w2.shape[1], tail.out_features)
         with torch.no_grad():
             wide.weight.copy_(torch.cat([head.weight, w1]))
             out.weight.copy_(torch.cat([tail.weight, w2], dim=1))
@@ -76,3 +76,15 @@ class Bottleneck(Blueprint):
             if tail.bias is not None:
                 out.bias.copy_(tail.bias)
         return Parts(wide, out, parts.norm)
+
+
+def _empty_like(layer: nn.Linear, in_features: int, out_features: int) -> nn.Linear:
+    # skip_init: a constructor that initialises would advance the global random stream
+    return nn.utils.skip_init(
+        nn.Linear,
+        in_features,
+        out_features,
+        bias=layer.bias is not None,
+        device=layer.weight.device,
+        dtype=layer.weight.dtype,
+    )

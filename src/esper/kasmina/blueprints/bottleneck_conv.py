@@ -68,8 +68,9 @@ class BottleneckConv(Blueprint):
             gamma, beta = params.get("gamma"), params.get("beta")
             momentum = geometry.norm.momentum if norm_momentum is None else norm_momentum
             momentum = 0.1 if momentum is None else momentum
+            # Half inputs may go with fp32 statistics; a float64 host's may not.
             h = F.batch_norm(
-                h,
+                h.to(buffers["mean"].dtype) if x.dtype == torch.float64 else h,
                 buffers["mean"].view(-1),
                 buffers["var"].view(-1),
                 None if gamma is None else gamma.flatten(),
@@ -77,7 +78,7 @@ class BottleneckConv(Blueprint):
                 training or norm_momentum is not None,
                 momentum,
                 geometry.norm.eps,
-            )
+            ).to(h.dtype)
         return dropped(geometry.activation(h), geometry.dropout, training, generator)
 
     def project(self, params: Tensors, h: Tensor, geometry: Geometry, *, alpha: Tensor) -> Tensor:
@@ -115,16 +116,19 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvGeometry
 
 
 def _like(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
-    new = nn.Conv2d(
+    # skip_init: a constructor that initialises would advance the global random stream
+    return nn.utils.skip_init(
+        nn.Conv2d,
         in_channels,
         out_channels,
-        conv.kernel_size,  # type: ignore[reportArgumentType]
-        conv.stride,  # type: ignore[reportArgumentType]
-        conv.padding,  # type: ignore[reportArgumentType]
-        conv.dilation,  # type: ignore[reportArgumentType]
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
         bias=conv.bias is not None,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
     )
-    return new.to(conv.weight)
 
 
 def _wider_norm(norm: nn.BatchNorm2d, params: Tensors, buffers: Tensors, units: int) -> nn.BatchNorm2d:

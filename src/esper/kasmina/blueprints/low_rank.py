@@ -61,6 +61,8 @@ class LowRank(Blueprint):
         assert isinstance(layer, (nn.Linear, nn.Conv2d))
         v, u = params["v"][0].double(), params["u"][0].double()
         with torch.no_grad():
-            added = (u @ v.flatten(1)).view(layer.weight.shape)
-            layer.weight.copy_((layer.weight.double() + added).to(layer.weight.dtype))
+            added = (u @ v.flatten(1)).view(u.shape[0], *v.shape[1:])
+            # a span may have widened the layer: what the branch knows comes first on both axes
+            known = layer.weight[: added.shape[0], : added.shape[1]]
+            known.copy_((known.double() + added).to(known.dtype))
         return Parts(layer, layer, parts.norm)

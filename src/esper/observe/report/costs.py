@@ -23,7 +23,9 @@ def overhead_chart(run: SeedRun) -> str:
     stacks = [[_per_step(event, names) for _, names in parts] for event in events]
     totals = [sum(stack) for stack in stacks]
     frame = Frame(
-        (0.0, max(float(events[-1].step), 1.0)), plot.robust_range(totals, high=98.0, include=[0.0], pad=0.0), height=240
+        (0.0, max(float(events[-1].step), 1.0)),
+        plot.robust_range(totals, high=98.0, include=[0.0], pad=0.0),
+        height=240,
     )
     # A measurement covers the steps before it, so each one is a block and not a corner of a line.
     starts = [max(event.step - event.num_steps, 0) for event in events]
@@ -46,7 +48,9 @@ def overhead_chart(run: SeedRun) -> str:
         for x, event, stack, total in zip(xs, events, stacks, totals, strict=True)
     ]
     return frame.figure(
-        frame.axes("optimizer step", "ms a step") + frame.clipped("".join(areas)), "Overhead in milliseconds a step", hover
+        frame.axes("optimizer step", "ms a step") + frame.clipped("".join(areas)),
+        "Overhead in milliseconds a step",
+        hover,
     )
 
 

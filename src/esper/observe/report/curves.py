@@ -32,6 +32,8 @@ def loss_chart(history: RunHistory, run: SeedRun, axis: str, limit: int) -> str:
     train = _curve(run.train.items, place)
     twin_run = history.arms.get(TWIN_ARM, {}).get(run.seed) if run.arm != TWIN_ARM else None
     twin = _curve(twin_run.held_out.items, place) if twin_run else []
+    if not main:
+        return plot.empty("This run recorded no FLOPs, so there is nothing to place the loss on.")
     last_x = max(point[0] for point in (*main, *train))
     frame = Frame((0.0, last_x * 1.01 or 1.0), _loss_range(main, twin, train))
     body = [
@@ -41,9 +43,11 @@ def loss_chart(history: RunHistory, run: SeedRun, axis: str, limit: int) -> str:
     ]
     marks = _decision_marks(frame, run, axis)
     hidden = sum(y > frame.y_range[1] for _, y in main)
-    note = svg.text(
-        frame.width - frame.right, frame.top + 10, f"{hidden} points lie above this range", "t note", "end"
-    ) if hidden else ""
+    note = (
+        svg.text(frame.width - frame.right, frame.top + 10, f"{hidden} points lie above this range", "t note", "end")
+        if hidden
+        else ""
+    )
     return frame.figure(
         frame.axes(dict(AXES)[axis], "loss") + frame.clipped("".join(body)) + marks + note,
         f"Held-out loss, last {decimal(main[-1][1])}",
@@ -76,7 +80,9 @@ def size_chart(history: RunHistory, run: SeedRun, axis: str, limit: int) -> str:
     if not points:
         return plot.empty("No size was recorded yet: it comes with the first held-out measurement.")
     place = _placer(axis)
-    size = [(place(event), float(event.params)) for event in points]
+    size = [(place(event), float(event.params)) for event in points if math.isfinite(place(event))]
+    if not size:
+        return plot.empty("This run recorded no FLOPs, so there is nothing to place the size on.")
     anchors = [float(value) for value in (run.host_params, history.budget_params) if value]
     peak = max(y for _, y in size)
     if history.budget_params and history.budget_params > 4 * peak:
@@ -141,7 +147,7 @@ def _where(run: SeedRun, step: int, axis: str) -> float:
     """A step on the chosen axis: FLOPs are interpolated between the losses that carry them."""
     if axis == "step":
         return float(step)
-    events = run.train.items or run.held_out.items
+    events = [event for event in run.train.items or run.held_out.items if math.isfinite(event.flops)]
     if not events:
         return 0.0
     index = bisect.bisect_left([event.step for event in events], step)

@@ -41,9 +41,7 @@ def frontier_chart(history: RunHistory, axis: str, limit: int) -> str:
     )
     lines = [svg.polyline(frame.at(plot.thin(path, limit)), "path") for path in paths]
     y_name = "loss" if not arms else "held-out loss" if _all_held_out(history) else "test loss (path: held-out)"
-    axes = frame.axes(
-        dict(AXES)[axis], y_name, x_format=lambda value, _: magnitude(value) if value else "0", num_x=5
-    )
+    axes = frame.axes(dict(AXES)[axis], y_name, x_format=lambda value, _: magnitude(value) if value else "0", num_x=5)
     marks = "".join(_arm_mark(frame, arm, main=arm.arm == history.main_arm) for arm in arms)
     labels = _labels(frame, arms)
     note = "" if arms else svg.text(frame.left + 6, frame.top + 10, "no arm has finished yet", "t note")

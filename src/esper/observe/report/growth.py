@@ -32,8 +32,12 @@ def growth_map(run: SeedRun, kind: str, max_rows: int) -> str:
     values = _matrix(columns, shown, names, kind)
     row = 22 if len(shown) <= 16 else 14
     frame = Frame(
-        (0.0, max(float(snapshots[-1].step), 1.0)), (0.0, 1.0), height=len(shown) * row + 66,
-        left=svg.label_width(svg.shorten(name, 25) for name in shown), right=104, top=24
+        (0.0, max(float(snapshots[-1].step), 1.0)),
+        (0.0, 1.0),
+        height=len(shown) * row + 66,
+        left=svg.label_width(svg.shorten(name, 25) for name in shown),
+        right=104,
+        top=24,
     )
     parts = [frame.axes("optimizer step", "", y_ticks=False), _cells(frame, columns, values, row)]
     for index, name in enumerate(shown):
@@ -141,7 +145,9 @@ def _cells(frame: Frame, columns: Sequence[Telemetry], values: npt.NDArray[np.fl
             if col < values.shape[1] and levels[index, col] == levels[index, start]:
                 continue
             x, end = frame.x(edges[start]), frame.x(edges[col])
-            path = f"M{svg.number(x)} {y}h{svg.number(max(end - x, 0.8))}v{row - 2}h{svg.number(x - max(end, x + 0.8))}z"
+            path = (
+                f"M{svg.number(x)} {y}h{svg.number(max(end - x, 0.8))}v{row - 2}h{svg.number(x - max(end, x + 0.8))}z"
+            )
             paths.setdefault(int(levels[index, start]), []).append(path)
             start = col
     return "".join(

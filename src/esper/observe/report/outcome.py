@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from esper.observe.history import Cohort
@@ -86,4 +87,4 @@ def describe(cohort: Cohort) -> str:
 
 
 def _p(value: float) -> str:
-    return "not reached" if value != value else f"{value:.2g}"
+    return "not reached" if math.isnan(value) else f"{value:.2g}"

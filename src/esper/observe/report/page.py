@@ -72,7 +72,8 @@ def _page(history: RunHistory, detail: Detail) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">{refresh}'
-        f'<title>{title} \u00b7 Esper</title><link rel="icon" href="data:,"><style>{_asset("report.css")}</style></head>\n'
+        f'<title>{title} \u00b7 Esper</title><link rel="icon" href="data:,">'
+        f"<style>{_asset('report.css')}</style></head>\n"
         f'<body><main>{body}</main><div id="tip" role="tooltip" hidden></div><script>{script}</script></body></html>\n'
     )
 

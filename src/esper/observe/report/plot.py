@@ -28,6 +28,9 @@ class Scale:
         return self.start + (value - self.low) / span * (self.end - self.start) if span else self.start
 
     def clamped(self, value: float) -> float:
+        """Like calling it, but never outside; an unknown value stands at the start."""
+        if math.isnan(value):
+            return self.start
         return self(min(max(value, self.low), self.high))
 
 

@@ -28,8 +28,11 @@ def timeline(run: SeedRun, max_rows: int) -> str:
     shown = cohorts[-max_rows:]
     first = shown[0].started_step if len(shown) < len(cohorts) else 0
     frame = Frame(
-        (float(first), float(max(run.last_step, first + 1))), (0.0, 1.0), height=len(shown) * _ROW + 60,
-        left=svg.label_width(map(_label, shown)), top=18
+        (float(first), float(max(run.last_step, first + 1))),
+        (0.0, 1.0),
+        height=len(shown) * _ROW + 60,
+        left=svg.label_width(map(_label, shown)),
+        top=18,
     )
     parts = [frame.axes("optimizer step", "", y_ticks=False)]
     parts += [_life(frame, run, cohort, frame.top + index * _ROW) for index, cohort in enumerate(shown)]
@@ -86,7 +89,8 @@ def fit_table(run: SeedRun, max_rows: int = 12) -> str:
         f"<td class=num>{decimal(fit.scale, 2)}</td></tr>"
         for fit in fits[-max_rows:]
     )
-    head = "<tr><th></th><th>site</th><th>start</th><th class=num>explained</th><th class=num>t</th><th class=num>scale</th></tr>"
+    numbers = "".join(f"<th class=num>{name}</th>" for name in ("explained", "t", "scale"))
+    head = f"<tr><th></th><th>site</th><th>start</th>{numbers}</tr>"
     return (
         f"<details><summary>Isolated training{_newest(len(fits), max_rows)}</summary><table class=plain>"
         f"<thead>{head}</thead><tbody>{rows}</tbody></table></details>"
@@ -133,7 +137,9 @@ def _life(frame: Frame, run: SeedRun, cohort: Cohort, y: float) -> str:
     end_x = frame.x.clamped(end)
     if cohort.state is Lifecycle.FOSSILIZED:  # From here on it is part of the network.
         parts.append(svg.line(end_x, y + 4 + height / 2, frame.width - frame.right, y + 4 + height / 2, "kept stays"))
-    parts.append(svg.mark(look.shape, end_x + (9 if end_x < frame.width - 18 else 0), y + 4 + height / 2, look.class_, size=4))
+    parts.append(
+        svg.mark(look.shape, end_x + (9 if end_x < frame.width - 18 else 0), y + 4 + height / 2, look.class_, size=4)
+    )
     return svg.element("g", "".join(parts), data_tip=_life_text(cohort), class_="row")
 
 

@@ -101,7 +101,9 @@ def notes(history: RunHistory) -> str:
     attached = next((run.attached for run in runs if run.attached), None)
     if attached is not None:
         share = attached.covered_params / attached.host_params if attached.host_params else math.nan
-        facts = {"sites": f"{len(attached.sites)}, covering {percent(share)} of {magnitude(attached.host_params)} weights"}
+        facts = {
+            "sites": f"{len(attached.sites)}, covering {percent(share)} of {magnitude(attached.host_params)} weights"
+        }
         facts |= {f"skipped {name}": reason for name, reason in skipped[:_MAX_NOTES]}
         if len(skipped) > _MAX_NOTES:
             facts["skipped too"] = f"{len(skipped) - _MAX_NOTES} more"
@@ -158,7 +160,9 @@ def _strip(score: ArmScore, low: float, high: float) -> str:
         parts.append(svg.line(scale(score.score.low), 9, scale(score.score.high), 9, "grown interval"))
     for seed, value in score.per_seed.items():
         if math.isfinite(value):
-            parts.append(svg.mark("ring", scale(value), 9, "shrunken", size=3.0, tip=f"seed {seed}: {decimal(value, 4)}"))
+            parts.append(
+                svg.mark("ring", scale(value), 9, "shrunken", size=3.0, tip=f"seed {seed}: {decimal(value, 4)}")
+            )
     return element("svg", "".join(parts), viewBox="0 0 140 18", class_="strip", role="img", aria_label="scores by seed")
 
 

@@ -93,7 +93,9 @@ def band(upper: Sequence[Point], lower: Sequence[Point], class_: str, **attribut
 
 
 def mark(shape: str, x: float, y: float, class_: str, *, size: float = 5.0, tip: str | None = None) -> str:
-    """A symbol whose shape, not only its colour, says what it is."""
+    """A symbol whose shape, not only its colour, says what it is; none where the place is unknown."""
+    if not (math.isfinite(x) and math.isfinite(y)):
+        return ""
     s = size
     paths = {
         "disc": f"M{number(x - s)} {number(y)}a{s} {s} 0 1 0 {2 * s} 0a{s} {s} 0 1 0 {-2 * s} 0",

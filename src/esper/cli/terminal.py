@@ -1,0 +1,85 @@
+"""Writing for people: encodings, widths, tables. Nothing here knows of any command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import textwrap
+from collections.abc import Sequence
+from typing import TextIO
+
+INDENT = 11
+"""Columns of the first word of a result line (``done       ``)."""
+
+_MIN_COLUMN = 8
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """``text`` without control characters, and within what the stream and the locale can show.
+
+    Names come from users: an escape sequence in one must not reach the terminal. Line ends stay.
+    """
+    return "".join(char if _can_show(char, is_ascii(stream)) else _escaped(char) for char in text)
+
+
+def is_ascii(stream: TextIO) -> bool:
+    """Whether only ASCII is safe. Python turns UTF-8 on by itself in the C locale; the terminal may not follow."""
+    encoding = (getattr(stream, "encoding", None) or "ascii").lower().replace("_", "-")
+    locale = os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG") or ""
+    return not encoding.startswith("utf") or locale in ("C", "POSIX")
+
+
+def columns(stream: TextIO) -> int | None:
+    """Width to fit into; ``None`` where lines may be as long as they are (a file, a pipe)."""
+    return max(shutil.get_terminal_size().columns, 20) if stream.isatty() else None
+
+
+def write_lines(lines: Sequence[str], stream: TextIO) -> None:
+    """Write lines; on a terminal, lines that are too wide go on under their text."""
+    width = columns(stream)
+    for line in lines:
+        text = printable(line, stream)
+        if width is not None and len(text) > width:
+            text = "\n".join(
+                textwrap.wrap(
+                    text, width - 1, subsequent_indent=" " * min(INDENT, width // 3), break_on_hyphens=False,
+                    replace_whitespace=False,
+                )
+            )  # fmt: skip
+        stream.write(f"{text}\n")
+    stream.flush()
+
+
+def labelled(label: str, text: str) -> str:
+    """``done       text``."""
+    return f"{label:<{INDENT}}{text}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None, numbers: Sequence[int]) -> list[str]:
+    """Aligned columns, two blanks apart; the columns in ``numbers`` are flush right.
+
+    Too wide for ``width``, the widest columns of text are shortened in the middle (names differ at both ends).
+    """
+    sizes = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    texts = [i for i in range(len(head)) if i not in numbers]
+    while width is not None and sum(sizes) + 2 * (len(sizes) - 1) > width:
+        widest = max(texts, key=lambda i: sizes[i])
+        if sizes[widest] <= _MIN_COLUMN:
+            break
+        sizes[widest] -= 1
+    return ["  ".join(_cell(row[i], size, i in numbers) for i, size in enumerate(sizes)).rstrip() for row in (head, *rows)]
+
+
+def _cell(text: str, size: int, flush_right: bool) -> str:
+    if len(text) > size:
+        tail = (size - 2) // 2
+        text = f"{text[: size - 2 - tail]}..{text[len(text) - tail :]}"
+    return text.rjust(size) if flush_right else text.ljust(size)
+
+
+def _can_show(char: str, ascii_only: bool) -> bool:
+    return char == "\n" or (" " <= char <= "~" if ascii_only else char.isprintable())
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape", "surrogatepass").decode("ascii")

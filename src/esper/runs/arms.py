@@ -1,0 +1,241 @@
+"""Train one arm once: the grown network, or one of its controls, from a seed and a learning rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from esper.config import Config
+from esper.grower import Grower
+from esper.kasmina.isolation import undisturbed
+from esper.kasmina.ledger import forward_flops
+from esper.protocol import AnyEvent, ArmFinished, Germinated, HeldOut, Lifecycle, TrainLoss
+from esper.runs.hosts import build
+from esper.runs.options import RunOptions
+from esper.runs.preset import Preset
+from esper.runs.presets import make_preset
+from esper.tamiyo import ScheduleController
+
+ARMS = ("grown", "static_small", "static_final", "static_equal_flops", "random_growth")
+Emit = Callable[[AnyEvent], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training to do. ``widths`` are the host's inner widths; ``schedule`` is what a growing control repeats."""
+
+    arm: str
+    seed: int
+    lr: float
+    steps: int
+    widths: tuple[int, ...]
+    options: RunOptions
+    device: str
+    size: str
+    schedule: tuple[Germinated, ...] = ()
+    score: bool = True
+    """Whether to touch the test split (learning-rate trials never do)."""
+
+
+@dataclass
+class Trained:
+    """What a training left behind."""
+
+    cell: Cell
+    held_out: float
+    score: float
+    loss: float
+    params: int
+    flops: float
+    seconds: float
+    widths: tuple[int, ...]
+    flops_parts: dict[str, float] = field(default_factory=dict[str, float])
+    cohorts: dict[str, int] = field(default_factory=dict[str, int])
+    stopped: str | None = None
+    kept: tuple[Germinated, ...] = ()
+    events: list[AnyEvent] = field(default_factory=list[AnyEvent])
+    weights: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    layers: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+
+
+def load_preset(options: RunOptions, device: str, size: str) -> Preset:
+    return make_preset(options.preset, torch.device(device), size=size, data=options.data)
+
+
+def train(cell: Cell, preset: Preset, emit: Emit) -> Trained:
+    """Train one cell. Deterministic by seed on the CPU: model, batches and Esper's streams follow from it."""
+    torch.manual_seed(cell.seed)
+    model = build(preset.spec(cell.widths)).to(preset.device)
+    optimizer = preset.optimizer(model, cell.lr)
+    events: list[AnyEvent] = []
+
+    def record(event: AnyEvent) -> None:
+        tagged = _tagged(event, cell)
+        events.append(tagged)
+        emit(tagged)
+
+    started = time.perf_counter()
+    grower = _grower(cell, preset, model, optimizer, record)
+    flops = _loop(cell, preset, model, optimizer, grower, record)
+    if grower is not None:
+        grower.finish()
+    seconds = time.perf_counter() - started
+    held_out = _held_out(preset, model)
+    score = loss = float("nan")
+    if cell.score:
+        with undisturbed(model):
+            score, loss = preset.test(model)
+    trained = Trained(
+        cell=cell, held_out=held_out, score=score, loss=loss, params=_params(model, grower),
+        flops=grower.ledger.total if grower is not None else flops, seconds=seconds,
+        widths=_final_widths(cell, grower), events=events,
+    )  # fmt: skip
+    if grower is not None:
+        _add_growth(trained, grower, events)
+    if cell.score:
+        record(
+            ArmFinished(
+                step=cell.steps, score=score, score_name=preset.score_name, loss=loss, params=trained.params,
+                flops=trained.flops, seconds=seconds, lr=cell.lr, widths=preset.describe_widths(trained.widths),
+            )
+        )  # fmt: skip
+    return trained
+
+
+def _loop(
+    cell: Cell, preset: Preset, model: nn.Module, optimizer: torch.optim.Optimizer, grower: Grower | None, record: Emit
+) -> float:
+    """The user's own training loop; returns the FLOPs of a static arm."""
+    held = preset.held_out()
+    per_step = 0.0
+    if grower is None:
+        batch = preset.train_batch(cell.seed, 0)
+        with undisturbed(model):
+            per_step = 3.0 * forward_flops(model, lambda: preset.loss(model, batch))
+    for step in range(cell.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = cell.lr * preset.schedule(step / cell.steps)
+        loss = preset.loss(model, preset.train_batch(cell.seed, step))
+        loss.backward()
+        preset.clip(model)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if grower is not None:
+            grower.step(loss)
+        elif (step + 1) % preset.held_out_every == 0 and cell.score:
+            spent = per_step * (step + 1)
+            record(TrainLoss(step=step + 1, loss=float(loss.detach()), flops=spent))
+            value = _mean_loss(preset, model, held[:: max(1, len(held) // 8)])
+            record(HeldOut(step=step + 1, loss=value, params=_params(model, None), flops=spent))
+    return per_step * cell.steps
+
+
+def _grower(
+    cell: Cell, preset: Preset, model: nn.Module, optimizer: torch.optim.Optimizer, record: Emit
+) -> Grower | None:
+    if cell.arm.startswith("static"):
+        return None
+    config = configure(preset.config(cell.steps), cell.options, cell.seed)
+    controller = None
+    if cell.arm == "random_growth":
+        controller = ScheduleController.replay(cell.schedule, start="random_zero")
+        config = dataclasses.replace(config, evidence=dataclasses.replace(config.evidence, accept="always"))
+    return Grower(
+        model, optimizer, loss=preset.loss, evaluate=preset.held_out(), config=config, controller=controller,
+        on_event=record,
+    )  # fmt: skip
+
+
+def configure(config: Config, options: RunOptions, seed: int) -> Config:
+    """The preset's settings with what the user asked for on top."""
+    tamiyo = config.tamiyo
+    if options.temper is not None:
+        tamiyo = dataclasses.replace(tamiyo, temper=options.temper)
+    if options.controller is not None:
+        tamiyo = dataclasses.replace(tamiyo, controller=options.controller)
+    if options.growth is not None:
+        tamiyo = dataclasses.replace(tamiyo, growth=options.growth)
+    fit = config.fit if options.start is None else dataclasses.replace(config.fit, start=options.start)
+    budget = config.budget
+    if options.budget_params is not None:
+        budget = dataclasses.replace(budget, params=options.budget_params)
+    return dataclasses.replace(config, tamiyo=tamiyo, fit=fit, budget=budget, seed=seed)
+
+
+def _add_growth(trained: Trained, grower: Grower, events: Sequence[AnyEvent]) -> None:
+    verdicts = grower.verdicts
+    kept = {v.cohort for v in verdicts if v.state is Lifecycle.FOSSILIZED}
+    germinated = [event for event in events if isinstance(event, Germinated)]
+    count = {state: sum(v.state is state for v in verdicts) for state in Lifecycle}
+    trained.cohorts = {
+        "germinated": len(germinated),
+        "accepted": count[Lifecycle.FOSSILIZED],
+        "culled": count[Lifecycle.CULLED],
+        "cancelled": count[Lifecycle.CANCELLED],
+        "rolled_back": count[Lifecycle.ROLLED_BACK],
+    }
+    trained.kept = tuple(event for event in germinated if event.cohort in kept)
+    trained.stopped = grower.stopped_because
+    trained.flops_parts = dict(grower.ledger.spent)
+    plain = grower.export()
+    trained.weights = {name: value.detach().cpu().clone() for name, value in plain.state_dict().items()}
+    trained.layers = grower.export_structure()
+
+
+def _final_widths(cell: Cell, grower: Grower | None) -> tuple[int, ...]:
+    if grower is None:
+        return cell.widths
+    return tuple(
+        info.hidden_features + grower.kasmina.sites[info.name].grown_units
+        for info in grower.sites()
+        if info.kind.is_span
+    )
+
+
+def _params(model: nn.Module, grower: Grower | None) -> int:
+    return sum(p.numel() for p in model.parameters()) if grower is None else grower.kasmina.params
+
+
+def _held_out(preset: Preset, model: nn.Module) -> float:
+    return _mean_loss(preset, model, preset.held_out())
+
+
+def _mean_loss(preset: Preset, model: nn.Module, batches: Sequence[Any]) -> float:
+    with undisturbed(model):
+        return sum(float(preset.loss(model, batch)) for batch in batches) / len(batches)
+
+
+def _tagged(event: AnyEvent, cell: Cell) -> AnyEvent:
+    import msgspec
+
+    return msgspec.structs.replace(event, arm=cell.arm, seed=cell.seed)
+
+
+def equal_flops_widths(
+    preset: Preset, flops: float, steps: int, small: Sequence[int], final: Sequence[int]
+) -> tuple[int, ...]:
+    """Inner widths between (or beyond) small and final whose training costs ``flops`` in as many steps."""
+    batch = preset.train_batch(0, 0)
+
+    def cost(t: float) -> float:
+        model = build(preset.spec(_between(small, final, t))).to(preset.device)
+        with undisturbed(model):
+            return 3.0 * steps * forward_flops(model, lambda: preset.loss(model, batch))
+
+    low, high = 0.0, 2.0
+    for _ in range(9):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) < flops else (low, middle)
+    return _between(small, final, (low + high) / 2)
+
+
+def _between(small: Sequence[int], final: Sequence[int], t: float) -> tuple[int, ...]:
+    return tuple(max(1, round(a + t * (b - a))) for a, b in zip(small, final, strict=True))
+
+

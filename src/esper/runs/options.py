@@ -1,0 +1,61 @@
+"""What a job can be asked for; no heavy import, so that the command line can show its help at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from esper.errors import ConfigError
+
+PRESET_NAMES = ("digits", "code-lm", "vision")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Settings of one ``esper run``; ``None`` means the preset's own value."""
+
+    preset: str = "digits"
+    """digits (an MLP on scikit-learn's digits), code-lm (a byte-level transformer on the Python standard library's
+    source) or vision (a small ResNet on an .npz of images)."""
+    seeds: int | None = None
+    """Paired seeds an arm."""
+    steps: int | None = None
+    """Optimizer steps a training."""
+    lr: tuple[float, ...] = ()
+    """Learning rates every arm may choose from, on held-out loss and the first seed."""
+    controls: bool = True
+    """Train the control arms too."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    size: str = "auto"
+    """auto (by device), cpu or gpu."""
+    data: Path | None = None
+    """An .npz with x_train, y_train, x_test, y_test (vision)."""
+    run_dir: Path | None = None
+    """Where to write; by default the next free runs/PRESET-NN."""
+    temper: str | None = None
+    """conservative, balanced, aggressive or exploratory."""
+    controller: str | None = None
+    start: str | None = None
+    """How first weights are made; by default chosen by site kind and optimizer."""
+    growth: float | None = None
+    """Units a cohort adds, as a multiple of the host's inner width."""
+    budget_params: int | None = None
+    """Most parameters the grown model may have."""
+    seed: int = 0
+    """First seed."""
+    jobs: int = 1
+    """Trainings at a time, each in a process of its own."""
+
+    def __post_init__(self) -> None:
+        _require(self.seeds is None or self.seeds >= 1, "seeds must be at least 1", self.seeds, "use 3")
+        _require(self.steps is None or self.steps >= 10, "steps must be at least 10", self.steps, "use 1000")
+        _require(all(lr > 0 for lr in self.lr), "lr must be positive", self.lr, "use 3e-3")
+        _require(self.device in ("auto", "cpu", "cuda"), "device must be auto, cpu or cuda", self.device, "use auto")
+        _require(self.size in ("auto", "cpu", "gpu"), "size must be auto, cpu or gpu", self.size, "use auto")
+        _require(self.jobs >= 1, "jobs must be at least 1", self.jobs, "use 1")
+
+
+def _require(condition: bool, rule: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"{rule}, got {value!r}; {remedy}")

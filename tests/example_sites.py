@@ -1,0 +1,190 @@
+"""One small example of every kind of site: its geometry, inputs that fit, and real layers of that shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from esper.config import Config, SitesConfig
+from esper.kasmina.bank import Bank
+from esper.kasmina.discovery import discover
+from esper.kasmina.execution import Kasmina
+from esper.kasmina.geometry import Activation, ConvGeometry, Geometry, NormGeometry
+from esper.protocol import SiteKind
+
+_SAME = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1))
+_STRIDED = ConvGeometry((3, 3), (2, 2), (1, 1), (1, 1))
+_DILATED = ConvGeometry((3, 3), (1, 1), (2, 2), (2, 2))
+_POINT = ConvGeometry((1, 1), (1, 1), (0, 0), (1, 1))
+
+
+@dataclass(frozen=True)
+class Example:
+    """A geometry and the shape of an input (batch first)."""
+
+    name: str
+    geometry: Geometry
+    x_shape: tuple[int, ...]
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        if not self.geometry.kind.is_conv:
+            return (*self.x_shape[:-1], self.geometry.out_features)
+        strides = [conv.stride[0] for conv in self.convs]
+        side = self.x_shape[-1]
+        for stride in strides:
+            side = -(-side // stride)
+        return (self.x_shape[0], self.geometry.out_features, side, side)
+
+    @property
+    def convs(self) -> list[ConvGeometry]:
+        head, tail = self.geometry.head_conv, self.geometry.tail_conv
+        assert head is not None and tail is not None
+        return [head, tail] if self.geometry.kind.is_span else [head]
+
+    @property
+    def positions(self) -> int:
+        """Output rows of one call."""
+        shape = self.y_shape
+        return torch.Size(shape).numel() // self.geometry.out_features
+
+    def x(self, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(self.x_shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+    def layers(self) -> nn.Sequential:
+        """The host's own layers; a span's head is first and its tail last."""
+        g = self.geometry
+        if g.kind is SiteKind.LINEAR_LAYER:
+            return nn.Sequential(nn.Linear(g.in_features, g.out_features, g.head_bias))
+        if g.kind is SiteKind.LINEAR_SPAN:
+            head = nn.Linear(g.in_features, g.hidden_features, g.head_bias)
+            return nn.Sequential(head, _Act(g), nn.Linear(g.hidden_features, g.out_features))
+        if g.kind is SiteKind.CONV_LAYER:
+            assert g.head_conv is not None
+            return nn.Sequential(_conv(g.in_features, g.out_features, g.head_conv, g.head_bias))
+        assert g.head_conv is not None and g.tail_conv is not None
+        parts: list[nn.Module] = [_conv(g.in_features, g.hidden_features, g.head_conv, g.head_bias)]
+        if g.norm is not None:
+            parts.append(nn.BatchNorm2d(g.hidden_features, g.norm.eps, g.norm.momentum, g.norm.affine))
+        parts += [_Act(g), _conv(g.hidden_features, g.out_features, g.tail_conv, True)]
+        return nn.Sequential(*parts)
+
+
+class _Act(nn.Module):
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        assert geometry.activation is not None
+        self.activation = geometry.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(x)
+
+
+def _conv(inputs: int, outputs: int, conv: ConvGeometry, bias: bool) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, conv.kernel, conv.stride, conv.padding, conv.dilation, bias=bias)
+
+
+def _conv_span(norm: NormGeometry | None, head: ConvGeometry, tail: ConvGeometry, *, bias: bool) -> Geometry:
+    return Geometry(
+        kind=SiteKind.CONV_SPAN, in_features=3, out_features=6, hidden_features=4, head_bias=bias,
+        activation=Activation("relu"), norm=norm, head_conv=head, tail_conv=tail, head_std=0.3, tail_std=0.2,
+    )  # fmt: skip
+
+
+def _linear_span(activation: Activation, *, bias: bool) -> Geometry:
+    return Geometry(
+        kind=SiteKind.LINEAR_SPAN, in_features=5, out_features=6, hidden_features=7, head_bias=bias,
+        activation=activation, head_std=0.4, tail_std=0.3,
+    )  # fmt: skip
+
+
+EXAMPLES: dict[SiteKind, Sequence[Example]] = {
+    SiteKind.LINEAR_SPAN: (
+        Example("relu", _linear_span(Activation("relu"), bias=True), (12, 5)),
+        Example(
+            "gelu-tanh-3d", _linear_span(Activation("gelu", (("approximate", "tanh"),)), bias=False), (3, 4, 5)
+        ),
+    ),
+    SiteKind.CONV_SPAN: (
+        Example("norm", _conv_span(NormGeometry(1e-5, 0.1, True), _SAME, _SAME, bias=False), (4, 3, 6, 6)),
+        Example("norm-not-affine", _conv_span(NormGeometry(1e-3, None, False), _SAME, _POINT, bias=True), (4, 3, 5, 5)),
+        Example("strided-head", _conv_span(NormGeometry(1e-5, 0.1, True), _STRIDED, _SAME, bias=False), (4, 3, 6, 6)),
+        Example("strided-tail", _conv_span(None, _SAME, _STRIDED, bias=True), (4, 3, 6, 6)),
+        Example("dilated", _conv_span(None, _DILATED, _POINT, bias=True), (2, 3, 7, 7)),
+    ),
+    SiteKind.LINEAR_LAYER: (
+        Example(
+            "linear",
+            Geometry(kind=SiteKind.LINEAR_LAYER, in_features=5, out_features=6, hidden_features=0, head_bias=True,
+                     head_std=0.4, tail_std=0.4),
+            (12, 5),
+        ),
+    ),
+    SiteKind.CONV_LAYER: (
+        Example(
+            "conv-strided",
+            Geometry(kind=SiteKind.CONV_LAYER, in_features=3, out_features=6, hidden_features=0, head_bias=True,
+                     head_conv=_STRIDED, tail_conv=_STRIDED, head_std=0.3, tail_std=0.3),
+            (4, 3, 6, 6),
+        ),
+    ),
+}  # fmt: skip
+
+
+def make_bank(
+    blueprint: str, example: Example, *, slots: int = 1, units: int = 4, seed: int = 0, whole: bool | None = None
+) -> Bank:
+    """A bank at its random start; ``slots`` > 1 gives each slot two columns of its own."""
+    whole = slots == 1 if whole is None else whole
+    out = example.geometry.out_features
+    columns = None if whole else torch.arange(out).flip(0)[: 2 * slots].reshape(slots, 2)
+    return Bank(
+        blueprint, example.geometry, units=units, reads=example.geometry.in_features, columns=columns,
+        generator=torch.Generator().manual_seed(seed), device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+def attached(model: nn.Module, x: Tensor, *, layers: bool = False) -> Kasmina:
+    """Kasmina on ``model``, found by a probe forward in evaluation mode."""
+    was = model.training
+    model.eval()
+    found = discover(model, lambda: model(x), SitesConfig(layers=layers))
+    model.train(was)
+    return Kasmina(model, found, Config(), adaptive=True)
+
+
+def plant(
+    kasmina: Kasmina, site: str, blueprint: str, *, units: int = 4, cohort: int = 1, columns: Tensor | None = None,
+    alpha: float = 1.0,
+) -> Bank:
+    """Put a random branch into the forward pass of a site, past all gates."""
+    here = kasmina.sites[site]
+    bank = Bank(
+        blueprint, here.geometry, units=units, reads=here.reads, columns=columns, generator=kasmina.generator,
+        device=kasmina.device,
+    )  # fmt: skip
+    bank.alpha.fill_(alpha)
+    here.banks[cohort] = bank
+    here.grafted.add(cohort)
+    kasmina.refresh()
+    return bank
+
+
+def settle(kasmina: Kasmina, site: str, *, cohort: int = 1, betas: tuple[float, float] = (0.9, 0.999)) -> Bank:
+    """Make a planted branch permanent, as ``Kasmina.fossilise`` does with a cohort of the table."""
+    from esper.kasmina.annex import fossilise
+
+    here = kasmina.sites[site]
+    before = here.grown_units
+    annex = fossilise(here, cohort, list(range(here.banks[cohort].num_slots)), betas=betas)
+    here.grafted.discard(cohort)
+    del here.banks[cohort]
+    for other in kasmina.sites.values():
+        if other.upstream is here:
+            for bank in [*other.banks.values(), *([other.annex] if other.annex is not None else [])]:
+                bank.widen_reads(here.grown_units - before)
+    kasmina.refresh()
+    return annex
