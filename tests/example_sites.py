@@ -157,7 +157,13 @@ def attached(model: nn.Module, x: Tensor, *, layers: bool = False) -> Kasmina:
 
 
 def plant(
-    kasmina: Kasmina, site: str, blueprint: str, *, units: int = 4, cohort: int = 1, columns: Tensor | None = None,
+    kasmina: Kasmina,
+    site: str,
+    blueprint: str,
+    *,
+    units: int = 4,
+    cohort: int = 1,
+    columns: Tensor | None = None,
     alpha: float = 1.0,
 ) -> Bank:
     """Put a random branch into the forward pass of a site, past all gates."""

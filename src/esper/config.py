@@ -20,8 +20,9 @@ class SitesConfig:
     """Which modules may grow."""
 
     include: tuple[str, ...] = ("*",)
-    """Glob patterns over module names; every pattern must match something."""
+    """Glob patterns over site names (``grower.sites()``); every pattern must match something."""
     exclude: tuple[str, ...] = ()
+    """Patterns of sites to leave out, applied after ``include``."""
     layers: bool = False
     """Also offer single Linear and Conv2d layers (rank-limited branches), not only spans."""
     chunks: int | None = None
@@ -76,19 +77,26 @@ class FitConfig:
     """How first weights are made; ``None`` chooses by site kind and optimizer."""
 
     steps: int = 150
+    """Optimizer steps of the isolated fit (Adam)."""
     batch_rows: int = 8192
+    """Captured rows a step of the fit."""
     lr: float = 3e-3
+    """Learning rate of the fit."""
     scales: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Multiples of ``base_scale`` tried with real forward losses."""
     base_scale: float = 0.1
     """First size of a fitted branch: its RMS as a share of the site's output RMS."""
     min_t: float = 2.0
     """The fit must predict a gain on other batches with at least this clustered t statistic."""
+    unproven: str = "zero"
+    """What becomes of a fit below ``min_t``: ``zero`` keeps its features with output weights of zero, ``cull``
+    removes the seed."""
     reconstruction_threshold: float = 0.9
     """Largest share of the output's variance a reconstruction fit may leave unexplained on other batches."""
 
     def __post_init__(self) -> None:
         _check(self.steps >= 1, "fit.steps must be at least 1", self.steps, "use 150")
+        _check(self.unproven in ("zero", "cull"), "fit.unproven must be zero or cull", self.unproven, "use 'zero'")
         _check(self.lr > 0, "fit.lr must be positive", self.lr, "use 3e-3")
         _check(len(self.scales) > 0 and min(self.scales) > 0, "fit.scales must be positive", self.scales, "use (1.0,)")
 
@@ -98,22 +106,31 @@ class GraftConfig:
     """How a branch is blended in and how it learns."""
 
     strategy: str = "fixed_ramp"
+    """How alpha moves: ``fixed_ramp``, or ``drift_controlled``, which waits while the host's weights drift."""
     ramp: str = "linear"
     """Shape of ``fixed_ramp``: linear, cosine or sigmoid."""
     ramp_steps: int = 50
+    """Steps in which alpha rises from 0 to 1."""
     drift_threshold: float = 0.05
+    """Relative distance of the host's weights from their running average above which ``drift_controlled`` waits."""
     pause_duration: int = 50
     """Longest pause ``drift_controlled`` may make at a stretch."""
     timeout: int = 400
+    """Longest stay in GRAFTING, and in STABILIZATION; a cohort that needs more is culled."""
+    settle_steps: int = 0
+    """Steps a branch learns at full alpha before it is frozen and judged."""
     stabilize_steps: int = 10
+    """Fewest steps a branch stays frozen at full alpha before it is judged."""
     stabilize_window: int = 30
     """Steps over which slope and variance of the loss are read."""
     fine_tune_steps: int = 20
+    """Steps an accepted branch learns on before it is looked at once more."""
     cull_steps: int = 10
     """Steps over which a culled branch's alpha ramps to zero."""
     lr_boost: float = 2.0
     """Learning rate of new units over the host's."""
     warmup_steps: int = 50
+    """Steps over which the learning rate of new units rises from zero."""
     embargo: int = 100
     """Steps a chunk rests after its seed was removed."""
 
@@ -144,8 +161,9 @@ class EvidenceConfig:
     confirm_level: float = 0.05
     """Level of the single confirmation."""
     calibration_share: float = 0.2
+    """Share of the held-out batches that fix scales before a test starts."""
     confirm_share: float = 0.3
-    """Shares of the held-out batches used for calibration and for confirmation; the rest judges."""
+    """Share of the held-out batches kept for confirmations; what calibration and confirmation leave judges."""
     min_gain: float = 0.0
     """Smallest gain (loss units) that counts as one."""
     control: str = "projected"
@@ -162,7 +180,9 @@ class EvidenceConfig:
 
     def __post_init__(self) -> None:
         _check(0 < self.fdr < 1, "evidence.fdr must lie between 0 and 1", self.fdr, "use 0.05")
-        _check(0 < self.confirm_level < 1, "evidence.confirm_level must lie between 0 and 1", self.confirm_level, "0.05")
+        _check(
+            0 < self.confirm_level < 1, "evidence.confirm_level must lie between 0 and 1", self.confirm_level, "0.05"
+        )
         _check(
             0 < self.calibration_share and 0 < self.confirm_share and self.calibration_share + self.confirm_share < 1,
             "evidence.calibration_share and confirm_share must be positive and leave room for the gate",
@@ -207,12 +227,17 @@ class TamiyoConfig:
     """The controller's temper."""
 
     controller: str = "heuristic"
+    """Name of a registered controller."""
     temper: str = "balanced"
     """conservative, balanced, aggressive or exploratory."""
     first: int = 100
     """Steps before the first germination."""
+    spacing: int = 0
+    """Fewest steps between germinations: spreading growth over the run saves FLOPs while the network is small."""
     growth: float = 1.0
     """Units a cohort adds to a span, as a multiple of the host's inner width."""
+    compound: bool = False
+    """Take ``growth`` as a multiple of the present inner width, grown units included."""
     last_share: float = 0.6
     """No germination after this share of ``total_steps``: what starts too late cannot pay back."""
     min_gain_per_cost: float = 0.02
@@ -234,7 +259,7 @@ class TamiyoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All settings of a :class:`esper.Grower`; each part is validated where it is defined."""
+    """All settings of an :class:`esper.Grower`; each part is validated where it is defined."""
 
     sites: SitesConfig = field(default_factory=SitesConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)

@@ -29,15 +29,15 @@ from torch.optim import Optimizer
 from esper import export as exporting
 from esper.commands import apply
 from esper.config import Config
-from esper.errors import AttachError, SilentSiteError
+from esper.errors import SilentSiteError
 from esper.evidence.evaluator import Evaluator, Loss
 from esper.evidence.judge import Judge
 from esper.kasmina.discovery import discover
 from esper.kasmina.execution import Kasmina
-from esper.kasmina.hooks import is_attached
 from esper.kasmina.host import HostClock
-from esper.kasmina.isolation import undisturbed
-from esper.kasmina.ledger import Ledger, forward_flops
+from esper.kasmina.isolation import preserved_rng, undisturbed
+from esper.kasmina.ledger import forward_flops
+from esper.kasmina.preconditions import check_choices, check_host
 from esper.observation import observe
 from esper.protocol import (
     AlphaMoved,
@@ -102,7 +102,8 @@ class Grower:
     ) -> None:
         self.config = config or Config()
         self.model = model
-        _check_host(model)
+        check_host(model)
+        check_choices(model, self.config)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self.controller = controller or make_controller(
             self.config.tamiyo.controller, self.config.tamiyo, seed=self.config.seed
@@ -123,7 +124,7 @@ class Grower:
         self.clock = HostClock(optimizers, discovery.sites, track)
         self.kasmina = Kasmina(model, discovery, self.config, adaptive=self.clock.adaptive)
         self.ledger = self._evaluator.ledger
-        self._probe_rows = self._measure_probe_rows()
+        self._probe_rows, self._dtypes = self._measure_probe_rows()
         self._evaluator.forward_cost = self._evaluation_cost
         self.judge = Judge(self._evaluator, self.kasmina.sites, evidence, seed=self.config.seed)
         self._on_event = on_event
@@ -163,9 +164,11 @@ class Grower:
         self._last_step, self._calls_without_step = self.clock.steps, 0
         step = self._last_step
         self._losses.append(loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss)))
-        self.kasmina.note_rows()
+        self.kasmina.note_rows(step)
         with self._timed("learn"):
             self._count_host_flops()
+            if self.clock.overflowed(stepped=True):
+                self.kasmina.forget_gradients()  # they hold those of a step that the scaler has skipped
             self.kasmina.learn(self.clock.hosts, inverse_scale=self.clock.inverse_scale)
         if step == 1:
             self._check_reports()
@@ -196,11 +199,7 @@ class Grower:
                 cohort.entered = step - self.config.graft.fine_tune_steps
                 self.stages.advance(step)
         for cohort in list(self.kasmina.cohorts.values()):
-            if cohort.state in (Lifecycle.CULLED, Lifecycle.CANCELLED):
-                self.kasmina.set_alpha(cohort, 0.0)
-                self.kasmina.remove(cohort, step, 0)
-            else:
-                self.stages.end(cohort, Lifecycle.ROLLED_BACK, step, "training ended before it was judged")
+            self.stages.expel(cohort, step, "training ended before it was judged")
         self._measure_held_out(step)
         self._report_overhead(step)
 
@@ -239,8 +238,9 @@ class Grower:
         ExportError
             While cohorts are on trial, or when the copy's loss differs by more than ``tolerance`` (relative).
         """
-        plain = exporting.merged(self.model, self.kasmina)
-        allowed = exporting.default_tolerance(self.model) if tolerance is None else tolerance
+        with preserved_rng():  # building a layer draws first weights from the global stream
+            plain = exporting.merged(self.model, self.kasmina)
+        allowed = exporting.default_tolerance(self._dtypes) if tolerance is None else tolerance
         batch = self._evaluator.batches[0]
         exporting.check_equal(self.model, plain, self._evaluator.loss, batch, tolerance=allowed)
         return plain
@@ -317,8 +317,7 @@ class Grower:
                 self._warn("loss", "the training loss is not finite and nothing of Esper is on trial: it is the host's")
             self._losses.clear()
         for cohort in damaged:
-            if cohort.number in self.kasmina.cohorts and cohort.state < Lifecycle.FOSSILIZED:
-                self.stages.end(cohort, Lifecycle.ROLLED_BACK, step, "guard: a non-finite loss, gradient or parameter")
+            self.stages.expel(cohort, step, "guard: a non-finite loss, gradient or parameter")
 
     def _check_reports(self) -> None:
         """A site whose weight got a gradient but whose hook never ran is an error, not a healthy silence."""
@@ -338,7 +337,7 @@ class Grower:
 
     def _without_host_step(self) -> None:
         self._calls_without_step += 1
-        if self.clock.has_scaler and self.clock.backwards_since_step == 0:
+        if self.clock.overflowed(stepped=False):
             self.kasmina.forget_gradients()
         if self._calls_without_step == 1000:
             self._warn(
@@ -377,7 +376,7 @@ class Grower:
         """Change the ceiling (``None`` removes it)."""
         self._params_budget, self._flops_share = params, flops_share
 
-    def _measure_probe_rows(self) -> dict[str, int]:
+    def _measure_probe_rows(self) -> tuple[dict[str, int], set[torch.dtype]]:
         """Output rows of each site in one held-out batch (hooks are attached; nothing is recorded)."""
         from esper.kasmina.rows import count_rows
 
@@ -437,19 +436,3 @@ class Grower:
     def _emit(self, event: AnyEvent) -> None:
         if self._on_event is not None:
             self._on_event(event)
-
-
-def _check_host(model: nn.Module) -> None:
-    if is_attached(model):
-        raise AttachError("a model can have one Grower, this one has one already; call its detach() first")
-    parameters = list(model.named_parameters())
-    if not parameters:
-        raise AttachError("the model must have parameters, got none; pass the nn.Module that is trained")
-    meta = [name for name, parameter in parameters if parameter.is_meta]
-    if meta:
-        raise AttachError(
-            f"the model must be materialised, {len(meta)} parameters are on the meta device ({meta[0]}); "
-            "call model.to_empty(device=...) and initialise it first"
-        )
-    if isinstance(model, nn.DataParallel):
-        raise AttachError("nn.DataParallel copies modules in every forward; use DistributedDataParallel instead")

@@ -81,7 +81,7 @@ def _view(kasmina: Kasmina, number: int, step: int) -> CohortView:
     return CohortView(
         cohort=number,
         state=cohort.state,
-        steps_in_state=step - cohort.entered,
+        steps_in_state=cohort.entered if cohort.paused else step - cohort.entered,
         sites=cohort.sites,
         num_seeds=len(cohort.slots),
         alpha=cohort.alpha,

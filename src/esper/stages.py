@@ -17,7 +17,7 @@ from esper.kasmina.cohort import Cohort
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.host import HostClock
 from esper.kasmina.ledger import Ledger
-from esper.kasmina.lifecycle import Gate, ramp_gate, sanity_gate, stability_gate
+from esper.kasmina.lifecycle import Gate, is_active, ramp_gate, sanity_gate, stability_gate
 from esper.kasmina.starts import STARTS
 from esper.kasmina.strategies import STRATEGIES, GraftContext
 from esper.protocol import AnyEvent, Fitted, Judged, Lifecycle, Transitioned, Verdict
@@ -53,11 +53,9 @@ class Stages:
 
     def _germinated(self, cohort: Cohort, step: int) -> None:
         sites = [self.kasmina.sites[name] for name in cohort.sites]
-        refused = next((site for site in sites if site.refused is not None), None)
-        if refused is not None:
-            self.end(cohort, Lifecycle.CANCELLED, step, f"{refused.info.name}: {refused.refused}")
-        elif all(site.capture is None or site.capture.full for site in sites):
-            cohort.captured_at = step
+        if self._given_up(cohort, step):
+            return
+        if all(site.capture is None or site.capture.full for site in sites):
             self._move(cohort, Lifecycle.TRAINING, step, "capture: all rows are there")
         elif step - cohort.entered >= self.config.capture.timeout:
             filled = min(site.capture.filled for site in sites if site.capture is not None)
@@ -67,7 +65,18 @@ class Stages:
                 "(no gradient reaches the site?); raise capture.timeout or exclude it",
             )
 
+    def _given_up(self, cohort: Cohort, step: int) -> bool:
+        """Whether one of the sites turned out unusable; the cohort is cancelled then."""
+        for name in cohort.sites:
+            reason = self.kasmina.sites[name].refused
+            if reason is not None:
+                self.end(cohort, Lifecycle.CANCELLED, step, f"{name}: {reason}")
+                return True
+        return False
+
     def _training(self, cohort: Cohort, step: int) -> None:
+        if self._given_up(cohort, step):
+            return
         for name in list(cohort.sites):
             gate = self._fit(cohort, name, step)
             if not gate.passed:
@@ -75,7 +84,7 @@ class Stages:
         if not cohort.members:
             return
         self.kasmina.drop_captures(cohort)
-        preserving = all(STARTS[member.start].preserves_function for member in cohort.members.values())
+        preserving = all(member.preserves_function for member in cohort.members.values())
         self._move(cohort, Lifecycle.GRAFTING, step, "sanity: the branches may be grafted")
         self.kasmina.graft(cohort)
         if preserving:
@@ -85,7 +94,8 @@ class Stages:
 
     def _grafting(self, cohort: Cohort, step: int) -> None:
         gate = ramp_gate(alpha=cohort.alpha, target=1.0)
-        if gate.passed and step - cohort.entered >= self.config.graft.ramp_steps:
+        settled = self.config.graft.ramp_steps + self.config.graft.settle_steps
+        if gate.passed and step - cohort.entered >= settled:
             self._move(cohort, Lifecycle.STABILIZATION, step, gate.reason)
         elif step - cohort.entered >= self.config.graft.timeout:
             self.end(cohort, Lifecycle.CULLED, step, f"out of time: {gate.reason}")
@@ -165,10 +175,17 @@ class Stages:
         """Bring a cohort to ``CULLED``, ``CANCELLED`` or ``ROLLED_BACK``; a branch in the forward fades out, or
         leaves at once on a rollback."""
         in_forward = cohort.state >= Lifecycle.GRAFTING and cohort.alpha > 0
+        self._conclude(cohort, target, step, reason)  # raises for an illegal end, before anything has changed
         cohort.paused = False
         cohort.fading_from = cohort.alpha
-        self._conclude(cohort, target, step, reason)
         if target is Lifecycle.ROLLED_BACK or not in_forward:
+            self.kasmina.remove(cohort, step, self.config.graft.embargo)
+
+    def expel(self, cohort: Cohort, step: int, reason: str) -> None:
+        """Take a cohort out at once, whatever its state: roll it back, or cut short the fading of one that ended."""
+        if bool(is_active(int(cohort.state))):
+            self.end(cohort, Lifecycle.ROLLED_BACK, step, reason)
+        else:
             self.kasmina.remove(cohort, step, self.config.graft.embargo)
 
     def _finish(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
@@ -179,8 +196,7 @@ class Stages:
     def _conclude(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
         self._move(cohort, target, step, reason)
         self._add_verdict(cohort, target, step, reason)
-        for name in cohort.sites:
-            self.kasmina.sites[name].capture = None
+        self.kasmina.drop_captures(cohort)
 
     def _add_verdict(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
         gain, low, high = cohort.gain
@@ -197,7 +213,9 @@ class Stages:
     def _fit(self, cohort: Cohort, name: str, step: int) -> Gate:
         site, member = self.kasmina.sites[name], cohort.members[name]
         start, bank = STARTS[member.start], site.banks[cohort.number]
-        rows = site.capture.rows() if site.capture is not None and start.needs_rows else None
+        capture = site.capture if start.needs_rows else None
+        completed = capture.completed_at if capture is not None else None
+        rows = capture.rows(bank.reads) if capture is not None else None
         if rows is not None and site.telemetry is not None and rows.g.numel():
             site.telemetry.record_gradient(rows.g, site.geometry.feature_axis)
         member.report = start.prepare(bank, rows, self.config.fit, self.kasmina.generator)
@@ -210,15 +228,23 @@ class Stages:
                 flops=report.flops,
             )
         )  # fmt: skip
-        return sanity_gate(
+        member.preserves_function = start.preserves_function
+        gate = sanity_gate(
             start.sanity,
             t_statistic=report.t_statistic,
             explained=report.explained,
             min_t=self.config.fit.min_t,
             max_unexplained=self.config.fit.reconstruction_threshold,
-            capture_age=step - cohort.captured_at,
+            capture_age=0 if completed is None else step - completed,
             max_age=self.config.capture.max_age,
         )
+        if gate.passed or start.sanity != "gradient" or self.config.fit.unproven == "cull":
+            return gate
+        if not math.isfinite(report.t_statistic):
+            return gate
+        bank.scale_output(0.0)
+        member.preserves_function = True
+        return Gate("sanity", True, f"{gate.reason}: the fit is not used, the branch starts from zero output")
 
     def _drop(self, cohort: Cohort, name: str, step: int, gate: Gate) -> None:
         """One site's seeds fail the sanity test: they are culled, the others go on."""

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tests.example_sites import EXAMPLES, Example, make_bank
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from esper.config import FitConfig
 from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import BLUEPRINTS, Parts
 from esper.kasmina.optim import Hyperparameters, SlotAdamW
 from esper.kasmina.starts import STARTS
-from esper.config import FitConfig
-from tests.example_sites import EXAMPLES, Example, make_bank
 
 pytestmark = pytest.mark.unit
 
@@ -88,7 +88,7 @@ def test_learns_within_a_few_steps_from_a_zero_output(case: Case) -> None:
             dead = [n for n, v in bank.params.items() if v.grad is None or not bool(v.grad.flatten(1).any(1).all())]
             assert not dead, "every parameter of every slot has a gradient once the output has moved"
         optimizer.step(bank, Hyperparameters("adamw", 0.03, 0.0))
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
 
 

@@ -116,6 +116,12 @@ def test_an_empty_history_has_no_arm_and_no_time() -> None:
     assert Cohort(3).sites == () and Cohort(3).started_step == 0
 
 
+def test_the_ceiling_is_found_in_a_job_and_in_a_grower() -> None:
+    assert RunHistory(config={"budget_params": 7}).budget_params == 7
+    assert RunHistory(config={"budget": {"params": 8}}).budget_params == 8
+    assert RunHistory(config={"budget": None, "budget_params": True}).budget_params is None
+
+
 def test_student_interval_known_answer() -> None:
     interval = mean_interval([1.0, 2.0, 3.0, math.nan])
     assert interval.mean == 2.0 and interval.num == 3

@@ -22,7 +22,7 @@ COMMANDS = {
     "sites": ("esper.cli.sites", "Sites", "List where a model can grow, and why not elsewhere."),
     "doctor": ("esper.cli.doctor", "Doctor", "Check that this installation works."),
 }
-SHELLS = ("bash", "zsh", "fish", "tcsh")
+SHELLS = ("bash", "zsh", "fish")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> int:
     if not words:
-        write_lines(_help(), sys.stderr)
+        write_lines(_help(), sys.stderr, indent=2)
         return EXIT_USAGE
     first, rest = words[0], words[1:]
     try:
         if first in ("-h", "--help", "help"):
-            write_lines(_help(), sys.stdout)
+            write_lines(_help(), sys.stdout, indent=2)
             return EXIT_OK
         if first == "--version":
             from esper import __version__
@@ -93,7 +93,7 @@ def _run_command(name: str, words: list[str]) -> int:
             write_lines(outcome.lines, sys.stdout)
         return EXIT_OK if outcome.ok else EXIT_FAILED
     except HelpShown as shown:
-        write_lines(str(shown).splitlines(), sys.stdout)
+        write_lines(str(shown).splitlines(), sys.stdout, indent=0)
         return EXIT_OK
     except BrokenPipeError:
         raise

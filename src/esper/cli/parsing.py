@@ -6,7 +6,8 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
 
 import tyro
 from tyro.conf import arg
@@ -49,12 +50,29 @@ def _spec(read: Callable[[list[str]], Any], metavar: str, nargs: int | str = 1) 
     )
 
 
-Count = Annotated[int, _spec(_number(int, "a whole number", "600"), "N")]
-OptionalCount = Annotated[int | None, _spec(_number(int, "a whole number", "600"), "N")]
-OptionalNumber = Annotated[float | None, _spec(_number(float, "a number", "1.5"), "X")]
-Rates = Annotated[tuple[float, ...], _spec(_rates, "RATE ...", "*")]
-JsonPath = Annotated[str | None, arg(metavar="PATH", help="Also write the result as JSON; - is standard output.",
-                                     help_behavior_hint="")]  # fmt: skip
+if TYPE_CHECKING:
+    Count = int
+    Rates = tuple[float, ...]
+    Patterns = tuple[str, ...]
+    OptionalCount = int | None
+    OptionalNumber = float | None
+    OptionalPath = Path | None
+    OptionalText = str | None
+else:
+    # tyro checks defaults by itself for plain types and typing.Union; for anything else (`int | None`, `tuple[...]`)
+    # it imports typeguard and with it asyncio, which takes longer than all the rest of `--help`.
+    Count = Annotated[int, _spec(_number(int, "a whole number", "600"), "N")]
+    Rates = Annotated[tuple, _spec(_rates, "RATE ...", "*")]
+    Patterns = Annotated[tuple, _spec(tuple, "GLOB ...", "*")]
+    OptionalCount = Annotated[Union[int, None], _spec(_number(int, "a whole number", "600"), "N")]  # noqa: UP007
+    OptionalNumber = Annotated[Union[float, None], _spec(_number(float, "a number", "1.5"), "X")]  # noqa: UP007
+    OptionalPath = Union[Path, None]  # noqa: UP007
+    OptionalText = Union[str, None]  # noqa: UP007
+
+JsonPath = Annotated[
+    OptionalText,
+    arg(metavar="PATH", help="Also write the result as JSON; - is standard output.", help_behavior_hint=""),
+]
 
 
 def parse(command: type[C], name: str, words: Sequence[str]) -> C:
@@ -79,7 +97,7 @@ def parse(command: type[C], name: str, words: Sequence[str]) -> C:
 
 
 def completion_script(commands: dict[str, type[Command]], shell: str) -> str:
-    """A script that completes all commands and their options; ``shell`` is bash, zsh, fish or tcsh."""
+    """A script that completes all commands and their options; ``shell`` is bash, zsh or fish."""
     variants = tuple(
         Annotated[kind, tyro.conf.subcommand(name)]  # pyright: ignore[reportInvalidTypeForm]
         for name, kind in commands.items()
@@ -102,9 +120,10 @@ def _one_line(box: str) -> str:
             sections.append([])
         elif line.strip():
             sections[-1].append(line.strip())
-    told = [" ".join(lines) for lines in sections[1:] if lines and not lines[0].startswith(_NOISE)]
+    told = [_uncapitalised(" ".join(lines)) for lines in sections[1:] if lines and not lines[0].startswith(_NOISE)]
     text = "; ".join(told) or " ".join(box.split())
-    text = text.removeprefix("Error parsing ")
-    return text[:1].lower() + text[1:] if not text.startswith("-") else text
+    return text.removeprefix("error parsing ")
 
 
+def _uncapitalised(text: str) -> str:
+    return text[:1].lower() + text[1:]

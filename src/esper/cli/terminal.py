@@ -11,7 +11,8 @@ from typing import TextIO
 INDENT = 11
 """Columns of the first word of a result line (``done       ``)."""
 
-_MIN_COLUMN = 8
+_READABLE = 24
+"""Columns a name may be shortened to before whole columns are left out instead."""
 
 
 def printable(text: str, stream: TextIO) -> str:
@@ -34,15 +35,15 @@ def columns(stream: TextIO) -> int | None:
     return max(shutil.get_terminal_size().columns, 20) if stream.isatty() else None
 
 
-def write_lines(lines: Sequence[str], stream: TextIO) -> None:
-    """Write lines; on a terminal, lines that are too wide go on under their text."""
+def write_lines(lines: Sequence[str], stream: TextIO, *, indent: int = INDENT) -> None:
+    """Write lines; on a terminal, lines that are too wide go on ``indent`` columns from the left."""
     width = columns(stream)
     for line in lines:
         text = printable(line, stream)
         if width is not None and len(text) > width:
             text = "\n".join(
                 textwrap.wrap(
-                    text, width - 1, subsequent_indent=" " * min(INDENT, width // 3), break_on_hyphens=False,
+                    text, width - 1, subsequent_indent=" " * min(indent, width // 3), break_on_hyphens=False,
                     replace_whitespace=False,
                 )
             )  # fmt: skip
@@ -55,19 +56,31 @@ def labelled(label: str, text: str) -> str:
     return f"{label:<{INDENT}}{text}"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None, numbers: Sequence[int]) -> list[str]:
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None, numbers: Sequence[int]
+) -> list[str]:
     """Aligned columns, two blanks apart; the columns in ``numbers`` are flush right.
 
-    Too wide for ``width``, the widest columns of text are shortened in the middle (names differ at both ends).
+    Too wide for ``width``, the widest columns of text are shortened in the middle (names differ at both ends), then
+    columns are left out from the right.
     """
     sizes = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     texts = [i for i in range(len(head)) if i not in numbers]
-    while width is not None and sum(sizes) + 2 * (len(sizes) - 1) > width:
+    while width is not None and _total(sizes) > width:
         widest = max(texts, key=lambda i: sizes[i])
-        if sizes[widest] <= _MIN_COLUMN:
+        if sizes[widest] > _READABLE:
+            sizes[widest] -= 1
+        elif len(sizes) > 1 and len(sizes) - 1 not in texts:
+            sizes.pop()
+        else:
             break
-        sizes[widest] -= 1
-    return ["  ".join(_cell(row[i], size, i in numbers) for i, size in enumerate(sizes)).rstrip() for row in (head, *rows)]
+    return [
+        "  ".join(_cell(row[i], size, i in numbers) for i, size in enumerate(sizes)).rstrip() for row in (head, *rows)
+    ]
+
+
+def _total(sizes: Sequence[int]) -> int:
+    return sum(sizes) + 2 * (len(sizes) - 1)
 
 
 def _cell(text: str, size: int, flush_right: bool) -> str:

@@ -2,100 +2,164 @@
 
 ``plain`` switches the branch off. That overstates its worth: a host co-adapts, so taking out a worthless branch hurts
 too. ``projected`` first lets the host's own layer take over what it can express: the best linear map from what the
-layer reads to what the branch adds, fitted by ridge regression on calibration batches, runs in the branch's place. A
-branch whose function the host could have had for nothing (any linear branch on a linear layer, a copy of existing
-hidden units, a constant) then shows no gain at all.
+layer reads (what the site has grown for good included) to what the branch adds, fitted by ridge regression on
+calibration batches, runs in the branch's place. A branch whose function the host could have had for nothing (any
+linear branch on a linear layer, a copy of existing hidden units, a constant) then shows no gain at all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esper.kasmina.geometry import ConvGeometry
 from esper.kasmina.site import Site
 
-RIDGE = 1e-4
-"""Ridge penalty relative to the mean feature energy."""
-ROWS_PER_FEATURE = 4
-"""Fewest rows a feature for a fit that generalises; with fewer the plain control is all there is."""
+RIDGES = tuple(10.0**power for power in range(-9, 3))
+"""Ridge penalties relative to the mean feature energy. The smallest must be tiny: at 1e-4 the penalty's own bias left
+redundant branches a consistent gain of a millionth, and a sequential test accepts whatever is consistent."""
+_BLOCK_BYTES = 1 << 26
 
 
 @dataclass
 class WithoutCohort:
-    """Probe: the site without the judged cohort, with a linear stand-in for it where one was fitted."""
+    """Probe: the site without the judged cohort, with a linear stand-in for it where one was fitted.
+
+    ``weight`` has the shape of a weight of the site's last layer that reads the annex's hidden units as well.
+    """
 
     cohort: int
     weight: Tensor | None = None
     bias: Tensor | None = None
 
     def leave(self, site: Site, x: Tensor, layer_input: Tensor, y: Tensor, training: bool) -> Tensor:
-        others = site.grafted - {self.cohort}
-        out = site.compose(x, y, others, training=training)
+        out = site.compose(x, y, site.grafted - {self.cohort}, training=training)
         if self.weight is None:
             return out
+        read = _layer_reads(site, layer_input)
         conv = site.geometry.tail_conv
-        weight, bias = self.weight.to(layer_input.dtype), None if self.bias is None else self.bias.to(layer_input.dtype)
-        if conv is None:
-            return out + F.linear(layer_input, weight, bias).to(out.dtype)
-        stand_in = F.conv2d(layer_input, weight, bias, conv.stride, conv.padding, conv.dilation)
-        return out + stand_in.to(out.dtype)
+        # fp32 whatever the host computes in: rounding must not make the stand-in worse than the branch
+        with torch.autocast(y.device.type, enabled=False):
+            if conv is None:
+                stand_in = F.linear(read, self.weight, self.bias)
+            else:
+                stand_in = F.conv2d(read, self.weight, self.bias, conv.stride, conv.padding, conv.dilation)
+        return (out.float() + stand_in).to(out.dtype) if out.dtype != torch.float64 else out + stand_in.double()
 
 
-@dataclass
 class Recorder:
-    """Probe: the site as it is, keeping sampled rows of what the layer reads and what the cohort adds."""
+    """Probe: the site as it is, summing up what a regression of what the cohort adds on what the layer reads needs.
 
-    cohort: int
-    rows_per_call: int
-    generator: torch.Generator
-    features: list[Tensor] = field(default_factory=list[Tensor])
-    added: list[Tensor] = field(default_factory=list[Tensor])
+    Rows are sampled, sums are in float64; no rows are kept.
+    """
+
+    def __init__(self, cohort: int, rows_per_call: int, generator: torch.Generator) -> None:
+        self.cohort = cohort
+        self.rows_per_call = rows_per_call
+        self.generator = generator
+        self.rows = 0
+        self.sums: list[Tensor] = []
+        """Features (F), added (O), features x features, features x added, added squared (a number)."""
 
     def leave(self, site: Site, x: Tensor, layer_input: Tensor, y: Tensor, training: bool) -> Tensor:
         without = site.compose(x, y, site.grafted - {self.cohort}, training=training)
         out = site.compose(x, y, site.grafted, training=training)
         delta = (out.float() - without.float()).movedim(site.geometry.feature_axis, -1)
-        features = _layer_features(site, layer_input)
         flat = delta.reshape(-1, delta.shape[-1])
-        index = torch.randperm(flat.shape[0], generator=self.generator)[: self.rows_per_call].to(flat.device)
-        self.features.append(features(index))
-        self.added.append(flat[index])
+        index = torch.randperm(flat.shape[0], generator=self.generator)[: self.rows_per_call].sort().values
+        rows_of = _layer_rows(site, _layer_reads(site, layer_input))
+        for part in index.split(max(1, _BLOCK_BYTES // (8 * _num_features(site)))):
+            here = part.to(flat.device)
+            self._add(rows_of(here).double(), flat[here].double())
         return out
 
+    def _add(self, phi: Tensor, delta: Tensor) -> None:
+        sums = [phi.sum(0), delta.sum(0), phi.T @ phi, phi.T @ delta, delta.square().sum()]
+        self.rows += phi.shape[0]
+        self.sums = [old + new for old, new in zip(self.sums, sums, strict=True)] if self.sums else sums
 
-def _layer_features(site: Site, layer_input: Tensor) -> Callable[[Tensor], Tensor]:
-    """Rows of what the site's last layer multiplies with its weight: inputs, or patches for a convolution."""
+
+def _layer_reads(site: Site, layer_input: Tensor) -> Tensor:
+    """What the site's last layer reads, fp32: its input and, on a span, the hidden units that became permanent."""
+    if site.annex is None or not site.info.kind.is_span:
+        return layer_input.float()
+    assert site.grown_hidden is not None  # composed before
+    return torch.cat([layer_input.float(), site.grown_hidden.float()], dim=site.geometry.feature_axis)
+
+
+def _num_features(site: Site) -> int:
+    conv = site.geometry.tail_conv
+    inputs = (site.geometry.hidden_features or site.geometry.in_features) + site.grown_units
+    return inputs * (1 if conv is None else conv.taps)
+
+
+def _layer_rows(site: Site, read: Tensor) -> Callable[[Tensor], Tensor]:
+    """Rows of what the layer multiplies with its weight, by (sorted) output position: inputs, or patches of images."""
     conv = site.geometry.tail_conv
     if conv is None:
-        flat = layer_input.reshape(-1, layer_input.shape[-1])
-        return lambda index: flat[index].float()
-    patches = F.unfold(layer_input.float(), conv.kernel, conv.dilation, conv.padding, conv.stride)
-    rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
-    return lambda index: rows[index]
+        flat = read.reshape(-1, read.shape[-1])
+        return lambda index: flat[index]
+
+    def patches(index: Tensor) -> Tensor:
+        positions = _positions(read, conv)
+        images, inverse = torch.unique(index // positions, return_inverse=True)
+        columns = F.unfold(read[images], conv.kernel, conv.dilation, conv.padding, conv.stride)
+        return columns.transpose(1, 2)[inverse, index % positions]
+
+    return patches
+
+
+def _positions(images: Tensor, conv: ConvGeometry) -> int:
+    """Output positions of one image."""
+    sides = (
+        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+        for size, pad, dilation, kernel, stride in zip(
+            images.shape[-2:], conv.padding, conv.dilation, conv.kernel, conv.stride, strict=True
+        )
+    )
+    return math.prod(sides)
 
 
 def fit_stand_in(recorder: Recorder, site: Site) -> WithoutCohort:
-    """Ridge regression of what the branch adds on what the layer reads (with an intercept), in float64."""
-    phi, delta = torch.cat(recorder.features).double(), torch.cat(recorder.added).double()
-    rows, width = phi.shape
-    if rows < ROWS_PER_FEATURE * (width + 1):
+    """Ridge regression of what the branch adds on what the layer reads, with an intercept, in float64.
+
+    The penalty minimises generalised cross-validation (Golub, Heath & Wahba 1979), so that with few rows the stand-in
+    shrinks towards a constant instead of fitting noise. Without finite rows there is no stand-in.
+    """
+    if recorder.rows < 2 or not all(bool(torch.isfinite(total).all()) for total in recorder.sums):
         return WithoutCohort(recorder.cohort)
-    phi_mean, delta_mean = phi.mean(0), delta.mean(0)
-    centred = phi - phi_mean
-    gram = centred.T @ centred
-    gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()) + 1e-12)
-    solution = torch.linalg.solve(gram, centred.T @ (delta - delta_mean))
-    bias = (delta_mean - phi_mean @ solution).float()
+    rows = recorder.rows
+    phi_sum, delta_sum, gram, cross, energy = recorder.sums
+    phi_mean, delta_mean = phi_sum / rows, delta_sum / rows
+    gram = gram - rows * torch.outer(phi_mean, phi_mean)
+    cross = cross - rows * torch.outer(phi_mean, delta_mean)
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp(min=0.0)
+    rotated = vectors.T @ cross
+    penalty = _cross_validated(values, rotated, energy - rows * delta_mean.square().sum(), rows)
+    solution = vectors @ (rotated / (values + penalty)[:, None])
     weight = solution.T.float()
     conv = site.geometry.tail_conv
     if conv is not None:
         weight = weight.view(weight.shape[0], -1, *conv.kernel)
-    return WithoutCohort(recorder.cohort, weight.contiguous(), bias)
+    return WithoutCohort(recorder.cohort, weight.contiguous(), (delta_mean - phi_mean @ solution).float())
+
+
+def _cross_validated(values: Tensor, rotated: Tensor, energy: Tensor, rows: int) -> Tensor:
+    """The penalty with the least ``residual / (rows - degrees of freedom)^2``."""
+    penalties = torch.tensor(RIDGES, dtype=values.dtype, device=values.device) * values.mean() + 1e-30
+    powers = rotated.square().sum(1)
+    damped = values[None, :] + penalties[:, None]
+    explained = (powers * (damped + penalties[:, None]) / damped.square()).sum(1)
+    left = rows - 1.0 - (values / damped).sum(1)
+    scores = (energy - explained).clamp(min=0.0) / left.square()
+    return penalties[torch.where(left > 0, scores, torch.inf).argmin()]
 
 
 @contextmanager

@@ -126,8 +126,7 @@ class Judge:
             return plain
         rows = -(-self.config.projection_rows // len(self.calibration))
         recorders = {name: Recorder(cohort, rows, self.generator) for name in members}
-        with probing(self.sites, recorders):
-            self.evaluator.losses(self.calibration)
+        self._arm(recorders, self.calibration)
         projected = {name: fit_stand_in(recorders[name], self.sites[name]) for name in members}
         if all(probe.weight is None for probe in projected.values()):
             return plain
@@ -152,11 +151,14 @@ class Judge:
         present = self._arm({}, indices)
         return [off - on for off, on in zip(without, present, strict=True)]
 
-    def _arm(self, probes: dict[str, WithoutCohort], indices: Sequence[int]) -> list[float]:
+    def _arm(self, probes: dict[str, WithoutCohort] | dict[str, Recorder], indices: Sequence[int]) -> list[float]:
+        """Losses with ``probes`` in place of their sites, norm statistics recomputed for the network as it then is."""
         with ExitStack() as stack:
-            stack.enter_context(probing(self.sites, probes))
             stack.enter_context(undisturbed(self.evaluator.model))
+            removed = {name: probe for name, probe in probes.items() if isinstance(probe, WithoutCohort)}
+            stack.enter_context(probing(self.sites, removed))
             stack.enter_context(recalibrated(self.evaluator.model, self.sites, self._calibration_runs()))
+            stack.enter_context(probing(self.sites, probes))  # recorders see the batches once, after that
             return self.evaluator.losses(indices)
 
     def _calibration_runs(self) -> list[Callable[[], object]]:

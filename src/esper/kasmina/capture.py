@@ -58,6 +58,8 @@ class Capture:
         self._generator = generator
         self._done: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.dropped_batches = 0
+        self.completed_at: int | None = None
+        """Real step in which the last batch came in; the rows are as old as that."""
 
     @property
     def filled(self) -> int:
@@ -66,6 +68,11 @@ class Capture:
     @property
     def full(self) -> bool:
         return self.filled >= self.num_batches
+
+    def note_completion(self, step: int) -> None:
+        """Called after each real step."""
+        if self.full and self.completed_at is None:
+            self.completed_at = step
 
     @property
     def num_bytes(self) -> int:
@@ -89,12 +96,18 @@ class Capture:
             if self.full:
                 return
             rows = g.detach() if conv else g.detach().reshape(-1, g.shape[-1])
+            if self._done and self._done[0][0].shape[1] != kept_x.shape[1]:
+                self._done.clear()  # a span before this one has grown: the site reads more features from now on
             self._done.append((kept_x, kept_y, rows[index], cluster))
 
         y.register_hook(read)
 
-    def rows(self) -> Rows:
-        """All captured rows; batches with non-finite or all-zero gradients are dropped and counted."""
+    def rows(self, reads: int | None = None) -> Rows:
+        """All captured rows; batches with non-finite or all-zero gradients are dropped and counted.
+
+        ``reads`` is what a branch reads now: where an upstream span has grown since the capture, the further features
+        count as zero (nothing is learnt about them).
+        """
         xs, ys, gs, clusters, batches = [], [], [], [], []
         offset = 0
         self.dropped_batches = 0
@@ -105,7 +118,8 @@ class Capture:
             if not bool(finite) or float(size) == 0.0:
                 self.dropped_batches += 1
                 continue
-            xs.append(x)
+            missing = 0 if reads is None else reads - x.shape[1]
+            xs.append(torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1) if missing > 0 else x)
             ys.append(y.float())
             gs.append(g / size)
             clusters.append(cluster + offset)
@@ -117,7 +131,9 @@ class Capture:
         return Rows(torch.cat(xs), torch.cat(ys), torch.cat(gs), torch.cat(clusters), torch.cat(batches))
 
 
-def rows_per_batch(geometry: Geometry, batch_rows: int, samples: int, *, rows: int, batches: int, max_bytes: int) -> int:
+def rows_per_batch(
+    geometry: Geometry, batch_rows: int, samples: int, *, rows: int, batches: int, max_bytes: int
+) -> int:
     """Rows (images) to keep of each batch so that neither the row target nor the byte budget is exceeded.
 
     ``batch_rows`` counts output positions of one training batch, ``samples`` its images or sequences.

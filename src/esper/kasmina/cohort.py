@@ -20,6 +20,8 @@ class Member:
     slots: npt.NDArray[np.int64]
     start: str
     report: StartReport = field(default_factory=StartReport)
+    preserves_function: bool = False
+    """Whether the branches' output is exactly zero when they are grafted."""
 
 
 @dataclass
@@ -44,7 +46,6 @@ class Cohort:
     fading: int = 0
     fading_from: float = 0.0
     paused: bool = False
-    captured_at: int = 0
     memory: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     losses: list[float] = field(default_factory=list[float])
     gain: tuple[float, float, float] = (float("nan"), float("nan"), float("nan"))

@@ -13,7 +13,14 @@ from torch import nn
 from esper.config import SitesConfig
 from esper.errors import SiteError
 from esper.kasmina.chunks import chunk_bounds, default_num_chunks
-from esper.kasmina.geometry import Activation, ConvGeometry, Geometry, NormGeometry, is_activation
+from esper.kasmina.geometry import (
+    Activation,
+    ConvGeometry,
+    Geometry,
+    NormGeometry,
+    activation_arguments,
+    is_activation,
+)
 from esper.kasmina.tracing import Operation, Trace, trace
 from esper.protocol import SiteInfo, SiteKind, Skipped
 
@@ -106,10 +113,10 @@ def _unusable(
     module: nn.Linear | nn.Conv2d, name: str, owners: dict[int, list[str]], uses: dict[int, int], probe: Trace
 ) -> str | None:
     weight = module.weight
-    if type(module) not in _GROWABLE:
-        return f"a {type(module).__name__}, whose inner workings are not known"
     if not isinstance(weight, nn.Parameter) or "weight" not in module._parameters:
         return "parametrised (its weight is computed from other tensors)"
+    if type(module) not in _GROWABLE:
+        return f"a {type(module).__name__}, whose inner workings are not known"
     if weight.is_meta:
         return "on the meta device (no storage); materialise the model first"
     if len(owners[id(weight)]) > 1:
@@ -189,8 +196,8 @@ def _follow(
                 return "leads to the next layer without an activation between them"
             return _Path(tail, activation, dropout, norm)
         if is_activation(step.name) and activation is None:
-            kept = tuple(sorted((k, v) for k, v in step.arguments.items() if k not in ("inplace", "input")))
-            if any(key.startswith("_") for key, _ in kept):
+            kept = activation_arguments(step.name, step.arguments)
+            if kept is None:
                 return f"passes unnamed arguments to {step.name}"
             activation = Activation(step.name, kept)
         elif step.name == "dropout" and activation is not None:
@@ -236,7 +243,8 @@ def _features(layer: nn.Module) -> tuple[int, int]:
 
 def _span_name(head: str, tail: str) -> str:
     """``blocks.0.mlp.fc1`` and ``blocks.0.mlp.fc2`` become ``blocks.0.mlp.fc1-fc2``."""
-    return f"{head}-{tail.rsplit('.', 1)[-1]}" if head.rsplit(".", 1)[:-1] == tail.rsplit(".", 1)[:-1] else f"{head}-{tail}"
+    beside = head.rsplit(".", 1)[:-1] == tail.rsplit(".", 1)[:-1]
+    return f"{head}-{tail.rsplit('.', 1)[-1] if beside else tail}"
 
 
 def _span_plan(head: nn.Module, path: _Path, parent: nn.Module, names: dict[int, str]) -> SitePlan:

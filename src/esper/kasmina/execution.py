@@ -17,6 +17,7 @@ from esper.kasmina.annex import fossilise
 from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import BLUEPRINTS
 from esper.kasmina.capture import Capture, rows_per_batch
+from esper.kasmina.chunks import columns_of
 from esper.kasmina.cohort import Cohort, Member
 from esper.kasmina.defaults import default_blueprint, default_start
 from esper.kasmina.discovery import Discovery, SitePlan
@@ -77,7 +78,8 @@ class Kasmina:
             site.telemetry = TelemetryBuffer(bounds, self.config.telemetry.rows, device)
             # only a dropout span draws on the device; its own stream leaves the host's alone
             if site.geometry.dropout > 0:
-                site.generator = torch.Generator(device).manual_seed(self.config.seed + self.index[name])
+                site.generator = torch.Generator(device)
+                site.mask_seed = self.config.seed + self.index[name]
 
     def detach(self) -> None:
         """Remove every hook; the host is as it was before."""
@@ -155,12 +157,17 @@ class Kasmina:
         STRATEGIES[strategy]
         free = self.table.free_chunks(self.index[plan.site], step)
         chunks = np.array(plan.chunks, dtype=np.int64) if plan.chunks else free
-        width = plan.width or max(1, site.info.hidden_features or min(site.info.in_features, 8))
+        bounds = self.table.bounds[self.index[plan.site]]
+        columns = len(columns_of(bounds, chunks))  # raises for chunks that do not exist
+        width = plan.width
+        if width is None:
+            width = max(1, site.info.hidden_features or min(site.info.in_features, 8))
+        if width < 1:
+            raise EsperError(f"a seed's width must be at least 1, got {width} on {plan.site!r}; leave it None")
         full = SeedPlan(
             site=plan.site, chunks=tuple(int(c) for c in chunks), blueprint=blueprint, width=width, start=start,
             strategy=strategy,
         )
-        columns = int(np.diff(self.table.bounds[self.index[plan.site]])[chunks].sum()) if len(chunks) else 0
         cost = BLUEPRINTS[blueprint].cost(site.geometry, units=width, columns=columns, reads=site.reads)
         return full, chunks, (cost.params, cost.flops_per_row * self.rows_per_step[plan.site])
 
@@ -173,14 +180,13 @@ class Kasmina:
         site = self.sites[plan.site]
         if site.refused is not None:
             return Gate("germination", False, f"the site cannot be used: {site.refused}")
-        valid = bool(len(chunks)) and int(chunks.max()) < site.info.num_chunks and int(chunks.min()) >= 0
-        owned = self.table.owner[rows][chunks] >= 0 if valid else np.ones(1, dtype=bool)
-        rest = int((self.table.embargo_until[rows][chunks] - step).max()) if valid else 0
+        owned = self.table.owner[rows][chunks] >= 0
+        rest = int((self.table.embargo_until[rows][chunks] - step).max(initial=0))
         capturing = sum(s.capture.num_bytes for s in self.sites.values() if s.capture is not None)
         return germination_gate(
             free_slots=MAX_LIVE_SEEDS - len(self.table.occupied()),
-            chunks_free=0 if not valid or bool(owned.any()) else len(chunks),
-            embargo=max(0, rest),
+            chunks_free=0 if bool(owned.any()) else len(chunks),
+            embargo=rest,
             params_after=self.params + params,
             budget_params=budget_params,
             flops_after=max(1.0, host_flops + self.added_flops_per_step() + flops),
@@ -196,6 +202,8 @@ class Kasmina:
         grouped: dict[str, list[tuple[SeedPlan, np.ndarray]]] = {}
         for plan, chunks in plans:
             grouped.setdefault(plan.site, []).append((plan, chunks))
+        for name, group in grouped.items():
+            self._check_group(name, group)
         members: dict[str, Member] = {}
         for name, group in grouped.items():
             members[name] = self._create_member(name, group, number, step)
@@ -218,19 +226,31 @@ class Kasmina:
         self.refresh()
         return cohort
 
+    def _columns(self, name: str, group: list[tuple[SeedPlan, np.ndarray]]) -> list[np.ndarray]:
+        bounds = self.table.bounds[self.index[name]]
+        return [columns_of(bounds, chunks) for _, chunks in group]
+
+    def _check_group(self, name: str, group: list[tuple[SeedPlan, np.ndarray]]) -> None:
+        """Seeds of one cohort on one site: refuse before anything is made."""
+        kinds = {(plan.blueprint, plan.width, plan.start, len(chunks)) for plan, chunks in group}
+        if len(kinds) > 1:
+            raise EsperError(
+                f"seeds of one cohort on one site must share blueprint, width, start and number of chunks, got "
+                f"{len(kinds)} kinds on {name!r}; germinate them as cohorts of their own"
+            )
+        named = np.concatenate([chunks for _, chunks in group])
+        if len(np.unique(named)) < len(named):
+            raise EsperError(f"a chunk can be named once in a cohort, got one twice on {name!r}; name each once")
+        if len({len(columns) for columns in self._columns(name, group)}) > 1:
+            raise EsperError(
+                f"seeds of one cohort on {name!r} must cover equally many features, got different numbers; "
+                "choose other chunks"
+            )
+
     def _create_member(self, name: str, group: list[tuple[SeedPlan, np.ndarray]], number: int, step: int) -> Member:
         site, index, first = self.sites[name], self.index[name], group[0][0]
         assert first.blueprint is not None and first.width is not None and first.start is not None
-        sizes = {len(np.atleast_1d(chunks)) for _, chunks in group}
-        if len(sizes) > 1 or any((p.blueprint, p.width, p.start) != (first.blueprint, first.width, first.start) for p, _ in group):
-            raise EsperError(
-                f"seeds of one cohort on one site must share blueprint, width, start and number of chunks, got "
-                f"differing ones on {name!r}; germinate them as cohorts of their own"
-            )
-        bounds = self.table.bounds[index]
-        columns = [np.concatenate([np.arange(bounds[c], bounds[c + 1]) for c in chunks]) for _, chunks in group]
-        if len({len(c) for c in columns}) > 1:
-            raise EsperError(f"seeds of one cohort on {name!r} must cover equally many features; choose other chunks")
+        columns = self._columns(name, group)
         whole = len(group) == 1 and len(columns[0]) == site.info.out_features
         weight = self.plans[name].tail.weight
         assert isinstance(weight, torch.Tensor)
@@ -305,9 +325,18 @@ class Kasmina:
         cohort.paused = paused
         cohort.entered = step - cohort.entered  # while paused: steps already spent; resumed: shifted start
 
-    def drop_captures(self, cohort: Cohort) -> None:
-        for name in cohort.sites:
-            self.sites[name].capture = None
+    def drop_captures(self, cohort: Cohort, sites: Sequence[str] | None = None) -> None:
+        """Free the captures that a cohort needs no longer, except where another cohort still does."""
+        needed = {
+            name
+            for other in self.cohorts.values()
+            if other is not cohort and other.state in (Lifecycle.GERMINATED, Lifecycle.TRAINING)
+            for name, member in other.members.items()
+            if STARTS[member.start].needs_rows
+        }
+        for name in cohort.sites if sites is None else sites:
+            if name not in needed:
+                self.sites[name].capture = None
         self.refresh()
 
     def remove(self, cohort: Cohort, step: int, embargo: int) -> None:
@@ -325,13 +354,13 @@ class Kasmina:
 
     def drop_member(self, cohort: Cohort, site: str, step: int, embargo: int) -> None:
         """Cull one site's seeds of a cohort that goes on with the others (not yet in the forward pass)."""
+        self.drop_captures(cohort, [site])
         member = cohort.members.pop(site)
         cohort.added_params -= self.sites[site].banks[cohort.number].num_params
         cohort.seed_ids = tuple(int(i) for i in self.table.seed_id[cohort.slots])
         self.table.transition(member.slots, Lifecycle.CULLED, step)
         self.table.release(member.slots, step, embargo)
         self.sites[site].banks.pop(cohort.number, None)
-        self.sites[site].capture = None
         self.refresh()
 
     def fossilise(self, cohort: Cohort, step: int, hosts: dict[str, Hyperparameters]) -> None:
@@ -377,14 +406,16 @@ class Kasmina:
                 for value in bank.params.values():
                     value.grad = None
 
-    def note_rows(self) -> None:
-        """Read and reset the row counts that the hooks made since the last real step."""
+    def note_rows(self, step: int) -> None:
+        """Read and reset what the hooks counted since the last real step; note which captures are complete."""
         for name, site in self.sites.items():
-            if site.num_calls:
-                self.rows_per_step[name] = site.num_rows
-                self.rows_per_batch[name] = site.num_rows // site.num_calls
-                self.samples_per_batch[name] = site.num_samples // site.num_calls
-            site.num_calls = site.num_rows = site.num_samples = 0
+            if site.capture is not None:
+                site.capture.note_completion(step)
+            calls, rows, samples = site.take_counts()
+            if calls:
+                self.rows_per_step[name] = rows
+                self.rows_per_batch[name] = rows // calls
+                self.samples_per_batch[name] = samples // calls
 
     def watch(self, due: bool) -> None:
         """Arm or disarm telemetry for the next step."""

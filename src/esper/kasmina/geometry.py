@@ -36,6 +36,17 @@ def is_activation(name: str) -> bool:
     return name in _ACTIVATIONS
 
 
+_POSITIONAL = {"softplus": ("beta", "threshold")}
+"""Names of arguments behind the tensor, for functions without a signature that modules call by position."""
+
+
+def activation_arguments(name: str, traced: dict[str, Any]) -> tuple[tuple[str, Any], ...] | None:
+    """Plain arguments of a traced activation by name; ``None`` if one of them has no known name."""
+    names = {f"_{number}": key for number, key in enumerate(_POSITIONAL.get(name, ()), 1)}
+    kept = {names.get(key, key): value for key, value in traced.items() if key not in ("inplace", "input")}
+    return None if any(key.startswith("_") for key in kept) else tuple(sorted(kept.items()))
+
+
 @dataclass(frozen=True)
 class Activation:
     """An elementwise function by name, so that it can be pickled, written to a manifest and rebuilt."""

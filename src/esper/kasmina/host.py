@@ -33,6 +33,7 @@ class HostClock:
         self.silent: list[str] = []
         self._scaler = next((t for t in tracked if hasattr(t, "get_scale") and hasattr(t, "unscale_")), None)
         self._scale_at_step = 1.0
+        self._last_scale = 0.0
         self._groups = {plan.info.name: self._find_group(plan) for plan in plans}
         self._plans = {plan.info.name: plan for plan in plans}
         self._watched = next(iter(self._plans.values())).tail.weight
@@ -59,9 +60,16 @@ class HostClock:
     def adaptive(self) -> bool:
         return is_adaptive(self.optimizers[0])
 
-    @property
-    def has_scaler(self) -> bool:
-        return self._scaler is not None
+    def overflowed(self, *, stepped: bool) -> bool:
+        """Whether the GradScaler has skipped a step since the last call: it lowers its scale only then.
+
+        ``stepped`` says whether the host has stepped since: the scale of that step then tells, for ``update()`` may
+        come before or after :meth:`Grower.step`.
+        """
+        if self._scaler is None:
+            return False
+        before, self._last_scale = self._last_scale, float(self._scaler.get_scale())
+        return (self._scale_at_step if stepped else self._last_scale) < before
 
     @property
     def inverse_scale(self) -> float:
@@ -91,8 +99,10 @@ class HostClock:
         if self._scaler is not None:
             self._scale_at_step = float(self._scaler.get_scale())
 
-    def _after_step(self, *_: Any) -> None:
-        self.steps += 1
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips by itself: the scaler tells it here
+        if found_inf is None or float(found_inf) == 0.0:
+            self.steps += 1
         self.backwards_since_step = 0
 
     def _after_backward(self, _: torch.Tensor) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 
 from esper.kasmina.discovery import SitePlan
 
 
-def count_rows(plans: Iterable[SitePlan], run: Callable[[], object]) -> dict[str, int]:
-    """Run once and count, for each site, positions of its tail's output."""
+def count_rows(plans: Iterable[SitePlan], run: Callable[[], object]) -> tuple[dict[str, int], set[torch.dtype]]:
+    """Run once and count, for each site, positions of its tail's output; and the types the outputs had."""
     counted: dict[str, int] = {}
+    dtypes: set[torch.dtype] = set()
 
     def counter(name: str, axis: int) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(_module: nn.Module, _args: object, y: Tensor) -> None:
+            dtypes.add(y.dtype)
             counted[name] = counted.get(name, 0) + y.numel() // y.shape[axis]
 
         return hook
@@ -27,4 +30,4 @@ def count_rows(plans: Iterable[SitePlan], run: Callable[[], object]) -> dict[str
     finally:
         for handle in handles:
             handle.remove()
-    return counted
+    return counted, dtypes

@@ -6,6 +6,7 @@ that has nothing to add and nothing to record returns the host's own tensor, unt
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -19,10 +20,38 @@ from esper.kasmina.geometry import Geometry
 from esper.kasmina.telemetry import TelemetryBuffer
 from esper.protocol import SiteInfo
 
+SPLIT_REGIONS = "its layers and the module around them lie in different checkpoint regions (checkpoint whole modules)"
+
+
+def _version(x: Tensor) -> int:
+    """How often ``x`` was edited in place; constant where nobody counts (inference mode, a compiler's trace).
+
+    An edit inside a compiled graph shows in the held-out evaluations, which run the model uncompiled.
+    """
+    return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
 
 def in_backward() -> bool:
-    """True while autograd runs: a forward here is a recomputation (activation checkpointing)."""
-    return torch._C._current_graph_task_id() != -1  # type: ignore[reportPrivateUsage]
+    """True while autograd runs: a forward here is a recomputation (activation checkpointing).
+
+    A compiled graph is traced outside of it and cannot ask again.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # type: ignore[reportPrivateUsage]
+
+
+def in_transform(tensor: Tensor) -> bool:
+    """Whether a function transform (``torch.func``) runs; a compiler traces ordinary calls only."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[reportPrivateUsage]
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether vmap is among the function transforms around ``tensor`` (also below ``torch.func.grad``)."""
+    functorch = torch._C._functorch  # type: ignore[reportPrivateUsage]
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 class Probe(Protocol):
@@ -58,6 +87,8 @@ class Site:
         self.capture: Capture | None = None
         self.telemetry: TelemetryBuffer | None = None
         self.generator: torch.Generator | None = None
+        self.mask_seed = 0
+        """Tells this site's dropout masks from those of others."""
         self.probe: Probe | None = None
         """Set during judgements only."""
         self.recording = True
@@ -71,6 +102,7 @@ class Site:
         self._open = not info.kind.is_span
         self._x: Tensor | None = None
         self._version = -1
+        self._seen_in_forward = False
         self._grown: Tensor | None = None
 
     # ---------------------------------------------------------------------------------------------- between steps
@@ -85,6 +117,11 @@ class Site:
     def grown_units(self) -> int:
         """Hidden units in the annex."""
         return 0 if self.annex is None else self.annex.units
+
+    @property
+    def grown_hidden(self) -> Tensor | None:
+        """The annex's hidden activations in the forward that is running, for probes and for a downstream span."""
+        return self._grown
 
     @property
     def reads(self) -> int:
@@ -112,19 +149,19 @@ class Site:
     def enter(self, x: Tensor) -> None:
         """The head is about to run on ``x``."""
         if not self._open:
-            where = "its ends lie in different checkpoint regions" if in_backward() else "it runs outside its parent"
-            self.refuse(where)
+            self.refuse(SPLIT_REGIONS if in_backward() else "its first layer runs outside its parent, or again")
         elif self._x is not None:
             self.refuse("its first layer runs more than once in a forward")
         else:
-            self._x, self._version = x, x._version
+            self._x, self._version = x, _version(x)
 
     def leave(self, module: nn.Module, layer_input: Tensor, y: Tensor) -> Tensor | None:
         """The tail has produced ``y``; returns what the host goes on with, or ``None`` for ``y`` itself."""
         x = self._take(layer_input)
         if x is None:
             return None
-        if torch._C._functorch.is_batchedtensor(y):  # type: ignore[reportPrivateUsage]
+        transformed = in_transform(y)
+        if transformed and is_batched(y):
             raise SiteError(
                 f"a model with an attached grower must not run under vmap, got a batched tensor at site "
                 f"{self.info.name!r}; export() a plain model first"
@@ -132,7 +169,7 @@ class Site:
         training = module.training
         if self.probe is not None:
             return self.probe.leave(self, x, layer_input, y, training)
-        if self.recording and not in_backward() and torch.is_grad_enabled() and y.requires_grad:
+        if self.recording and not transformed and torch.is_grad_enabled() and y.requires_grad and self._is_first_look():
             self._record(x, y)
         return self.compose(x, y, self.grafted, training=training) if self.adds else None
 
@@ -140,9 +177,11 @@ class Site:
         """``y`` plus the annex and the branches of ``cohorts``; ``y`` itself is never written."""
         read = self.read(x)
         out = y
+        if training and self.generator is not None:
+            self._seed_masks(y)
         if self.annex is not None:
             h = self.annex.hidden(read, training=training, generator=self.generator)
-            self._grown = h if self.downstream_reads else None
+            self._grown = h if self.downstream_reads or self.probe is not None else None
             out = self.annex.scatter(out, self.annex.project(h))
         for cohort in cohorts:
             delta = self.banks[cohort].branch(read, training=training, generator=self.generator)
@@ -170,14 +209,39 @@ class Site:
             return layer_input
         x, self._x = self._x, None
         if x is None or not self._open:
-            late = "its ends lie in different checkpoint regions" if in_backward() else "its last layer runs first or twice"
-            self.refuse(late)
+            self.refuse(SPLIT_REGIONS if in_backward() else "its last layer runs first or twice")
             return None
         self._open = False
-        if x._version != self._version:
+        if _version(x) != self._version:
             self.refuse("its input is edited in place before the span ends")
             return None
         return x
+
+    def _is_first_look(self) -> bool:
+        """False in a recomputation of what was seen in its forward.
+
+        Reentrant checkpointing runs the forward without gradients: there the recomputation is all there is to see.
+        """
+        if not in_backward():
+            self._seen_in_forward = True
+        return not in_backward() or not self._seen_in_forward
+
+    def _seed_masks(self, y: Tensor) -> None:
+        """Let the branches' dropout masks follow from the host's random state, which is read, not advanced.
+
+        The host's own dropout inside the span moves that state at each call, and a checkpoint restores it before it
+        recomputes, so a recomputation draws the masks of its forward.
+        """
+        assert self.generator is not None
+        state = torch.cuda.get_rng_state(y.device) if y.is_cuda else torch.get_rng_state()
+        self.generator.manual_seed(zlib.crc32(state.numpy().tobytes(), self.mask_seed))
+
+    def take_counts(self) -> tuple[int, int, int]:
+        """Calls, rows and samples seen since the last real step; starts counting anew."""
+        counts = self.num_calls, self.num_rows, self.num_samples
+        self.num_calls = self.num_rows = self.num_samples = 0
+        self._seen_in_forward = False
+        return counts
 
     def _record(self, x: Tensor, y: Tensor) -> None:
         self.num_calls += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from esper.protocol import (
     AlphaMoved,
@@ -251,9 +251,11 @@ class RunHistory:
 
     @property
     def budget_params(self) -> int | None:
-        """Parameter ceiling from the configuration, if it states one."""
+        """Parameter ceiling as configured: ``budget_params`` of a job or ``budget.params`` of a grower."""
+        value = self.config.get("budget_params")
         budget = self.config.get("budget")
-        value = budget.get("params") if isinstance(budget, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        if value is None and isinstance(budget, dict):
+            value = cast("dict[str, Any]", budget).get("params")
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     def seed_run(self, arm: str, seed: int) -> SeedRun:

@@ -69,16 +69,17 @@ def room(observation: Observation) -> Room:
     return Room(params=params, flops=float(flops))
 
 
-def asked_widths(observation: Observation, growth: float) -> Ints:
+def asked_widths(observation: Observation, growth: float, *, compound: bool = False) -> Ints:
     """Return the width each site would get without ceilings, ``(S,)`` int64.
 
-    Spans: ``growth`` times the host's inner width. Layers: a rank of ``growth`` times an eighth of the smaller side,
+    Spans: ``growth`` times the host's inner width, or with ``compound`` times the present one (host and grown). Layers: a rank of ``growth`` times an eighth of the smaller side,
     at most that side. At least :data:`MIN_WIDTH`, except for layers smaller than that.
     """
     side = np.exp(np.fmin(column(observation, "log_in"), column(observation, "log_out")))
     side = np.where(np.isnan(side), MIN_WIDTH, np.maximum(np.rint(side), 1.0))
     rank = np.clip(np.rint(growth * _RANK_SHARE * side), np.minimum(MIN_WIDTH, side), side)
-    width = np.maximum(np.rint(growth * observation.hidden), MIN_WIDTH)
+    present = observation.hidden + observation.grown if compound else observation.hidden
+    width = np.maximum(np.rint(growth * present), MIN_WIDTH)
     return np.where(column(observation, "is_span") == 1, width, rank).astype(np.int64)
 
 

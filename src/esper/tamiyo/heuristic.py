@@ -25,7 +25,7 @@ _MAX_REFUSALS = 3
 _MIN_SHARE = 0.1
 """After the first cohort, a smaller share of the asked size than this is not worth another one."""
 
-_STATE_KEYS = ("germinations", "cohorts_when_asked", "refusals")
+_STATE_KEYS = ("germinations", "cohorts_when_asked", "refusals", "asked_at")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class HeuristicController:
     1. Stop when ``patience`` cohorts in a row were rejected or gained too little for their cost
        (:func:`esper.tamiyo.stopping.reason_to_stop`), or when ``last_share`` of the planned steps is over. Without
        ``total_steps`` only the verdicts and the budget end growth.
-    2. Wait before ``first``, while a cohort is anywhere between GERMINATED and EVALUATING, and while the held-out loss
+    2. Wait before ``first``, for ``spacing`` steps after the last germination, while a cohort is anywhere between GERMINATED and EVALUATING, and while the held-out loss
        that verdicts are measured by, or the model's present cost under a ceiling, is unknown.
     3. Germinate one cohort over all eligible spans. Layers get low-rank branches when no span is eligible and no
        cohort is alive (spans are then absent, full or under embargo: something else is tried meanwhile).
@@ -83,6 +83,8 @@ class HeuristicController:
         self.growth = config.growth * temper.growth
         self.threshold = config.min_gain_per_cost * temper.threshold
         self._first, self._last_share = config.first, config.last_share
+        self._spacing, self._compound = config.spacing, config.compound
+        self._asked_at: int | None = None
         self._explores = temper.explores
         self._seed = seed
         self._germinations = 0
@@ -108,6 +110,7 @@ class HeuristicController:
             "germinations": self._germinations,
             "cohorts_when_asked": self._cohorts_when_asked,
             "refusals": self._refusals,
+            "asked_at": self._asked_at,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -120,6 +123,7 @@ class HeuristicController:
         self._germinations = state["germinations"]
         self._cohorts_when_asked = state["cohorts_when_asked"]
         self._refusals = state["refusals"]
+        self._asked_at = state["asked_at"]
 
     def _note_refusal(self, observation: Observation) -> None:
         if self._cohorts_when_asked is None:
@@ -145,6 +149,8 @@ class HeuristicController:
     def _may_germinate(self, observation: Observation) -> bool:
         if observation.step < self._first:
             return False
+        if self._asked_at is not None and observation.step - self._asked_at < self._spacing:
+            return False
         if observation.verdicts and not math.isfinite(observation.held_out):
             return False
         if any(map(math.isnan, room(observation))):
@@ -157,7 +163,7 @@ class HeuristicController:
             variation = draw_variation(rows.size, self._seed, self._germinations)
             rows = rows[variation.keep]
         growth = self.growth * variation.growth * 0.5**self._refusals
-        asked = asked_widths(observation, growth)[rows]
+        asked = asked_widths(observation, growth, compound=self._compound)[rows]
         costs = UnitCosts(*(unit[rows] for unit in unit_costs(observation)))
         left = room(observation)
         widths = fit_widths(asked, costs, left)
@@ -166,6 +172,7 @@ class HeuristicController:
             return (Stop(reason=_budget_reached(observation)),)
         plans = _plans(observation, rows[widths > 0], widths[widths > 0], variation)
         self._germinations += 1
+        self._asked_at = observation.step
         self._cohorts_when_asked = len(observation.alive) + len(observation.verdicts)
         return (Germinate(seeds=plans, reason=_describe(plans, self._explores)),)
 

@@ -80,7 +80,7 @@ class Bottleneck(Blueprint):
 
 def _empty_like(layer: nn.Linear, in_features: int, out_features: int) -> nn.Linear:
     # skip_init: a constructor that initialises would advance the global random stream
-    return nn.utils.skip_init(
+    empty = nn.utils.skip_init(
         nn.Linear,
         in_features,
         out_features,
@@ -88,3 +88,5 @@ def _empty_like(layer: nn.Linear, in_features: int, out_features: int) -> nn.Lin
         device=layer.weight.device,
         dtype=layer.weight.dtype,
     )
+    assert isinstance(empty, nn.Linear)
+    return empty

@@ -117,7 +117,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvGeometry
 
 def _like(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
     # skip_init: a constructor that initialises would advance the global random stream
-    return nn.utils.skip_init(
+    empty = nn.utils.skip_init(
         nn.Conv2d,
         in_channels,
         out_channels,
@@ -129,6 +129,8 @@ def _like(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )
+    assert isinstance(empty, nn.Conv2d)
+    return empty
 
 
 def _wider_norm(norm: nn.BatchNorm2d, params: Tensors, buffers: Tensors, units: int) -> nn.BatchNorm2d:

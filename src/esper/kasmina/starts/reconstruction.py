@@ -8,8 +8,6 @@ it. What is kept are features that describe the site; the graft starts function-
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from esper.config import FitConfig

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 from esper.observe.history import Cohort, SeedRun
-from esper.observe.quantities import magnitude, signed, site_list
+from esper.observe.quantities import magnitude, site_list
 from esper.observe.report import plot, svg
 from esper.observe.report.outcome import LOOKS, describe, look_of
 from esper.observe.report.plot import Frame, Scale
@@ -30,7 +30,7 @@ def forest(run: SeedRun, max_rows: int) -> str:
     left = 20.0 if dense else svg.label_width(map(_label, cohorts))
     frame = Frame(
         _gain_range(cohorts), (0.0, float(len(cohorts))), height=len(cohorts) * row + 60, left=left,
-        right=20 if dense else 224, top=20,
+        right=20 if dense else 234, top=20,
     )  # fmt: skip
     zero = frame.x(0.0)
     parts = [
@@ -135,10 +135,17 @@ def _forest_row(frame: Frame, cohort: Cohort, y: float, *, dense: bool) -> str:
             parts.append(svg.mark("ring", frame.x.clamped(first.gain_shrunken), y, "shrunken", size=3.2))
         parts.append(svg.mark(look.shape, frame.x.clamped(first.gain), y, look.class_, size=2.5 if dense else 4.5))
         if not dense:
-            bounds = f"[{signed(first.gain_low)}, {signed(first.gain_high)}]"
-            parts.append(svg.text(tail_x, y + 4, f"{signed(first.gain)} {bounds}", "t tabular"))
+            gain, low, high = (_digits(frame, value) for value in (first.gain, first.gain_low, first.gain_high))
+            parts.append(svg.text(tail_x, y + 4, f"{gain} [{low}, {high}]", "t tabular"))
             parts.append(svg.text(frame.width - 2, y + 4, magnitude(cohort.added_params), "t note", "end"))
     return svg.element("g", "".join(parts), data_cohort=cohort.cohort, data_tip=tip, class_="row")
+
+
+def _digits(frame: Frame, gain: float) -> str:
+    """A gain with the digits this chart's range needs, the same in every row."""
+    span = frame.x_range[1] - frame.x_range[0]
+    digits = min(max(2 - math.floor(math.log10(span)), 1), 7)
+    return f"{gain:+.{digits}f}" if math.isfinite(gain) else "?"
 
 
 def _interval(frame: Frame, judged: Judged, y: float, class_: str) -> str:

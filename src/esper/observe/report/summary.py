@@ -78,7 +78,8 @@ def result_table(history: RunHistory) -> str:
     low, high = min([*values, *bounds], default=0.0), max([*values, *bounds], default=1.0)
     name = escape(scores[0].score_name)
     head = (
-        f"<tr><th>arm</th><th class=num>{name}</th><th>seeds and interval</th><th class=num>grown minus this</th>"
+        f"<tr><th>arm</th><th class=num>{name}</th><th class=dots>seeds and interval</th>"
+        "<th class=num>grown minus this</th>"
         "<th class=num>loss</th><th class=num>parameters</th><th class=num>FLOPs</th><th class=num>time</th></tr>"
     )
     rows = "".join(_row(score, low, high) for score in scores)
@@ -142,7 +143,7 @@ def _row(score: ArmScore, low: float, high: float) -> str:
     cells = [
         f'<td class="text">{escape(score.label)}<div class="sub">{seeds}</div></td>',
         f"<td class=num>{_plus_minus(score.score, 4)}</td>",
-        f"<td>{_strip(score, low, high)}</td>",
+        f"<td class=dots>{_strip(score, low, high)}</td>",
         f"<td class=num>{advantage}</td>",
         f"<td class=num>{_plus_minus(score.loss)}</td>",
         *(f"<td class=num>{magnitude(item.mean)}</td>" for item in (score.params, score.flops)),

@@ -1,0 +1,122 @@
+"""Write the measured tables into README.md and docs/decisions/0003 from benchmarks/results/*.json.
+
+Run from the repository root after a benchmark has written its result::
+
+    python docs/generate_results.py
+
+A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; everything else in a page is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+ARMS = {
+    "grown": "**grown**",
+    "static_small": "small, no growth",
+    "static_final": "final shape from the start",
+    "static_equal_flops": "fixed shape, same FLOPs",
+    "random_growth": "random growth, same schedule",
+}
+SCORES = {"digits": "accuracy", "vision": "accuracy", "code-lm": "score (minus nats a byte)"}
+KINDS = {
+    "redundant_linear": "a linear map on a linear layer",
+    "constant": "a constant",
+    "duplicate_units": "copies of hidden units",
+    "duplicate_of_annex": "copies of grown units",
+    "noise_features": "features of pure noise inputs",
+    "noise_targets": "branches fitted to shuffled targets",
+    "all_nulls": "**all of these**",
+    "useful": "for comparison: branches that do help",
+}
+
+
+def pages() -> dict[Path, str]:
+    """Every page that holds a table, as it should be."""
+    readme, control = ROOT / "README.md", ROOT / "docs" / "decisions" / "0003-projected-control.md"
+    return {
+        readme: _insert(readme.read_text(encoding="utf-8"), "results", _runs()),
+        control: _insert(control.read_text(encoding="utf-8"), "nulls", _nulls()),
+    }
+
+
+def _insert(page: str, name: str, content: str) -> str:
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def _runs() -> str:
+    tables: list[str] = []
+    for path in sorted(RESULTS.glob("*.json"), key=lambda path: (path.stem != "digits", path.stem)):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if "arms" in result:
+            tables.append(_run(path, result))
+    return "\n\n".join(tables)
+
+
+def _run(path: Path, result: dict[str, Any]) -> str:
+    preset = result.get("preset", path.stem)
+    arms = result["arms"]
+    place = path.relative_to(ROOT).as_posix()
+    command = result.get("command", f"esper run {preset} --json {place}")
+    num_seeds = len(arms["grown"]["score_per_seed"])
+    lines = [
+        f"`{command}`, {num_seeds} paired seeds, mean and 95% interval on the test split:",
+        "",
+        f"| {preset} | {SCORES.get(preset, 'score')} | loss | parameters | FLOPs |",
+        "|---|---|---|---|---|",
+    ]
+    reference = arms["grown"]["flops"]
+    for name, arm in arms.items():
+        score = _with_interval(arm["score"], arm["score_interval"])
+        loss = _with_interval(arm["loss"], arm["loss_interval"])
+        lines.append(
+            f"| {ARMS.get(name, name)} | {score} | {loss} | {arm['params']:,} | {arm['flops'] / reference:.0%} |"
+        )
+    cohorts = result["cohorts"]
+    counts = f"{cohorts['germinated']} cohorts germinated, {cohorts['accepted']} kept, {cohorts['culled']} rejected."
+    contrasts = "; ".join(
+        f"{ARMS.get(name, name)} {_signed(contrast['score'], contrast['score_interval'])}"
+        for name, contrast in result.get("grown_minus", {}).items()
+    )
+    return "\n".join([*lines, "", f"{counts} Paired differences in score, grown minus: {contrasts}."])
+
+
+def _with_interval(mean: float, bounds: list[float | None]) -> str:
+    low, high = bounds
+    return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _signed(mean: float, bounds: list[float | None]) -> str:
+    low, high = bounds
+    return f"{mean:+.3f}" if low is None or high is None else f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def _nulls() -> str:
+    result = json.loads((RESULTS / "nulls.json").read_text(encoding="utf-8"))
+    plain, projected = result["controls"]["plain"], result["controls"]["projected"]
+    lines = [
+        f"`{result['command']}`:",
+        "",
+        "| cohorts | judged | accepted, branch switched off | accepted, projected control |",
+        "|---|---|---|---|",
+    ]
+    kinds = sorted(projected, key=lambda kind: list(KINDS).index(kind) if kind in KINDS else -1)
+    for kind in kinds:
+        judged, off, against = projected[kind]["judged"], plain[kind]["accepted"], projected[kind]["accepted"]
+        lines.append(f"| {KINDS.get(kind, kind)} | {judged} | {off} | {against} |")
+    bound = projected["all_nulls"]["accepted_rate_upper"]
+    lines += ["", f"95% upper bound of the acceptance rate of nulls under the projected control: {bound:.1%}."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for target, text in pages().items():
+        target.write_text(text, encoding="utf-8")

@@ -1,0 +1,61 @@
+"""``esper report``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, arg
+
+from esper.cli.command import Context, Outcome, existing_run
+from esper.cli.parsing import JsonPath
+from esper.cli.terminal import columns, labelled
+
+if TYPE_CHECKING:
+    from esper.observe import RunHistory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write a run's report again and print its summary.
+
+    Works while the run goes on and after it was killed.
+    """
+
+    run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR", help="A directory that `esper run` wrote.")]
+    json: JsonPath = None
+
+    def execute(self, context: Context) -> Outcome:
+        """Fold the event log, write ``report.html``, sum up."""
+        run_dir = existing_run(self.run_dir)
+        from esper.cli.summary import arms_result, cohort_line, next_line, score_table
+        from esper.observe import fold, read_events, write_report
+        from esper.observe.progress import done_line
+
+        history = fold(read_events(run_dir / "events.jsonl"))
+        page = write_report(run_dir, history)
+        lines = [
+            labelled("run", f"{run_dir} | preset {history.preset} | {_state(history)}"),
+            cohort_line(history),
+            done_line(history),
+            *score_table(history, width=columns(sys.stdout)),
+            labelled("report", str(page)),
+            next_line(run_dir, has_report=True),
+        ]
+        result = {
+            "arms": arms_result(history),
+            **(history.summary or {}),
+            "run_dir": str(run_dir),
+            "report": str(page),
+            "finished": history.is_finished,
+        }
+        return Outcome(result=result, lines=lines)
+
+
+def _state(history: RunHistory) -> str:
+    if history.is_finished:
+        return "finished"
+    step = max((run.last_step for run in history.seed_runs), default=0)
+    return f"not finished, last event at step {step}"

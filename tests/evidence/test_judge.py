@@ -1,0 +1,198 @@
+"""The judge: acceptance, refusal of the unknown, costs, and no trace left on the model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tests.evidence.cohorts import COHORT, NULLS, Trial, mean_squared_error, useful
+from tests.example_sites import attached, plant
+from torch import Tensor, nn
+
+from esper.config import EvidenceConfig
+from esper.errors import AttachError
+from esper.evidence.evaluator import Evaluator
+from esper.evidence.judge import Judge
+
+pytestmark = pytest.mark.component
+
+
+@pytest.fixture(scope="module")
+def trial() -> Trial:
+    return useful(1)
+
+
+def _poisoned(trial: Trial, indices: tuple[int, ...], value: float) -> Trial:
+    batches = [(x, torch.full_like(y, value)) if i in indices else (x, y) for i, (x, y) in enumerate(trial.held_out)]
+    return replace(trial, held_out=batches)
+
+
+def test_a_useful_cohort_is_accepted_and_the_numbers_agree(trial: Trial) -> None:
+    judge = trial.judge()
+    judged = judge.evaluate(COHORT, [trial.site])
+    assert judged.gate.passed and judged.gate.name == "evidence"
+    assert judged.e_value >= judged.threshold and judged.confirm_p <= 0.05
+    assert judged.result.low > 0 and judged.result.num == judge.confirm.window
+    assert 0 < judged.num_batches <= len(judge.evaluator.splits.gate)
+    assert (judge.fdr.num_tests, judge.fdr.num_rejected) == (1, 1)
+    again = judge.evaluate(COHORT, [trial.site])
+    assert again.threshold > judged.threshold / 2 and again.gate.passed
+
+
+def test_a_null_cohort_is_refused_with_a_reason() -> None:
+    null = NULLS["redundant_linear"](1)
+    judge = null.judge()
+    judged = judge.evaluate(COHORT, [null.site])
+    assert not judged.gate.passed and judged.gate.reason
+    assert judged.num_batches == len(judge.evaluator.splits.gate), "everything was looked at before the refusal"
+    assert math.isnan(judged.confirm_p), "confirmation batches are spent on candidates for acceptance only"
+    assert judge.confirm.position == 0
+    assert (judge.fdr.num_tests, judge.fdr.num_rejected) == (1, 0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("part", ["calibration", "gate", "confirm"])
+def test_unknown_evidence_refuses(trial: Trial, part: str, value: float) -> None:
+    splits = trial.judge().evaluator.splits
+    bad = _poisoned(trial, getattr(splits, part), value)
+    if bad.held_out[0][1].isfinite().all():
+        judge = bad.judge()
+        judged = judge.evaluate(COHORT, [bad.site])
+        assert not judged.gate.passed
+        assert (judge.fdr.num_tests, judge.fdr.num_rejected) == (1, 0)
+        assert math.isnan(judged.result.mean)
+    else:  # the first batch is looked at before anything else
+        with pytest.raises(AttachError, match="finite scalar"):
+            bad.judge()
+
+
+def test_one_nan_among_the_gate_batches_refuses_too(trial: Trial) -> None:
+    gate = trial.judge().evaluator.splits.gate
+    judge = _poisoned(trial, gate[5:6], math.nan).judge()
+    assert not judge.evaluate(COHORT, [trial.site]).gate.passed
+
+
+def _fingerprint(trial: Trial) -> dict[str, Any]:
+    here = trial.kasmina.sites[trial.site]
+    bank = here.banks[COHORT]
+    return {
+        "state": {k: v.clone() for k, v in trial.model.state_dict().items()},
+        "grads": [None if p.grad is None else p.grad.clone() for p in trial.model.parameters()],
+        "flags": [m.training for m in trial.model.modules()],
+        "requires": [p.requires_grad for p in (*trial.model.parameters(), *bank.params.values())],
+        "bank": {k: v.clone() for k, v in (*bank.params.items(), *bank.buffers.items(), ("alpha", bank.alpha))},
+        "site": (here.probe, set(here.grafted), here.engaged, here.num_calls, here.num_rows),
+    }
+
+
+def _same(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(_same(one[key], two[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(two) and all(_same(a, b) for a, b in zip(one, two, strict=True))
+    return bool(one == two)
+
+
+def _normed_trial() -> Trial:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 2, 3))
+    batches = [(torch.randn(6, 2, 6, 6), torch.randn(6, 2, 2, 2)) for _ in range(12)]
+    kasmina = attached(model, batches[0][0])
+    plant(kasmina, "0-4", "bottleneck_conv", units=3)
+    model.train()
+    model[1].eval()
+    return Trial(model, kasmina, "0-4", batches)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_judging_leaves_no_trace(trial: Trial, normed: bool, request: pytest.FixtureRequest) -> None:
+    here = _normed_trial() if normed else trial
+    judge = here.judge()
+    request.getfixturevalue("unchanged_rng")
+    before = _fingerprint(here)
+    judge.evaluate(COHORT, [here.site])
+    judge.hold(COHORT, [here.site], held_out=1.0, flops_share=0.1)
+    judge.calibration_loss()
+    judge.held_out(3)
+    assert _same(before, _fingerprint(here))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_every_forward_pass_is_paid_for(trial: Trial, normed: bool) -> None:
+    here = _normed_trial() if normed else trial
+    calls: list[int] = []
+
+    def counted(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        calls.append(1)
+        return mean_squared_error(model, batch)
+
+    evaluator = Evaluator(here.model, counted, here.held_out, calibration_share=0.2, confirm_share=0.3, seed=0)
+    evaluator.forward_cost = lambda num: 10.0 * num
+    judge = Judge(evaluator, here.kasmina.sites, EvidenceConfig(), seed=0)
+    calls.clear()
+    judge.evaluate(COHORT, [here.site])
+    judge.hold(COHORT, [here.site], held_out=1.0, flops_share=0.1)
+    assert evaluator.ledger.spent["evidence"] == 10.0 * len(calls)
+    assert evaluator.ledger.total == evaluator.ledger.spent["evidence"]
+
+
+def test_gate_batches_start_somewhere_else_each_time_and_miss_none(trial: Trial) -> None:
+    judge = trial.judge()
+    turns = [judge._gate_batches() for _ in range(3)]
+    assert len({turn[0] for turn in turns}) == 3
+    assert all(sorted(turn) == sorted(judge.evaluator.splits.gate) for turn in turns)
+
+
+def test_holding_asks_for_a_gain_that_is_worth_its_cost(trial: Trial) -> None:
+    judge = trial.judge()
+    result, gate = judge.hold(COHORT, [trial.site], held_out=1.0, flops_share=0.5)
+    assert gate.passed and result.low > 0
+    dear = Judge(judge.evaluator, judge.sites, EvidenceConfig(min_gain_per_cost=100.0), seed=0)
+    assert not dear.hold(COHORT, [trial.site], held_out=1.0, flops_share=0.5)[1].passed
+    assert not judge.hold(COHORT, [trial.site], held_out=math.nan, flops_share=0.5)[1].passed
+
+
+def test_min_gain_is_the_bar(trial: Trial) -> None:
+    config = EvidenceConfig(min_gain=1e3)
+    judge = Judge(trial.judge().evaluator, trial.kasmina.sites, config, seed=0)
+    assert not judge.evaluate(COHORT, [trial.site]).gate.passed
+
+
+def test_always_accepting_measures_nothing(trial: Trial) -> None:
+    judge = Judge(trial.judge().evaluator, trial.kasmina.sites, EvidenceConfig(accept="always"), seed=0)
+    judge.evaluator.forward_cost = lambda num: float(num)
+    assert judge.evaluate(COHORT, [trial.site]).gate.passed
+    assert judge.hold(COHORT, [trial.site], held_out=1.0, flops_share=0.1)[1].passed
+    assert judge.evaluator.ledger.total == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The evaluator
+
+
+def _evaluator(loss: Any, batches: Any) -> Evaluator:
+    return Evaluator(nn.Identity(), loss, batches, calibration_share=0.2, confirm_share=0.3, seed=0)
+
+
+def test_batches_are_read_once_without_moving_the_streams(unchanged_rng: None) -> None:
+    data = torch.utils.data.TensorDataset(torch.ones(20, 2))
+    evaluator = _evaluator(lambda model, batch: batch[0].mean(), torch.utils.data.DataLoader(data, 2, shuffle=False))
+    assert len(evaluator.batches) == 10
+    assert evaluator.losses([0, 3]) == [1.0, 1.0]
+    assert float(evaluator.run_one()) == 1.0
+
+
+def test_unusable_held_out_data_is_refused() -> None:
+    with pytest.raises(AttachError, match="got none"):
+        _evaluator(lambda model, batch: batch, [])
+    with pytest.raises(AttachError, match="at least 8 batches"):
+        _evaluator(lambda model, batch: batch, [torch.tensor(1.0)] * 7)
+    with pytest.raises(AttachError, match="got nan"):
+        _evaluator(lambda model, batch: batch, [torch.tensor(math.nan)] * 9)
+    with pytest.raises(AttachError, match="one number"):
+        _evaluator(lambda model, batch: batch, [torch.ones(3)] * 9)
+    assert _evaluator(lambda model, batch: 2.5, [0] * 9).losses([1]) == [2.5]
