@@ -29,8 +29,8 @@ KINDS = {
     "constant": "a constant",
     "duplicate_units": "copies of hidden units",
     "duplicate_of_annex": "copies of grown units",
-    "noise_features": "features of pure noise inputs",
-    "noise_targets": "branches fitted to shuffled targets",
+    "noise_features": "units that read irrelevant inputs only",
+    "noise_targets": "tasks in which there is nothing to learn",
     "all_nulls": "**all of these**",
     "useful": "for comparison: branches that do help",
 }
@@ -62,41 +62,39 @@ def _runs() -> str:
 
 
 def _run(path: Path, result: dict[str, Any]) -> str:
-    preset = result.get("preset", path.stem)
+    preset = result.get("preset", path.stem.replace("_", "-"))
     arms = result["arms"]
     place = path.relative_to(ROOT).as_posix()
     command = result.get("command", f"esper run {preset} --json {place}")
     num_seeds = len(arms["grown"]["score_per_seed"])
     lines = [
-        f"`{command}`, {num_seeds} paired seeds, mean and 95% interval on the test split:",
+        f"`{command}`, {num_seeds} paired seeds, means and 95% intervals on the test split:",
         "",
-        f"| {preset} | {SCORES.get(preset, 'score')} | loss | parameters | FLOPs |",
-        "|---|---|---|---|---|",
+        f"| {preset} | {SCORES.get(preset, 'score')} | loss | parameters | FLOPs | paired: grown minus this |",
+        "|---|---|---|---|---|---|",
     ]
     reference = arms["grown"]["flops"]
+    contrasts = result.get("grown_minus", {})
     for name, arm in arms.items():
-        score = _with_interval(arm["score"], arm["score_interval"])
-        loss = _with_interval(arm["loss"], arm["loss_interval"])
-        lines.append(
-            f"| {ARMS.get(name, name)} | {score} | {loss} | {arm['params']:,} | {arm['flops'] / reference:.0%} |"
-        )
+        contrast = contrasts.get(name)
+        cells = [
+            ARMS.get(name, name),
+            _with_interval(arm["score"], arm["score_interval"], ""),
+            _with_interval(arm["loss"], arm["loss_interval"], ""),
+            f"{arm['params']:,}",
+            f"{arm['flops'] / reference:.0%}",
+            _with_interval(contrast["score"], contrast["score_interval"], "+") if contrast else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     cohorts = result["cohorts"]
     counts = f"{cohorts['germinated']} cohorts germinated, {cohorts['accepted']} kept, {cohorts['culled']} rejected."
-    contrasts = "; ".join(
-        f"{ARMS.get(name, name)} {_signed(contrast['score'], contrast['score_interval'])}"
-        for name, contrast in result.get("grown_minus", {}).items()
-    )
-    return "\n".join([*lines, "", f"{counts} Paired differences in score, grown minus: {contrasts}."])
+    return "\n".join([*lines, "", counts])
 
 
-def _with_interval(mean: float, bounds: list[float | None]) -> str:
+def _with_interval(mean: float, bounds: list[float | None], sign: str) -> str:
     low, high = bounds
-    return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ({low:.3f} to {high:.3f})"
-
-
-def _signed(mean: float, bounds: list[float | None]) -> str:
-    low, high = bounds
-    return f"{mean:+.3f}" if low is None or high is None else f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    alone = f"{mean:{sign}.3f}"
+    return alone if low is None or high is None else f"{alone} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
 def _nulls() -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models import Batch, Mlp, Pair, assert_same_state, mse, rows, snapshot
+from tests.rigs import adamw, attach
 from torch import Tensor, nn
 
 import esper
 from esper.kasmina.hooks import is_attached
-from tests.models import Batch, Mlp, Pair, adamw, assert_same_state, attach, mse, rows, snapshot
 
 pytestmark = pytest.mark.unit
 
@@ -131,7 +132,7 @@ def test_what_cannot_be_attached_to_says_why_and_is_left_alone(
     weights = {} if any(p.is_meta for p in model.parameters()) else snapshot(model)
     flags, stream = [module.training for module in model.modules()], torch.get_rng_state()
     given = arguments(model)
-    owner = given.get("optimizer") or torch.optim.SGD([p for p in model.parameters()] or [torch.ones(1)], 0.1)
+    owner = given.get("optimizer") or torch.optim.SGD(list(model.parameters()) or [torch.ones(1)], 0.1)
     torch.set_rng_state(stream)
     with pytest.raises(error, match=message):
         attempt(model, **{**given, "optimizer": owner})

@@ -7,10 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-import esper
-from esper.protocol import HeldOut, Telemetry
 from tests.models import (
     CONV,
     DROPOUT_MLP,
@@ -18,21 +14,21 @@ from tests.models import (
     TASKS,
     TRANSFORMER,
     Pair,
-    Rig,
     Task,
     Transformer,
-    adamw,
     assert_same_state,
-    attach,
     images,
-    momentum_sgd,
     mse,
     rows,
     same_bits,
     snapshot,
     tokens,
-    trajectory,
 )
+from tests.rigs import Rig, adamw, attach, momentum_sgd, trajectory
+from torch import Tensor, nn
+
+import esper
+from esper.protocol import HeldOut, Telemetry
 
 pytestmark = pytest.mark.component
 
@@ -83,7 +79,7 @@ def test_attaching_changes_no_key_no_group_no_flag_no_stream(task: Task, unchang
     model = task.build()
     model.modules_before = [name for name, _ in model.named_modules()]  # type: ignore[assignment]
     optimizer = adamw(model)
-    list(model.children())[0].eval()
+    next(iter(model.children())).eval()
     flags = [module.training for module in model.modules()]
     weights, keys = snapshot(model), list(model.state_dict())
     groups = copy.deepcopy(optimizer.state_dict())
@@ -174,6 +170,24 @@ def test_the_users_own_evaluation_is_not_recorded(model: nn.Module, held_out: li
     assert {name: site.num_calls for name, site in rig.grower.kasmina.sites.items()} == before
     rig.train(2)
     assert all(site.refused is None for site in rig.grower.kasmina.sites.values())
+
+
+class Counting(Pair):
+    """Writes a buffer in every forward, whatever the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_a_buffer_that_every_forward_writes_counts_the_users_forwards_alone() -> None:
+    rig = attach(Counting(), interval=1, held_out_every=1)
+    rig.train(5)
+    assert float(rig.model.calls) == 5
 
 
 @pytest.mark.unit

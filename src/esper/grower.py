@@ -35,7 +35,7 @@ from esper.evidence.judge import Judge
 from esper.kasmina.discovery import discover
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.host import HostClock
-from esper.kasmina.isolation import preserved_rng, undisturbed
+from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import forward_flops
 from esper.kasmina.preconditions import check_choices, check_host
 from esper.observation import observe
@@ -238,8 +238,7 @@ class Grower:
         ExportError
             While cohorts are on trial, or when the copy's loss differs by more than ``tolerance`` (relative).
         """
-        with preserved_rng():  # building a layer draws first weights from the global stream
-            plain = exporting.merged(self.model, self.kasmina)
+        plain = exporting.merged(self.model, self.kasmina)
         allowed = exporting.default_tolerance(self._dtypes) if tolerance is None else tolerance
         batch = self._evaluator.batches[0]
         exporting.check_equal(self.model, plain, self._evaluator.loss, batch, tolerance=allowed)

@@ -196,7 +196,7 @@ def test_a_layer_that_runs_twice_is_skipped() -> None:
         (_tied, "tied to 0.4.weight"),
         (_shared, "tied to 0.4.weight"),
         (_frozen, "frozen"),
-        (_parametrised, "Parametrized"),
+        (_parametrised, "parametrised ("),
     ],
 )
 def test_unusable_weights_are_skipped_with_the_reason(make: Callable[[], nn.Module], reason: str) -> None:

@@ -39,7 +39,8 @@ class Registry(Generic[T]):
         if name not in self._items:
             near = difflib.get_close_matches(name, self._items, n=3)
             hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise UnknownNameError(f"no {self.family} is called {name!r}; {hint}known: {', '.join(sorted(self._items))}")
+            known = ", ".join(sorted(self._items))
+            raise UnknownNameError(f"no {self.family} is called {name!r}; {hint}known: {known}")
         return self._items[name]
 
     def __contains__(self, name: object) -> bool:

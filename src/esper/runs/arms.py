@@ -16,7 +16,7 @@ from esper.grower import Grower
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import forward_flops
 from esper.protocol import AnyEvent, ArmFinished, Germinated, HeldOut, Lifecycle, TrainLoss
-from esper.runs.hosts import build
+from esper.runs.hosts import build, widen
 from esper.runs.options import RunOptions
 from esper.runs.preset import Preset
 from esper.runs.presets import make_preset
@@ -39,18 +39,14 @@ class Cell:
     device: str
     size: str
     schedule: tuple[Germinated, ...] = ()
-    score: bool = True
-    """Whether to touch the test split (learning-rate trials never do)."""
 
 
 @dataclass
 class Trained:
-    """What a training left behind."""
+    """What a training left behind. ``weights`` are those of the plain network (grown layers merged)."""
 
     cell: Cell
     held_out: float
-    score: float
-    loss: float
     params: int
     flops: float
     seconds: float
@@ -62,6 +58,8 @@ class Trained:
     events: list[AnyEvent] = field(default_factory=list[AnyEvent])
     weights: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     layers: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    score: float = float("nan")
+    loss: float = float("nan")
 
 
 def load_preset(options: RunOptions, device: str, size: str) -> Preset:
@@ -86,26 +84,31 @@ def train(cell: Cell, preset: Preset, emit: Emit) -> Trained:
     if grower is not None:
         grower.finish()
     seconds = time.perf_counter() - started
-    held_out = _held_out(preset, model)
-    score = loss = float("nan")
-    if cell.score:
-        with undisturbed(model):
-            score, loss = preset.test(model)
     trained = Trained(
-        cell=cell, held_out=held_out, score=score, loss=loss, params=_params(model, grower),
+        cell=cell, held_out=_mean_loss(preset, model, preset.held_out()), params=_params(model, grower),
         flops=grower.ledger.total if grower is not None else flops, seconds=seconds,
         widths=_final_widths(cell, grower), events=events,
     )  # fmt: skip
+    plain = model
     if grower is not None:
-        _add_growth(trained, grower, events)
-    if cell.score:
-        record(
-            ArmFinished(
-                step=cell.steps, score=score, score_name=preset.score_name, loss=loss, params=trained.params,
-                flops=trained.flops, seconds=seconds, lr=cell.lr, widths=preset.describe_widths(trained.widths),
-            )
-        )  # fmt: skip
+        plain = _add_growth(trained, grower, events)
+    trained.weights = {name: value.detach().cpu().clone() for name, value in plain.state_dict().items()}
     return trained
+
+
+def score(trained: Trained, preset: Preset) -> ArmFinished:
+    """Score the plain network on the test split: once, and only for the learning rate that was chosen."""
+    cell = trained.cell
+    model = widen(build(preset.spec(cell.widths)), trained.layers)
+    model.load_state_dict(trained.weights, strict=True)
+    model.to(preset.device)
+    with undisturbed(model):
+        trained.score, trained.loss = preset.test(model)
+    return ArmFinished(
+        step=cell.steps, arm=cell.arm, seed=cell.seed, score=trained.score, score_name=preset.score_name,
+        loss=trained.loss, params=trained.params, flops=trained.flops, seconds=trained.seconds, lr=cell.lr,
+        widths=preset.describe_widths(trained.widths),
+    )  # fmt: skip
 
 
 def _loop(
@@ -128,7 +131,7 @@ def _loop(
         optimizer.zero_grad(set_to_none=True)
         if grower is not None:
             grower.step(loss)
-        elif (step + 1) % preset.held_out_every == 0 and cell.score:
+        elif (step + 1) % preset.held_out_every == 0:
             spent = per_step * (step + 1)
             record(TrainLoss(step=step + 1, loss=float(loss.detach()), flops=spent))
             value = _mean_loss(preset, model, held[:: max(1, len(held) // 8)])
@@ -168,7 +171,7 @@ def configure(config: Config, options: RunOptions, seed: int) -> Config:
     return dataclasses.replace(config, tamiyo=tamiyo, fit=fit, budget=budget, seed=seed)
 
 
-def _add_growth(trained: Trained, grower: Grower, events: Sequence[AnyEvent]) -> None:
+def _add_growth(trained: Trained, grower: Grower, events: Sequence[AnyEvent]) -> nn.Module:
     verdicts = grower.verdicts
     kept = {v.cohort for v in verdicts if v.state is Lifecycle.FOSSILIZED}
     germinated = [event for event in events if isinstance(event, Germinated)]
@@ -183,9 +186,8 @@ def _add_growth(trained: Trained, grower: Grower, events: Sequence[AnyEvent]) ->
     trained.kept = tuple(event for event in germinated if event.cohort in kept)
     trained.stopped = grower.stopped_because
     trained.flops_parts = dict(grower.ledger.spent)
-    plain = grower.export()
-    trained.weights = {name: value.detach().cpu().clone() for name, value in plain.state_dict().items()}
     trained.layers = grower.export_structure()
+    return grower.export()
 
 
 def _final_widths(cell: Cell, grower: Grower | None) -> tuple[int, ...]:
@@ -200,10 +202,6 @@ def _final_widths(cell: Cell, grower: Grower | None) -> tuple[int, ...]:
 
 def _params(model: nn.Module, grower: Grower | None) -> int:
     return sum(p.numel() for p in model.parameters()) if grower is None else grower.kasmina.params
-
-
-def _held_out(preset: Preset, model: nn.Module) -> float:
-    return _mean_loss(preset, model, preset.held_out())
 
 
 def _mean_loss(preset: Preset, model: nn.Module, batches: Sequence[Any]) -> float:

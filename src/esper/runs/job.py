@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import platform
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,18 +18,25 @@ from esper.errors import ConfigError
 from esper.observe.event_log import EventLog
 from esper.observe.report import write_report
 from esper.protocol import AnyEvent, RunFinished, RunStarted
-from esper.runs.arms import ARMS, Cell, Trained, equal_flops_widths, load_preset, train
+from esper.runs.arms import ARMS, Cell, Trained, configure, equal_flops_widths, load_preset, score, train
+from esper.kasmina.starts import STARTS
 from esper.runs.artifacts import write_json, write_model
 from esper.runs.options import RunOptions
+from esper.runs.hosts import build
 from esper.runs.preset import Preset
 from esper.runs.presets import check_preset
 from esper.runs.statistics import summarise
+from esper.tamiyo import make_controller
 
 REPORT_EVERY_S = 5.0
 
 
-def execute(options: RunOptions, on_event: Callable[[AnyEvent], None]) -> dict[str, Any]:
+def execute(
+    options: RunOptions, on_event: Callable[[AnyEvent], None], on_note: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """Run a job and return its summary (also in ``summary.json`` and the last event).
+
+    ``on_note`` is told in words what events do not show (the choice of learning rates).
 
     Raises
     ------
@@ -41,13 +49,27 @@ def execute(options: RunOptions, on_event: Callable[[AnyEvent], None]) -> dict[s
         raise ConfigError("device 'cuda' needs a GPU that PyTorch can see, got none; use device='cpu'")
     size = ("gpu" if device == "cuda" else "cpu") if options.size == "auto" else options.size
     preset = load_preset(options, device, size)
+    _check_settings(options, preset)
     run_dir = claim_directory(options)
     with EventLog(run_dir / "events.jsonl") as log:
-        job = _Job(options, preset, device, size, run_dir, log, on_event)
+        job = _Job(options, preset, device, size, run_dir, log, on_event, on_note or _silent)
         try:
             return job.run()
         finally:
             write_report(run_dir)
+
+
+def _check_settings(options: RunOptions, preset: Preset) -> None:
+    """Refuse what would fail later, before anything is written."""
+    config = configure(preset.config(options.steps or preset.steps), options, options.seed)
+    make_controller(config.tamiyo.controller, config.tamiyo, seed=0)
+    if config.fit.start is not None:
+        STARTS[config.fit.start]
+    host = sum(parameter.numel() for parameter in build(preset.spec(preset.small_widths)).parameters())
+    if config.budget.params is not None and config.budget.params < host:
+        raise ConfigError(
+            f"budget_params must be at least the host's own {host}, got {config.budget.params}; raise it or leave it out"
+        )
 
 
 def claim_directory(options: RunOptions) -> Path:
@@ -76,8 +98,9 @@ def claim_directory(options: RunOptions) -> Path:
 class _Job:
     def __init__(
         self, options: RunOptions, preset: Preset, device: str, size: str, run_dir: Path, log: EventLog,
-        on_event: Callable[[AnyEvent], None],
+        on_event: Callable[[AnyEvent], None], on_note: Callable[[str], None],
     ) -> None:
+        self.on_note = on_note
         self.options, self.preset, self.device, self.size = options, preset, device, size
         self.run_dir, self.log, self.on_event = run_dir, log, on_event
         self.steps = options.steps or preset.steps
@@ -109,16 +132,24 @@ class _Job:
         return summary
 
     def _run_arm(self, arm: str) -> None:
-        """Choose the arm's learning rate on the first seed and held-out loss, then train all seeds at it."""
+        """Choose the arm's learning rate on the first seed and held-out loss, then train the other seeds at it."""
         first = self.seeds[0]
-        chosen = self.lrs[0]
-        if len(self.lrs) > 1:
-            trials = self._train_all([self._cell(arm, first, lr, score=False) for lr in self.lrs], live=False)
+        if len(self.lrs) == 1:
+            self.results[arm] = self._train_all([self._cell(arm, seed, self.lrs[0]) for seed in self.seeds], live=True)
+        else:
+            self.on_note(f"{arm}: choosing among learning rates {', '.join(f'{lr:g}' for lr in self.lrs)}")
+            trials = self._train_all([self._cell(arm, first, lr) for lr in self.lrs], live=False)
             self.lr_trials[arm] = {trained.cell.lr: trained.held_out for trained in trials}
-            chosen = min(self.lr_trials[arm], key=lambda lr: _unknown_last(self.lr_trials[arm][lr]))
-        self.results[arm] = self._train_all([self._cell(arm, seed, chosen) for seed in self.seeds], live=True)
+            best = min(trials, key=lambda trained: _unknown_last(trained.held_out))
+            self.on_note(f"{arm}: learning rate {best.cell.lr:g}, held-out loss {best.held_out:.4g}")
+            for event in best.events:
+                self._emit(event)
+            others = [self._cell(arm, seed, best.cell.lr) for seed in self.seeds[1:]]
+            self.results[arm] = [best, *self._train_all(others, live=True)]
+        for trained in self.results[arm]:
+            self._emit(score(trained, self.preset))
 
-    def _cell(self, arm: str, seed: int, lr: float, *, score: bool = True) -> Cell:
+    def _cell(self, arm: str, seed: int, lr: float) -> Cell:
         widths: Sequence[int] = self.preset.small_widths
         schedule: tuple[Any, ...] = ()
         if arm != "grown":
@@ -131,7 +162,7 @@ class _Job:
                 schedule = twin.kept
         return Cell(
             arm=arm, seed=seed, lr=lr, steps=self.steps, widths=tuple(widths), options=self.options,
-            device=self.device, size=self.size, schedule=schedule, score=score,
+            device=self.device, size=self.size, schedule=schedule,
         )  # fmt: skip
 
     def _train_all(self, cells: list[Cell], *, live: bool) -> list[Trained]:
@@ -140,9 +171,14 @@ class _Job:
             return [train(cell, self.preset, emit) for cell in cells]
         context = multiprocessing.get_context("spawn")
         workers = min(self.options.jobs, len(cells))
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts) as pool:
             pending: list[Future[Trained]] = [pool.submit(_train_alone, cell) for cell in cells]
-            done = [future.result() for future in pending]
+            try:
+                done = [future.result() for future in pending]
+            except KeyboardInterrupt:
+                for process in list((pool._processes or {}).values()):  # they would train to the end otherwise
+                    process.terminate()
+                raise
         for trained in done:
             for event in trained.events:
                 emit(event)
@@ -156,6 +192,11 @@ class _Job:
             self._reported = time.monotonic()
 
 
+def _ignore_interrupts() -> None:
+    """Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _train_alone(cell: Cell) -> Trained:
     """One training in a process of its own."""
     torch.set_num_threads(1)
@@ -164,6 +205,10 @@ def _train_alone(cell: Cell) -> Trained:
 
 def _ignore(event: AnyEvent) -> None:
     """A learning-rate trial is not shown."""
+
+
+def _silent(note: str) -> None:
+    """Nobody asked for notes."""
 
 
 def _unknown_last(value: float) -> float:

@@ -50,7 +50,9 @@ class RunOptions:
     def __post_init__(self) -> None:
         _require(self.seeds is None or self.seeds >= 1, "seeds must be at least 1", self.seeds, "use 3")
         _require(self.steps is None or self.steps >= 10, "steps must be at least 10", self.steps, "use 1000")
-        _require(all(lr > 0 for lr in self.lr), "lr must be positive", self.lr, "use 3e-3")
+        finite = all(0 < lr < float("inf") for lr in self.lr)
+        _require(finite, "lr must be positive and finite", self.lr, "use 3e-3")
+        _require(0 <= self.seed < 2**31, "seed must lie between 0 and 2147483647", self.seed, "use 0")
         _require(self.device in ("auto", "cpu", "cuda"), "device must be auto, cpu or cuda", self.device, "use auto")
         _require(self.size in ("auto", "cpu", "gpu"), "size must be auto, cpu or gpu", self.size, "use auto")
         _require(self.jobs >= 1, "jobs must be at least 1", self.jobs, "use 1")

@@ -49,9 +49,11 @@ def make_preset(name: str, device: torch.device, *, size: str = "cpu", data: Pat
     return Vision(device, size=size, data=data)
 
 
-def preset_sites(name: str, size: str = "cpu") -> tuple[tuple[SiteInfo, ...], tuple[Skipped, ...]]:
+def preset_sites(
+    name: str, size: str = "cpu", data: Path | None = None
+) -> tuple[tuple[SiteInfo, ...], tuple[Skipped, ...]]:
     """The sites of a preset's host, and what was skipped."""
-    preset = make_preset(name, torch.device("cpu"), size="cpu" if size == "auto" else size)
+    preset = make_preset(name, torch.device("cpu"), size="cpu" if size == "auto" else size, data=data)
     model = build(preset.spec(preset.small_widths))
     batch = preset.held_out()[0]
     with undisturbed(model):

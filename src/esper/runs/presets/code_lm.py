@@ -20,7 +20,7 @@ from esper.runs.preset import Preset, batch_generator
 _SIZES: dict[str, dict[str, Any]] = {
     "gpu": {
         "dim": 256, "num_heads": 8, "context": 256, "blocks": 6, "width": 128, "batch": 64, "judge": 16, "steps": 1600,
-        "lrs": (1e-3, 2e-3, 3e-3), "num_judge": 48, "num_test": 64,
+        "lrs": (1e-3, 2e-3, 3e-3), "num_judge": 96, "num_test": 64,
     },
     "cpu": {
         "dim": 64, "num_heads": 4, "context": 64, "blocks": 2, "width": 32, "batch": 16, "judge": 8, "steps": 600,
@@ -106,12 +106,21 @@ class CodeLM(Preset):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
     def config(self, steps: int) -> Config:
-        large = self.size is _SIZES["gpu"]
+        if self.size is _SIZES["cpu"]:
+            return Config(
+                capture=CaptureConfig(batches=16, rows=16_384, max_bytes=1 << 28),
+                fit=FitConfig(steps=100, batch_rows=1024),
+                graft=GraftConfig(ramp_steps=30, warmup_steps=30, settle_steps=60),
+                tamiyo=TamiyoConfig(first=60, spacing=steps // 3, growth=2.0, compound=True, last_share=0.6),
+                total_steps=steps,
+            )
         return Config(
-            capture=CaptureConfig(batches=8, rows=131_072, max_bytes=4 << 30 if large else 1 << 28),
-            fit=FitConfig(steps=150, batch_rows=8192 if large else 1024),
-            graft=GraftConfig(ramp_steps=50, warmup_steps=50, lr_boost=2.0),
+            capture=CaptureConfig(batches=32, rows=262_144, max_bytes=16 << 30),
+            fit=FitConfig(steps=100, batch_rows=8192),
+            graft=GraftConfig(ramp_steps=50, warmup_steps=50, settle_steps=150, cull_steps=50),
             evidence=EvidenceConfig(),
-            tamiyo=TamiyoConfig(first=100, growth=2.0, last_share=0.5, min_gain_per_cost=0.01),
+            tamiyo=TamiyoConfig(
+                first=100, spacing=720, growth=2.5, compound=True, last_share=0.6, min_gain_per_cost=0.002
+            ),
             total_steps=steps,
         )

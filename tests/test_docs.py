@@ -1,0 +1,178 @@
+"""What the documentation says is so: its Python runs, its links and pictures hold, its tables are current."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from torch import nn
+
+from esper.cli.entry import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PICTURES = sorted((ROOT / "docs" / "pictures").glob("*.svg"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def python_blocks(page: Path) -> str:
+    """All Python of a page, at the lines where it stands, so that a traceback names them."""
+    lines: list[str] = []
+    inside = False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        fence = line.startswith("```")
+        lines.append(line if inside and not fence else "")
+        inside = line.rstrip() == "```python" if fence else inside
+    return "\n".join(lines)
+
+
+def run_page(page: Path) -> dict[str, Any]:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(python_blocks(page), name_of(page), "exec"), namespace)
+    return namespace
+
+
+def script(name: str) -> ModuleType:
+    """A generator of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Code
+
+
+@pytest.mark.e2e
+def test_the_readme_example_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    after = run_page(ROOT / "README.md")
+    plain, host = after["plain"], after["model"]
+    assert isinstance(plain, nn.Sequential)
+    assert plain[0].out_features > host[0].out_features == 8
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "README.md" and python_blocks(page).strip()], ids=name_of
+)
+def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(page)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
+def test_every_example_runs_without_a_warning(example: Path, run_python: RunPython) -> None:
+    code = (
+        "import runpy, sys, warnings; warnings.simplefilter('error'); runpy.run_path(sys.argv[1], run_name='__main__')"
+    )
+    ended = run_python(code, str(example), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    assert ended.returncode == 0, ended.stderr
+    assert "stopped: " in ended.stdout, "growth says why it ended"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Links, commands, pictures
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    for target in targets:
+        place, _, anchor = target.partition("#")
+        if "://" in place:
+            continue
+        found = (page.parent / place).resolve() if place else page
+        assert found.exists(), f"{name_of(page)} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_named_files_exist(page: Path) -> None:
+    for place in re.findall(r"`((?:src|tests|benchmarks|docs|examples)/[\w./-]+)`", page.read_text(encoding="utf-8")):
+        assert (ROOT / place).exists(), f"{name_of(page)} names {place}"
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"`esper ([a-z]+)", text)) | set(re.findall(r"^esper ([a-z]+)", text, re.MULTILINE))
+    assert named <= set(COMMANDS)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make ([a-z-]+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.unit
+def test_there_are_pictures_and_each_is_shown() -> None:
+    shown = {target for page in PAGES for target in re.findall(r"pictures/([\w-]+\.svg)", page.read_text("utf-8"))}
+    assert shown == {picture.name for picture in PICTURES}
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("picture", PICTURES, ids=name_of)
+def test_pictures_stand_alone(picture: Path) -> None:
+    text = picture.read_text(encoding="utf-8")
+    root = ET.fromstring(text)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    title = root.find("{http://www.w3.org/2000/svg}title")
+    assert title is not None and title.text, "read out to those who cannot see it"
+    assert "prefers-color-scheme: dark" in text
+    for outside in ("href=", "url(http", "@import", "<script", "<image"):
+        assert outside not in text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generated parts
+
+
+@pytest.mark.unit
+def test_the_configuration_page_is_current() -> None:
+    generator = script("generate_configuration")
+    wanted = generator.render(generator.SOURCE.read_text(encoding="utf-8"))
+    assert generator.TARGET.read_text(encoding="utf-8") == wanted, "run: python docs/generate_configuration.py"
+
+
+@pytest.mark.unit
+def test_every_setting_is_explained() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    unexplained = [line for line in page.splitlines() if line.startswith("| `") and line.endswith("|  |")]
+    assert not unexplained, "give the field a docstring in src/esper/config.py"
+
+
+@pytest.mark.unit
+def test_tables_show_the_committed_results() -> None:
+    generator = script("generate_results")
+    for page, wanted in generator.pages().items():
+        assert page.read_text(encoding="utf-8") == wanted, f"{name_of(page)}: run python docs/generate_results.py"
+
+
+@pytest.mark.unit
+def test_a_table_replaces_the_one_before_and_nothing_else() -> None:
+    generator = script("generate_results")
+    page = "above\n<!-- x:begin -->\nold\n<!-- x:end -->\nbelow"
+    once = generator._insert(page, "x", "new")
+    assert once == "above\n<!-- x:begin -->\nnew\n<!-- x:end -->\nbelow"
+    assert generator._insert(once, "x", "new") == once
