@@ -122,7 +122,7 @@ def attach(
         model,
         optimizer,
         loss=loss,
-        evaluate=rows(12, seed=7) if held_out is None else held_out,
+        evaluate=rows(16, seed=7) if held_out is None else held_out,
         track=track,
         config=esper.Config(**{**QUICK, **settings}),
         controller=controller or Idle(),

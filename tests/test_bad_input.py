@@ -58,7 +58,7 @@ def parametrised() -> nn.Module:
 def attempt(model: nn.Module, **arguments: Any) -> esper.Grower:
     given: dict[str, Any] = {
         "optimizer": torch.optim.SGD([p for p in model.parameters() if not p.is_meta] or [torch.ones(1)], 0.1),
-        "loss": mse, "evaluate": rows(8, seed=7),
+        "loss": mse, "evaluate": rows(16, seed=7),
     } | arguments  # fmt: skip
     return esper.Grower(model, given.pop("optimizer"), **given)
 
@@ -104,11 +104,13 @@ CASES: list[tuple[str, Callable[[], nn.Module], Arguments, type[Exception], str]
     ("frozen", frozen, NONE, esper.SiteError, r"fc1: frozen \(requires_grad is False\)"),
     ("meta", lambda: Pair().to("meta"), NONE, esper.AttachError,
      r"materialised, 4 parameters are on the meta device \(fc1\.weight\); call model\.to_empty"),
-    ("data parallel", lambda: nn.DataParallel(Pair()), NONE, esper.AttachError, "use DistributedDataParallel instead"),
+    ("data parallel", lambda: nn.DataParallel(Pair()), NONE, esper.AttachError,
+     r"pass the module inside it \(model.module\)"),
     ("foreign optimizer", Pair, foreign, esper.AttachError,
      r"fc2\.weight is in none of 1; build the optimizer from model\.parameters\(\)"),
     ("no batches", Pair, short(0), esper.AttachError, r"must yield held-out batches, got none; pass evaluate="),
-    ("few batches", Pair, short(7), esper.AttachError, r"at least 8 batches.*got 7; pass smaller batches"),
+    ("few batches", Pair, short(13), esper.AttachError,
+     r"at least 14 batches.*fewer than 7 can accept.*got 13; pass smaller"),
     ("nan", Pair, lambda _: {"loss": nan_loss}, esper.AttachError, r"must be a finite scalar, got nan; check evaluate"),
     ("vector", Pair, lambda _: {"loss": vector_loss}, esper.AttachError,
      r"must return one number, got a tensor of shape \(16,\); return the mean"),
@@ -123,6 +125,7 @@ CASES: list[tuple[str, Callable[[], nn.Module], Arguments, type[Exception], str]
 ]  # fmt: skip
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("build", "arguments", "error", "message"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
 def test_what_cannot_be_attached_to_says_why_and_is_left_alone(
     build: Callable[[], nn.Module], arguments: Arguments, error: type[Exception], message: str
@@ -146,6 +149,7 @@ def test_what_cannot_be_attached_to_says_why_and_is_left_alone(
         assert_same_state(snapshot(model), weights)
 
 
+@pytest.mark.integration
 def test_a_second_grower_is_refused_wherever_it_sits() -> None:
     inner = Pair()
     outer = nn.Sequential(inner, nn.GELU(), nn.Linear(4, 4))
@@ -159,6 +163,7 @@ def test_a_second_grower_is_refused_wherever_it_sits() -> None:
     attempt(outer)
 
 
+@pytest.mark.integration
 def test_a_part_that_cannot_grow_does_not_keep_the_rest_from_growing() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
@@ -184,6 +189,7 @@ def test_a_part_that_cannot_grow_does_not_keep_the_rest_from_growing() -> None:
     assert reasons["spare"] == "did not run in the probe forward"
 
 
+@pytest.mark.integration
 def test_an_optimizer_of_several_may_own_a_site() -> None:
     model = Mlp()
     halves = [adamw(model.fc1), torch.optim.SGD([*model.fc2.parameters(), *model.fc3.parameters()], 0.1)]
@@ -193,8 +199,9 @@ def test_an_optimizer_of_several_may_own_a_site() -> None:
         attempt(Mlp(), optimizer=halves[:1])
 
 
+@pytest.mark.integration
 def test_a_batch_that_turns_nan_later_refuses_the_cohort_it_judges() -> None:
-    held_out = rows(12, seed=7)
+    held_out = rows(16, seed=7)
     rig = attach(Pair(), held_out=held_out)
     cohort = rig.germinate(start="random_zero")
     for x, _ in held_out:
@@ -232,6 +239,7 @@ def test_every_error_is_of_one_family() -> None:
             assert issubclass(getattr(esper, name), esper.EsperError)
 
 
+@pytest.mark.integration
 def test_an_export_with_a_cohort_on_trial_is_refused() -> None:
     rig = attach(Pair())
     cohort = rig.germinate(start="random_zero")

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import esper
 from esper.protocol import Lifecycle, Telemetry
 
-pytestmark = pytest.mark.component
+pytestmark = pytest.mark.integration
 
 S = Lifecycle
 
@@ -26,7 +26,7 @@ MODES = ("reentrant", "non-reentrant")
 
 def recomputing(mode: str | None, dropout: float = 0.4) -> Rig:
     torch.manual_seed(4)
-    return attach(Transformer(dropout, mode), batches=tokens(10), held_out=tokens(8, seed=7), telemetry=EVERY)
+    return attach(Transformer(dropout, mode), batches=tokens(10), held_out=tokens(16, seed=7), telemetry=EVERY)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -73,7 +73,7 @@ def test_a_dormant_host_under_checkpointing_keeps_its_bits(mode: str) -> None:
         model = Transformer(0.3, mode)
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
         batches = tokens(10)
-        rig = attach(model, optimizer, batches=batches, held_out=tokens(8, seed=7)) if watched else None
+        rig = attach(model, optimizer, batches=batches, held_out=tokens(16, seed=7)) if watched else None
         for batch in batches:
             loss = mse(model, batch)
             loss.backward()

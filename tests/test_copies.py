@@ -15,7 +15,7 @@ from torch import nn
 
 from esper.protocol import Lifecycle
 
-pytestmark = pytest.mark.component
+pytestmark = pytest.mark.integration
 
 S = Lifecycle
 
@@ -73,7 +73,6 @@ def test_a_copy_keeps_the_branches_and_records_nothing(state: str, way: Callable
     assert same_bits(again(x).detach(), wanted)
 
 
-@pytest.mark.unit
 def test_a_copy_carries_no_captures() -> None:
     rig = attach(MLP.build())
     rig.germinate(start="negative_gradient")

@@ -30,19 +30,18 @@ from torch import Tensor, nn
 import esper
 from esper.protocol import HeldOut, Telemetry
 
-pytestmark = pytest.mark.component
+pytestmark = pytest.mark.integration
 
 
 def join(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task) -> Rig:
     """Watch often and evaluate often: whatever Esper does while dormant happens many times."""
-    held_out = torch.utils.data.DataLoader(task.batches(12, seed=7), batch_size=None, shuffle=True)
+    held_out = torch.utils.data.DataLoader(task.batches(16, seed=7), batch_size=None, shuffle=True)
     return attach(
         model, optimizer, held_out=held_out, telemetry=esper.TelemetryConfig(every=2), interval=5, held_out_every=20,
         sites=esper.SitesConfig(layers=True),
     )  # fmt: skip
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("task", TASKS, ids=str)
 def test_200_steps_leave_the_bits_of_a_run_without_esper(task: Task, bf16: bool) -> None:
@@ -67,7 +66,7 @@ def test_detached_the_host_is_as_before(task: Task) -> None:
     alone = trajectory(task, 30)
     trajectory(task, 30, join, each=lambda rig, step: rig.grower.detach() if step == 0 else None).assert_equals(alone)
     model = task.build()
-    rig = attach(model, batches=task.batches(10), held_out=task.batches(12))
+    rig = attach(model, batches=task.batches(10), held_out=task.batches(16))
     rig.grower.detach()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert not rig.optimizer._optimizer_step_pre_hooks and not rig.optimizer._optimizer_step_post_hooks
@@ -85,7 +84,7 @@ def test_attaching_changes_no_key_no_group_no_flag_no_stream(task: Task, unchang
     groups = copy.deepcopy(optimizer.state_dict())
     owned = [id(p) for group in optimizer.param_groups for p in group["params"]]
     torch.set_rng_state(state)
-    rig = attach(model, optimizer, batches=task.batches(10), held_out=task.batches(12))
+    rig = attach(model, optimizer, batches=task.batches(10), held_out=task.batches(16))
     assert list(model.state_dict()) == keys
     assert_same_state(snapshot(model), weights)
     assert optimizer.state_dict() == groups
@@ -121,7 +120,7 @@ def test_special_values_pass_as_they_are(layers: bool, autocast: bool) -> None:
         for parameter in model.parameters():
             nn.init.constant_(parameter, float(parameter.dim() == 2))
         if watched:
-            held_out = [(torch.ones(2, 1), torch.ones(2, 1))] * 8
+            held_out = [(torch.ones(2, 1), torch.ones(2, 1))] * 16
             rig = attach(model, held_out=held_out, sites=esper.SitesConfig(layers=layers))
             assert len(rig.grower.sites()) >= 1 + layers
             assert all(site.engaged for site in rig.grower.kasmina.sites.values())
@@ -138,7 +137,6 @@ def test_special_values_pass_as_they_are(layers: bool, autocast: bool) -> None:
     assert all(same_bits(one, two) for one, two in zip(gradients, watched_gradients, strict=True))
 
 
-@pytest.mark.unit
 def test_a_dormant_site_returns_the_very_tensor_of_the_host() -> None:
     rig = attach(Pair())
     seen: list[Tensor] = []
@@ -151,10 +149,9 @@ def test_a_dormant_site_returns_the_very_tensor_of_the_host() -> None:
     assert out._backward_hooks is None
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize(
     ("model", "held_out"),
-    [(Pair(), rows(8)), (CONV.build(), images(8)), (Transformer(), tokens(8))],
+    [(Pair(), rows(16)), (CONV.build(), images(16)), (Transformer(), tokens(16))],
     ids=["pair", "conv", "transformer"],
 )
 def test_the_users_own_evaluation_is_not_recorded(model: nn.Module, held_out: list[tuple[Tensor, Tensor]]) -> None:
@@ -190,10 +187,9 @@ def test_a_buffer_that_every_forward_writes_counts_the_users_forwards_alone() ->
     assert float(rig.model.calls) == 5
 
 
-@pytest.mark.unit
 def test_each_own_flag_and_buffer_survives_an_evaluation() -> None:
     model = CONV.build()
-    rig = attach(model, batches=images(10), held_out=images(8, seed=7))
+    rig = attach(model, batches=images(10), held_out=images(16, seed=7))
     rig.train(3)
     model.get_submodule("blocks.0.norm1").eval()
     flags, state = [module.training for module in model.modules()], snapshot(model)

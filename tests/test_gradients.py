@@ -14,7 +14,7 @@ from torch import Tensor
 from esper.kasmina.cohort import Cohort
 from esper.protocol import Lifecycle
 
-pytestmark = pytest.mark.component
+pytestmark = pytest.mark.integration
 
 S = Lifecycle
 
@@ -158,7 +158,6 @@ def test_a_fused_optimizer_skips_by_itself_and_the_step_does_not_count() -> None
         torch.testing.assert_close(value, others[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.unit
 def test_a_scaler_among_what_is_tracked_is_found() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     rig = attach(Pair(), track=[object(), scaler])

@@ -16,7 +16,7 @@ from esper.protocol import (
     Transitioned,
 )
 
-pytestmark = pytest.mark.component
+pytestmark = pytest.mark.integration
 
 S = Lifecycle
 
@@ -85,7 +85,6 @@ def keep(rig: Rig, site: str, width: int) -> None:
 ORDERS = [("fc1-fc2", "fc2-fc3"), ("fc2-fc3", "fc1-fc2"), ("fc1-fc2", "fc2-fc3", "fc1-fc2", "fc2-fc3")]
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("order", ORDERS, ids=lambda o: " ".join(o))
 def test_downstream_reads_what_upstream_has_grown(order: tuple[str, ...]) -> None:
     rig = attach(MLP.build())
@@ -118,7 +117,6 @@ def assert_gradients_agree(plain: nn.Module, rig: Rig) -> None:
         torch.testing.assert_close(part, host[name].grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("batches", [6, 2], ids=["half full", "full"])
 def test_an_upstream_that_grows_while_downstream_captures(batches: int) -> None:
     rig = attach(MLP.build(), capture=esper.CaptureConfig(batches=batches, rows=32 * batches))
@@ -135,7 +133,6 @@ def test_an_upstream_that_grows_while_downstream_captures(batches: int) -> None:
     assert waiting.state is S.GRAFTING
 
 
-@pytest.mark.integration
 def test_a_cohort_on_both_links_becomes_permanent_together() -> None:
     rig = attach(MLP.build())
     rig.train(2)

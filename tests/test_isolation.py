@@ -14,7 +14,7 @@ import esper
 from esper.kasmina.incubator import fit
 from esper.protocol import Fitted, Germinate, Lifecycle, Pause, Resume, SeedPlan
 
-pytestmark = pytest.mark.component
+pytestmark = pytest.mark.integration
 
 
 def joining(batches: int, start: str, layers: bool = False) -> Callable[..., Rig]:
@@ -22,7 +22,7 @@ def joining(batches: int, start: str, layers: bool = False) -> Callable[..., Rig
 
     def join(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task) -> Rig:
         rig = attach(
-            model, optimizer, held_out=task.batches(12, seed=7), sites=esper.SitesConfig(layers=layers),
+            model, optimizer, held_out=task.batches(16, seed=7), sites=esper.SitesConfig(layers=layers),
             capture=esper.CaptureConfig(batches=batches, rows=4096, timeout=10_000, max_age=10_000),
         )  # fmt: skip
         seeds = tuple(SeedPlan(site=info.name, start=start, width=3) for info in rig.grower.sites())
@@ -67,7 +67,6 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize(("task", "optimizer", "clip", "bf16"), SETTINGS)
 def test_200_steps_with_every_seed_training(
     task: Task, optimizer: Callable[..., torch.optim.Optimizer], clip: float | None, bf16: bool
@@ -78,7 +77,6 @@ def test_200_steps_with_every_seed_training(
     trajectory(task, 200, join, optimizer=optimizer, clip=clip, bf16=bf16, each=each).assert_equals(alone)
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("task", TASKS, ids=str)
 def test_captures_that_go_on_for_the_whole_run(task: Task) -> None:
     def each(rig: Rig, step: int) -> None:
@@ -156,7 +154,6 @@ def test_loss_scale_and_accumulation_do_not_change_what_is_captured() -> None:
     torch.testing.assert_close(captured(65536.0), captured(1.0))
 
 
-@pytest.mark.unit
 def test_a_non_finite_batch_is_dropped_from_the_rows() -> None:
     rig = attach(MLP.build(), capture=esper.CaptureConfig(batches=3, rows=48))
     rig.germinate("fc1-fc2", start="negative_gradient")
@@ -170,7 +167,6 @@ def test_a_non_finite_batch_is_dropped_from_the_rows() -> None:
     assert sorted(rows.batch.unique().tolist()) == [0, 2] and torch.isfinite(rows.g).all()
 
 
-@pytest.mark.unit
 def test_a_fit_draws_from_the_generator_it_is_given(unchanged_rng: None) -> None:
     state = torch.get_rng_state()
     rig = attach(MLP.build(), capture=esper.CaptureConfig(batches=2, rows=32))

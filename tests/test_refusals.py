@@ -27,7 +27,7 @@ from esper.protocol import (
     Stop,
 )
 
-pytestmark = pytest.mark.component
+pytestmark = pytest.mark.integration
 
 S = Lifecycle
 
@@ -44,7 +44,7 @@ def fingerprint(rig: Rig) -> list[Any]:
             for n, b in site.banks.items()
         }
         sites[name] = (banks, set(site.grafted), id(site.capture), site.engaged, site.refused, id(site.annex))
-    rest = (rig.grower._params_budget, rig.grower._flops_share, rig.grower.stopped, kasmina._next_cohort)
+    rest = (rig.grower.accounts.budget, rig.grower.stopped, kasmina.nursery.next_cohort)
     return [str(table), str(cohorts), str(sites), str(rest), str(snapshot(rig.model)), len(rig.grower.verdicts)]
 
 
@@ -195,3 +195,12 @@ def test_a_non_finite_loss_of_the_host_is_said_to_be_the_hosts() -> None:
     rig.optimizer.step()
     with pytest.warns(RuntimeWarning, match="it is the host's"):
         rig.grower.step(loss * float("nan"))
+
+
+def test_seeds_of_one_cohort_on_one_site_cover_equally_many_features() -> None:
+    """Four outputs in three chunks: one chunk has two."""
+    rig = attach(Pair(), sites=esper.SitesConfig(chunks=3))
+    seeds = tuple(SeedPlan(site="fc1-fc2", chunks=(chunk,), start="random_zero") for chunk in range(3))
+    gate = apply(rig.grower, Germinate(seeds=seeds), 0, issuer="test")
+    assert not gate.passed and "must cover equally many features" in gate.reason
+    assert not rig.grower.kasmina.cohorts and rig.grower.kasmina.live_banks == []

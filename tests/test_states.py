@@ -22,7 +22,7 @@ from esper.protocol import (
     SeedPlan,
 )
 
-pytestmark = pytest.mark.component
+pytestmark = pytest.mark.integration
 
 S = Lifecycle
 
@@ -103,7 +103,6 @@ def test_who_moves_in_a_step(state: Lifecycle) -> None:
         assert cohort.alpha == (ALPHA if state >= S.GRAFTING else 0.0)
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize("state", list(Lifecycle), ids=lambda s: s.name)
 def test_the_table_of_seeds_says_the_same(state: Lifecycle) -> None:
     rig, cohort = hold(state)
@@ -178,7 +177,6 @@ def test_captures_age_from_the_step_that_completed_them() -> None:
     assert verdict.state is S.CULLED and "age of the captures" in verdict.reason
 
 
-@pytest.mark.unit
 def test_captures_that_never_fill_are_cancelled() -> None:
     rig = attach(Pair(), capture=esper.CaptureConfig(batches=4, rows=64, timeout=5))
     cohort = rig.germinate(start="negative_gradient")

@@ -131,7 +131,18 @@ START = time.monotonic()
 
 
 def judged(trained: Trained) -> list[dict[str, Any]]:
-    keys = ("step", "stage", "gain", "gain_low", "gain_high", "e_value", "e_threshold", "confirm_p", "accepted", "reason")
+    keys = (
+        "step",
+        "stage",
+        "gain",
+        "gain_low",
+        "gain_high",
+        "e_value",
+        "e_threshold",
+        "confirm_p",
+        "accepted",
+        "reason",
+    )
     return [
         {key: _plain(getattr(event, key)) for key in keys}
         for event in trained.events
@@ -159,19 +170,35 @@ def main() -> None:
         arm: {lr: run.held_out for lr in scheduler.lrs if (run := scheduler.done.get((arm, 0, lr)))} for arm in ARMS
     }
     results = scheduler.results()
-    summary: dict[str, Any] = {"environment": environment(), "lr_trials": {a: {f"{k:g}": v for k, v in t.items()} for a, t in trials.items()}}
+    summary: dict[str, Any] = {
+        "environment": environment(),
+        "lr_trials": {a: {f"{k:g}": v for k, v in t.items()} for a, t in trials.items()},
+    }
     if "grown" in results:
         summary |= summarise(results, trials)
         summary["judged_per_seed"] = [judged(run) for run in results["grown"]]
     summary["cells"] = [
-        {"arm": a, "seed": s, "lr": lr, "held_out": t.held_out, "flops": t.flops, "params": t.params, "seconds": t.seconds}
+        {
+            "arm": a,
+            "seed": s,
+            "lr": lr,
+            "held_out": t.held_out,
+            "flops": t.flops,
+            "params": t.params,
+            "seconds": t.seconds,
+        }
         for (a, s, lr), t in scheduler.done.items()
     ]
-    summary["command"] = f"python benchmarks/training/code_lm.py --size {arguments.size} --seeds {arguments.seeds} --workers {arguments.workers}"
+    summary["command"] = (
+        f"python benchmarks/training/code_lm.py --size {arguments.size} --seeds {arguments.seeds} "
+        f"--workers {arguments.workers} --out {arguments.out}"
+    )
     summary["seconds"] = time.monotonic() - START
     arguments.out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     for arm, value in summary.get("arms", {}).items():
-        print(arm, value["loss"], value["loss_interval"], f"{value['flops']:.4g}", value["lr"], value["widths_per_seed"])
+        print(
+            arm, value["loss"], value["loss_interval"], f"{value['flops']:.4g}", value["lr"], value["widths_per_seed"]
+        )
     print(json.dumps(summary.get("grown_minus"), indent=1))
 
 

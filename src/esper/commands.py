@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from esper.accounts import Accounts
 from esper.errors import EsperError
+from esper.journal import Journal
 from esper.kasmina.cohort import Cohort
+from esper.kasmina.execution import Kasmina
 from esper.kasmina.lifecycle import Gate, is_active
 from esper.kasmina.strategies import STRATEGIES
 from esper.protocol import (
@@ -25,43 +28,55 @@ from esper.protocol import (
     Stop,
     Transitioned,
 )
-
-if TYPE_CHECKING:
-    from esper.grower import Grower
+from esper.stages import Stages
 
 
-def apply(grower: Grower, command: Command, step: int, *, issuer: str) -> Gate:
+class Run(Protocol):
+    """What a command can read and change: a grower, seen from here."""
+
+    kasmina: Kasmina
+    stages: Stages
+    accounts: Accounts
+    journal: Journal
+    stopped: str | None
+
+    def stop(self, reason: str) -> None: ...
+
+    def set_budget(self, params: int | None, flops_share: float | None) -> None: ...
+
+
+def apply(run: Run, command: Command, step: int, *, issuer: str) -> Gate:
     """Apply ``command`` or refuse it with a reason; a refusal is an event and changes nothing."""
     try:
-        gate = _HANDLERS[type(command)](grower, command, step)
+        gate = _HANDLERS[type(command)](run, command, step)
     except EsperError as error:
         gate = Gate("validation", False, str(error))
     if not gate.passed:
         kind = str(command.__struct_config__.tag)
-        grower._emit(Refused(step=step, command=f"{kind} by {issuer}", gate=gate.name, reason=gate.reason))
+        run.journal.emit(Refused(step=step, command=f"{kind} by {issuer}", gate=gate.name, reason=gate.reason))
     return gate
 
 
-def _germinate(grower: Grower, command: Germinate, step: int) -> Gate:
-    if grower.stopped is not None:
-        return Gate("stopped", False, f"growth has stopped: {grower.stopped}")
-    made = grower.kasmina.germinate(
+def _germinate(run: Run, command: Germinate, step: int) -> Gate:
+    if run.stopped is not None:
+        return Gate("stopped", False, f"growth has stopped: {run.stopped}")
+    made = run.kasmina.germinate(
         command.seeds,
         step=step,
-        host_flops=grower.host_flops_per_step,
-        budget_params=grower._params_budget,
-        budget_flops=grower.budget_flops,
+        host_flops=run.accounts.host_flops_per_step,
+        budget_params=run.accounts.budget.params,
+        budget_flops=run.accounts.budget_flops,
     )
     if isinstance(made, Gate):
         return made
-    _announce(grower, made, command.reason, step)
+    _announce(run, made, command.reason, step)
     return Gate("germination", True, "")
 
 
-def _announce(grower: Grower, cohort: Cohort, reason: str, step: int) -> None:
+def _announce(run: Run, cohort: Cohort, reason: str, step: int) -> None:
     per_seed = [(name, member, slot) for name, member in cohort.members.items() for slot in member.slots]
-    banks = {name: grower.kasmina.sites[name].banks[cohort.number] for name in cohort.sites}
-    grower._emit(
+    banks = {name: run.kasmina.sites[name].banks[cohort.number] for name in cohort.sites}
+    run.journal.emit(
         Germinated(
             step=step, cohort=cohort.number, seeds=cohort.seed_ids, sites=tuple(name for name, _, _ in per_seed),
             blueprints=tuple(banks[name].blueprint for name, _, _ in per_seed),
@@ -69,7 +84,7 @@ def _announce(grower: Grower, cohort: Cohort, reason: str, step: int) -> None:
             widths=tuple(banks[name].units for name, _, _ in per_seed), added_params=cohort.added_params, reason=reason,
         )
     )  # fmt: skip
-    grower._emit(
+    run.journal.emit(
         Transitioned(
             step=step, cohort=cohort.number, seeds=cohort.seed_ids, source=Lifecycle.DORMANT,
             target=Lifecycle.GERMINATED, alpha=0.0, reason="germination: slot, budget and embargo allow it",
@@ -77,60 +92,62 @@ def _announce(grower: Grower, cohort: Cohort, reason: str, step: int) -> None:
     )  # fmt: skip
 
 
-def _active(grower: Grower, number: int) -> Cohort:
-    cohort = grower.kasmina.cohorts.get(number)
+def _active(run: Run, number: int) -> Cohort:
+    cohort = run.kasmina.cohorts.get(number)
     if cohort is None or not bool(is_active(int(cohort.state))):
-        alive = [c.number for c in grower.kasmina.cohorts.values() if bool(is_active(int(c.state)))]
+        alive = [c.number for c in run.kasmina.cohorts.values() if bool(is_active(int(c.state)))]
         raise EsperError(f"no active cohort has the number {number}; active: {alive or 'none'}")
     return cohort
 
 
-def _ending(target: Lifecycle) -> Callable[[Grower, Any, int], Gate]:
-    def handle(grower: Grower, command: Any, step: int) -> Gate:
-        grower.stages.end(_active(grower, command.cohort), target, step, command.reason)
+def _ending(target: Lifecycle) -> Callable[[Run, Any, int], Gate]:
+    def handle(run: Run, command: Any, step: int) -> Gate:
+        run.stages.end(_active(run, command.cohort), target, step, command.reason)
         return Gate("command", True, "")
 
     return handle
 
 
-def _pausing(paused: bool) -> Callable[[Grower, Any, int], Gate]:
-    def handle(grower: Grower, command: Any, step: int) -> Gate:
-        cohort = _active(grower, command.cohort)
+def _pausing(paused: bool) -> Callable[[Run, Any, int], Gate]:
+    def handle(run: Run, command: Any, step: int) -> Gate:
+        cohort = _active(run, command.cohort)
         if cohort.paused != paused:
-            grower.kasmina.set_paused(cohort, paused, step)
+            run.kasmina.set_paused(cohort, paused, step)
         return Gate("command", True, "")
 
     return handle
 
 
-def _set_budget(grower: Grower, command: SetBudget, step: int) -> Gate:
-    if command.params is not None and command.params < grower.kasmina.host_params:
+def _set_budget(run: Run, command: SetBudget, step: int) -> Gate:
+    if command.params is not None and command.params < run.kasmina.host_params:
         return Gate(
             "budget",
             False,
-            f"budget.params must be at least the host's {grower.kasmina.host_params}, got {command.params}; raise it",
+            f"budget.params must be at least the host's {run.kasmina.host_params}, got {command.params}; raise it",
         )
     if command.flops is not None and command.flops < 1:
-        return Gate("budget", False, f"budget.flops must be at least 1 (the host itself), got {command.flops}; raise it")
-    grower.set_budget(command.params, command.flops)
+        return Gate(
+            "budget", False, f"budget.flops must be at least 1 (the host itself), got {command.flops}; raise it"
+        )
+    run.set_budget(command.params, command.flops)
     return Gate("command", True, "")
 
 
-def _set_strategy(grower: Grower, command: SetStrategy, step: int) -> Gate:
+def _set_strategy(run: Run, command: SetStrategy, step: int) -> Gate:
     STRATEGIES[command.strategy]
-    cohort = _active(grower, command.cohort)
+    cohort = _active(run, command.cohort)
     cohort.strategy = command.strategy
     cohort.memory.clear()
-    grower.kasmina.table.strategy[cohort.slots] = STRATEGIES.code(command.strategy)
+    run.kasmina.table.strategy[cohort.slots] = STRATEGIES.code(command.strategy)
     return Gate("command", True, "")
 
 
-def _stop(grower: Grower, command: Stop, step: int) -> Gate:
-    grower._stop(command.reason)
+def _stop(run: Run, command: Stop, step: int) -> Gate:
+    run.stop(command.reason)
     return Gate("command", True, "")
 
 
-_HANDLERS: dict[type, Callable[[Grower, Any, int], Gate]] = {
+_HANDLERS: dict[type, Callable[[Run, Any, int], Gate]] = {
     Germinate: _germinate,
     Cull: _ending(Lifecycle.CULLED),
     Cancel: _ending(Lifecycle.CANCELLED),
@@ -141,4 +158,3 @@ _HANDLERS: dict[type, Callable[[Grower, Any, int], Gate]] = {
     SetStrategy: _set_strategy,
     Stop: _stop,
 }
-

@@ -42,5 +42,9 @@ class DataError(EsperError, ValueError):
     """A data set is missing or has the wrong shape."""
 
 
+class DivergenceError(EsperError, ArithmeticError):
+    """A training has left the finite numbers; nothing can be concluded from it."""
+
+
 class EvidenceError(EsperError, ValueError):
     """A measurement that a test needs is missing, not finite or out of order."""

@@ -13,13 +13,12 @@
 
 from __future__ import annotations
 
+import fnmatch
+import html
 import math
 import queue
-import time
-import warnings
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,34 +26,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper import export as exporting
+from esper.accounts import Accounts
 from esper.commands import apply
-from esper.config import Config
+from esper.config import BudgetConfig, Config
 from esper.errors import SilentSiteError
 from esper.evidence.evaluator import Evaluator, Loss
 from esper.evidence.judge import Judge
+from esper.journal import Journal
 from esper.kasmina.discovery import discover
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.host import HostClock
 from esper.kasmina.isolation import undisturbed
-from esper.kasmina.ledger import forward_flops
+from esper.kasmina.ledger import Ledger, forward_flops
 from esper.kasmina.preconditions import check_choices, check_host
 from esper.observation import observe
-from esper.protocol import (
-    AlphaMoved,
-    AnyEvent,
-    Attached,
-    Command,
-    HeldOut,
-    Lifecycle,
-    Observation,
-    Overhead,
-    SiteInfo,
-    Stopped,
-    Telemetry,
-    TrainLoss,
-    Verdict,
-    Warned,
-)
+from esper.protocol import AnyEvent, Attached, Command, HeldOut, Lifecycle, Observation, SiteInfo, Stopped, Verdict
 from esper.stages import Stages
 from esper.summary import Report, describe
 from esper.tamiyo import Controller, make_controller
@@ -73,8 +59,9 @@ class Grower:
     loss:
         ``loss(model, batch)`` returns the mean loss of a held-out batch.
     evaluate:
-        Held-out batches (a list or a DataLoader), at least eight; never batches that are trained on. They decide what
-        is kept, so score the result on other data.
+        Held-out batches (a list or a DataLoader), enough that a branch can be accepted at all (fourteen with default
+        settings, the error says how many); never batches that are trained on. They decide what is kept, so score the
+        result on other data.
     track:
         Schedulers, a GradScaler, whatever belongs to the training state.
     controller:
@@ -104,49 +91,39 @@ class Grower:
         self.model = model
         check_host(model)
         check_choices(model, self.config)
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self.controller = controller or make_controller(
             self.config.tamiyo.controller, self.config.tamiyo, seed=self.config.seed
         )
-        evidence = self.config.evidence
-        self._evaluator = Evaluator(
-            model,
-            loss,
-            evaluate,
-            calibration_share=evidence.calibration_share,
-            confirm_share=evidence.confirm_share,
-            seed=self.config.seed,
-        )
+        self._evaluator = Evaluator.of(model, loss, evaluate, self.config.evidence, seed=self.config.seed)
         with undisturbed(model):
-            discovery = discover(model, self._evaluator.run_one, self.config.sites)
-            self._probe_flops = forward_flops(model, self._evaluator.run_one)
-        self.discovery = discovery
-        self.clock = HostClock(optimizers, discovery.sites, track)
-        self.kasmina = Kasmina(model, discovery, self.config, adaptive=self.clock.adaptive)
-        self.ledger = self._evaluator.ledger
-        self._probe_rows, self._dtypes = self._measure_probe_rows()
-        self._evaluator.forward_cost = self._evaluation_cost
-        self.judge = Judge(self._evaluator, self.kasmina.sites, evidence, seed=self.config.seed)
-        self._on_event = on_event
+            self.discovery = discover(model, self._evaluator.run_one, self.config.sites)
+            probe_flops = forward_flops(model, self._evaluator.run_one)
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self.clock = HostClock(optimizers, self.discovery.sites, track)
+        self.kasmina = Kasmina(model, self.discovery, self.config, adaptive=self.clock.adaptive)
+        self.accounts = Accounts(
+            model, self._evaluator, self.discovery, self.kasmina, probe_flops=probe_flops, budget=self.config.budget
+        )
+        self.judge = Judge(self._evaluator, self.kasmina.sites, self.config.evidence, seed=self.config.seed)
+        self.journal = Journal(on_event)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._losses: deque[Tensor] = deque(maxlen=self.config.graft.stabilize_window)
-        self._spent: dict[str, float] = defaultdict(float)
-        self._overhead_since = 0
-        self._warned: set[str] = set()
         self._calls_without_step = 0
         self._last_step = 0
-        self._params_budget = self.config.budget.params
-        self._flops_share = self.config.budget.flops_share
         self._held_out_initial = math.nan
         self.stopped: str | None = None
         self.stages = Stages(
-            self.kasmina, self.judge, self.clock, self.ledger, self.config, self._emit, self._losses
+            self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit, self._losses
         )
         self.kasmina.watch(True)  # the first step tells whether every site reports
-        self._emit(
+        self._announce()
+
+    def _announce(self) -> None:
+        infos = tuple(self.sites())
+        self.journal.emit(
             Attached(
-                step=0, sites=tuple(self.sites()), skipped=discovery.skipped, host_params=self.kasmina.host_params,
-                covered_params=sum(info.weights for info in self.sites()), total_steps=self.config.total_steps,
+                step=0, sites=infos, skipped=self.discovery.skipped, host_params=self.kasmina.host_params,
+                covered_params=sum(info.weights for info in infos), total_steps=self.config.total_steps,
             )
         )  # fmt: skip
 
@@ -165,8 +142,8 @@ class Grower:
         step = self._last_step
         self._losses.append(loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss)))
         self.kasmina.note_rows(step)
-        with self._timed("learn"):
-            self._count_host_flops()
+        with self.journal.timed("learn"):
+            self.accounts.count_step()
             if self.clock.overflowed(stepped=True):
                 self.kasmina.forget_gradients()  # they hold those of a step that the scaler has skipped
             self.kasmina.learn(self.clock.hosts, inverse_scale=self.clock.inverse_scale)
@@ -176,7 +153,7 @@ class Grower:
         if at_decision:
             self._guard(step)
         self._obey(step)
-        with self._timed("advance"):
+        with self.journal.timed("advance"):
             self.stages.advance(step)
         if at_decision:
             self._decide(step)
@@ -186,13 +163,29 @@ class Grower:
         """Queue a command; it is judged and applied inside the next :meth:`step`. Safe from any thread."""
         self._commands.put(command)
 
+    def stop(self, reason: str) -> None:
+        """Start no further cohort. Those alive go on to their end, and so does training."""
+        if self.stopped is None:
+            self.stopped = reason
+            self.journal.emit(Stopped(step=self._last_step, reason=reason))
+
+    def set_budget(self, params: int | None, flops_share: float | None) -> None:
+        """Change the ceiling (``None`` removes it).
+
+        Raises
+        ------
+        ConfigError
+            For a ceiling that could never hold.
+        """
+        self.accounts.budget = BudgetConfig(params=params, flops_share=flops_share)
+
     def finish(self) -> None:
         """End of training: start nothing more, and bring what is alive to an end.
 
         Cohorts whose acceptance was confirmed become permanent if they still hold; all others are removed at once.
         """
         step = self._last_step
-        self._stop("end of training")
+        self.stop("end of training")
         for cohort in list(self.kasmina.cohorts.values()):
             cohort.paused = False
             if cohort.state is Lifecycle.FINE_TUNING:
@@ -201,15 +194,18 @@ class Grower:
         for cohort in list(self.kasmina.cohorts.values()):
             self.stages.expel(cohort, step, "training ended before it was judged")
         self._measure_held_out(step)
-        self._report_overhead(step)
+        self.journal.report_overhead(step)
 
     # ---------------------------------------------------------------------------------------------- what users read
 
     def sites(self, pattern: str = "*") -> list[SiteInfo]:
         """Sites whose name matches a glob pattern."""
-        import fnmatch
-
         return [plan.info for name, plan in self.kasmina.plans.items() if fnmatch.fnmatch(name, pattern)]
+
+    @property
+    def ledger(self) -> Ledger:
+        """FLOPs spent so far, by part."""
+        return self.accounts.ledger
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
@@ -239,7 +235,7 @@ class Grower:
             While cohorts are on trial, or when the copy's loss differs by more than ``tolerance`` (relative).
         """
         plain = exporting.merged(self.model, self.kasmina)
-        allowed = exporting.default_tolerance(self._dtypes) if tolerance is None else tolerance
+        allowed = exporting.default_tolerance(self.accounts.dtypes) if tolerance is None else tolerance
         batch = self._evaluator.batches[0]
         exporting.check_equal(self.model, plain, self._evaluator.loss, batch, tolerance=allowed)
         return plain
@@ -257,21 +253,20 @@ class Grower:
         return describe(self)
 
     def _repr_html_(self) -> str:
-        import html
-
         return f"<pre>{html.escape(describe(self))}</pre>"
 
     # ---------------------------------------------------------------------------------------------- decide
 
     def _decide(self, step: int) -> None:
         if step % self.config.held_out_every == 0 or math.isnan(self._held_out_initial):
-            with self._timed("evidence"):
+            with self.journal.timed("evidence"):
                 self._measure_held_out(step)
-        with self._timed("observe"):
+        with self.journal.timed("observe"):
             observation = self._observe(step)
-        self._publish(step, observation)
+        loss = float(self._losses[-1]) if self._losses else math.nan
+        self.journal.publish(observation, self.kasmina.cohorts.values(), loss=loss, flops=self.ledger.total)
         if self.stopped is None:
-            with self._timed("decide"):
+            with self.journal.timed("decide"):
                 commands = self.controller.decide(observation)
             for command in commands:
                 apply(self, command, step, issuer="tamiyo")
@@ -283,9 +278,9 @@ class Grower:
             total_steps=self.config.total_steps,
             held_out=self.stages.held_out,
             held_out_initial=self._held_out_initial,
-            host_flops=self.host_flops_per_step,
-            budget_params=self._params_budget,
-            budget_flops=self.budget_flops,
+            host_flops=self.accounts.host_flops_per_step,
+            budget_params=self.accounts.budget.params,
+            budget_flops=self.accounts.budget_flops,
             verdicts=self.stages.verdicts,
             stopped=self.stopped,
         )
@@ -298,10 +293,12 @@ class Grower:
                 return
             apply(self, command, step, issuer="operator")
 
-    def _stop(self, reason: str) -> None:
-        if self.stopped is None:
-            self.stopped = reason
-            self._emit(Stopped(step=self._last_step, reason=reason))
+    def _measure_held_out(self, step: int) -> None:
+        loss = self.judge.held_out(self.config.evidence.held_out_batches)
+        self.stages.held_out = loss
+        if math.isnan(self._held_out_initial):
+            self._held_out_initial = loss
+        self.journal.emit(HeldOut(step=step, loss=loss, params=self.kasmina.params, flops=self.ledger.total))
 
     # ---------------------------------------------------------------------------------------------- guards
 
@@ -313,7 +310,9 @@ class Grower:
         if not damaged and not bool(torch.isfinite(recent).all()):
             damaged = sorted(suspects, key=lambda cohort: -cohort.born)[:1]
             if not damaged:
-                self._warn("loss", "the training loss is not finite and nothing of Esper is on trial: it is the host's")
+                self.journal.warn(
+                    "loss", "the training loss is not finite and nothing of Esper is on trial: it is the host's", step
+                )
             self._losses.clear()
         for cohort in damaged:
             self.stages.expel(cohort, step, "guard: a non-finite loss, gradient or parameter")
@@ -323,8 +322,11 @@ class Grower:
         silent = [
             name
             for name, site in self.kasmina.sites.items()
-            if site.refused is None and self.kasmina.rows_per_step[name] == 0 and self.clock.gradients_live(name)
-            and site.telemetry is not None and not site.telemetry.reported
+            if site.refused is None
+            and self.kasmina.rows_per_step[name] == 0
+            and self.clock.gradients_live(name)
+            and site.telemetry is not None
+            and not site.telemetry.reported
         ]
         if silent:
             raise SilentSiteError(
@@ -339,99 +341,18 @@ class Grower:
         if self.clock.overflowed(stepped=False):
             self.kasmina.forget_gradients()
         if self._calls_without_step == 1000:
-            self._warn(
+            self.journal.warn(
                 "no step",
                 "grower.step was called 1000 times without an optimizer step; call it after optimizer.step(), and "
                 "pass the optimizer that is stepped",
+                self._last_step,
             )
 
     def _warn_if_misplaced(self) -> None:
         if self.clock.backwards_since_step > 0:
-            self._warn(
+            self.journal.warn(
                 "misplaced",
                 "grower.step(loss) was called between backward() and optimizer.step(); call it after "
                 "optimizer.step(), so that grown units learn from the same gradients as the host",
+                self._last_step,
             )
-
-    def _warn(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
-            self._emit(Warned(step=self._last_step, message=message))
-
-    # ---------------------------------------------------------------------------------------------- measures
-
-    @property
-    def host_flops_per_step(self) -> float:
-        """Forward FLOPs of the host alone in one training step."""
-        reference = next(iter(self._probe_rows))
-        return self._probe_flops * self.kasmina.rows_per_step[reference] / max(1, self._probe_rows[reference])
-
-    @property
-    def budget_flops(self) -> float | None:
-        return None if self._flops_share is None else self._flops_share * self.host_flops_per_step
-
-    def set_budget(self, params: int | None, flops_share: float | None) -> None:
-        """Change the ceiling (``None`` removes it)."""
-        self._params_budget, self._flops_share = params, flops_share
-
-    def _measure_probe_rows(self) -> tuple[dict[str, int], set[torch.dtype]]:
-        """Output rows of each site in one held-out batch (hooks are attached; nothing is recorded)."""
-        from esper.kasmina.rows import count_rows
-
-        with undisturbed(self.model):
-            return count_rows(self.discovery.sites, self._evaluator.run_one)
-
-    def _evaluation_cost(self, num_batches: int) -> float:
-        return num_batches * (self._probe_flops + self.kasmina.added_flops_per_step(self._probe_rows))
-
-    def _count_host_flops(self) -> None:
-        self.ledger.add("host", 3.0 * self.host_flops_per_step)
-        self.ledger.add("branches", 3.0 * self.kasmina.added_flops_per_step())
-
-    def _measure_held_out(self, step: int) -> None:
-        loss = self.judge.held_out(self.config.evidence.held_out_batches)
-        self.stages.held_out = loss
-        if math.isnan(self._held_out_initial):
-            self._held_out_initial = loss
-        self._emit(HeldOut(step=step, loss=loss, params=self.kasmina.params, flops=self.ledger.total))
-
-    # ---------------------------------------------------------------------------------------------- events
-
-    def _publish(self, step: int, observation: Observation) -> None:
-        self._emit(TrainLoss(step=step, loss=float(self._losses[-1]) if self._losses else math.nan, flops=self.ledger.total))
-        from esper.protocol import SITE_FEATURES
-
-        columns = {name: tuple(observation.sites[:, i].tolist()) for i, name in enumerate(SITE_FEATURES)}
-        self._emit(
-            Telemetry(
-                step=step, sites=observation.site_names, activation_mean=columns["activation_mean"],
-                activation_var=columns["activation_var"], gradient_energy=columns["gradient_energy"],
-                grown=tuple(observation.grown.tolist()),
-            )
-        )  # fmt: skip
-        for cohort in self.kasmina.cohorts.values():
-            if cohort.state is Lifecycle.GRAFTING:
-                held = "paused" if cohort.paused else cohort.reason or None
-                self._emit(AlphaMoved(step=step, cohort=cohort.number, alpha=cohort.alpha, held_by=held))
-        if step - self._overhead_since >= 100:
-            self._report_overhead(step)
-
-    def _report_overhead(self, step: int) -> None:
-        if step > self._overhead_since:
-            spent = {part: 1000 * seconds for part, seconds in self._spent.items()}
-            self._emit(Overhead(step=step, num_steps=step - self._overhead_since, milliseconds=spent))
-            self._spent.clear()
-            self._overhead_since = step
-
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._spent[part] += time.perf_counter() - start
-
-    def _emit(self, event: AnyEvent) -> None:
-        if self._on_event is not None:
-            self._on_event(event)

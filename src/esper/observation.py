@@ -64,9 +64,7 @@ def observe(
         verdicts=tuple(verdicts),
         stopped=stopped,
         unit_params=np.array([cost.params for cost in costs], dtype=np.float64),
-        unit_flops=np.array(
-            [cost.flops_per_row * kasmina.rows_per_step[name] for name, cost in zip(names, costs, strict=True)]
-        ),
+        unit_flops=np.array([cost.flops_per_row for cost in costs]) * np.array(list(kasmina.rows_per_step.values())),
     )
 
 

@@ -60,7 +60,9 @@ class Stages:
         elif step - cohort.entered >= self.config.capture.timeout:
             filled = min(site.capture.filled for site in sites if site.capture is not None)
             self.end(
-                cohort, Lifecycle.CANCELLED, step,
+                cohort,
+                Lifecycle.CANCELLED,
+                step,
                 f"capture: {filled} of {self.config.capture.batches} batches after {step - cohort.entered} steps "
                 "(no gradient reaches the site?); raise capture.timeout or exclude it",
             )

@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from esper.protocol import Lifecycle, Verdict
+from esper.kasmina.discovery import Discovery
+from esper.kasmina.execution import Kasmina
+from esper.kasmina.ledger import Ledger
+from esper.protocol import Lifecycle, SiteInfo, Verdict
 
-if TYPE_CHECKING:
-    from esper.grower import Grower
+
+class Run(Protocol):
+    """What a summary reads: a grower, seen from here."""
+
+    kasmina: Kasmina
+    discovery: Discovery
+    stopped: str | None
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]: ...
+
+    @property
+    def held_out(self) -> float: ...
+
+    @property
+    def ledger(self) -> Ledger: ...
+
+    def sites(self, pattern: str = "*") -> list[SiteInfo]: ...
 
 
-def describe(grower: Grower) -> str:
+def describe(run: Run) -> str:
     """At most 15 lines: coverage, what was skipped and why, what is alive."""
-    kasmina, infos = grower.kasmina, grower.sites()
+    kasmina, infos = run.kasmina, run.sites()
     covered = sum(info.weights for info in infos) / max(1, kasmina.host_params)
     grown = kasmina.params - kasmina.host_params
     lines = [
@@ -27,15 +46,15 @@ def describe(grower: Grower) -> str:
         lines.append(f"  {info.name}: {info.in_features} -> {inner} (+{units}) -> {info.out_features}")
     if len(infos) > 6:
         lines.append(f"  ... and {len(infos) - 6} more: grower.sites()")
-    skipped = grower.discovery.skipped
+    skipped = run.discovery.skipped
     if skipped:
         lines.append(f"skipped {len(skipped)}:")
         lines += [f"  {item.name}: {item.reason}" for item in skipped[:4]]
         if len(skipped) > 4:
             lines.append(f"  ... and {len(skipped) - 4} more: grower.discovery.skipped")
-    kept = sum(verdict.state is Lifecycle.FOSSILIZED for verdict in grower.verdicts)
-    status = f"stopped: {grower.stopped}" if grower.stopped else "growing"
-    lines.append(f"{len(kasmina.cohorts)} cohorts alive, {kept} of {len(grower.verdicts)} kept | {status}")
+    kept = sum(verdict.state is Lifecycle.FOSSILIZED for verdict in run.verdicts)
+    status = f"stopped: {run.stopped}" if run.stopped else "growing"
+    lines.append(f"{len(kasmina.cohorts)} cohorts alive, {kept} of {len(run.verdicts)} kept | {status}")
     return "\n".join(lines)
 
 
@@ -52,21 +71,21 @@ class Report:
     stopped: str | None
 
     @classmethod
-    def of(cls, grower: Grower) -> Report:
-        kasmina = grower.kasmina
+    def of(cls, run: Run) -> Report:
+        kasmina = run.kasmina
         widths = {
             info.name: info.hidden_features + kasmina.sites[info.name].grown_units
-            for info in grower.sites()
+            for info in run.sites()
             if info.kind.is_span
         }
         return cls(
-            verdicts=grower.verdicts,
+            verdicts=run.verdicts,
             widths=widths,
             host_params=kasmina.host_params,
             params=kasmina.params,
-            held_out=grower.held_out,
-            flops=dict(grower.ledger.spent),
-            stopped=grower.stopped,
+            held_out=run.held_out,
+            flops=dict(run.ledger.spent),
+            stopped=run.stopped,
         )
 
     def __str__(self) -> str:
@@ -79,8 +98,7 @@ class Report:
         for verdict in self.verdicts:
             word = {Lifecycle.FOSSILIZED: "KEPT", Lifecycle.CULLED: "REJECTED"}.get(verdict.state, verdict.state.name)
             gain = f"{-verdict.gain:+.4f}" if math.isfinite(verdict.gain) else "not measured"
-            lines.append(
-                f"step {verdict.step}: {word} {', '.join(verdict.sites)}: {gain} for {verdict.added_params:,} parameters"
-            )
+            sites = ", ".join(verdict.sites)
+            lines.append(f"step {verdict.step}: {word} {sites}: {gain} for {verdict.added_params:,} parameters")
         lines.append(f"stopped: {self.stopped}" if self.stopped else "growth has not stopped")
         return "\n".join(lines)

@@ -16,7 +16,7 @@ from esper.cli.command import Context, UsageError
 from esper.cli.doctor import Doctor
 from esper.cli.sites import near_patterns, select
 from esper.errors import EsperError
-from esper.protocol import Skipped
+from esper.protocol import SiteInfo, Skipped
 
 pytestmark = pytest.mark.component
 
@@ -111,7 +111,10 @@ SKIPPED = Skipped(name="head", reason="tied to embed")
 
 @pytest.fixture
 def _fake_sites(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esper.runs.preset_sites", lambda preset, size: ((SITE,), (SKIPPED,)), raising=False)
+    def preset_sites(preset: str, size: str, data: Path | None) -> tuple[tuple[SiteInfo, ...], tuple[Skipped, ...]]:
+        return (SITE,), (SKIPPED if data is None else Skipped(name="head", reason=str(data)),)
+
+    monkeypatch.setattr("esper.runs.preset_sites", preset_sites, raising=False)
 
 
 @pytest.mark.usefixtures("_fake_sites")
@@ -127,6 +130,12 @@ def test_sites_lists_what_grows_and_why_the_rest_does_not(capsys: pytest.Capture
     result = json.loads(capsys.readouterr().out)
     assert result["sites"][0]["kind"] == "linear_span"
     assert result["skipped"] == [{"name": "head", "reason": "tied to embed"}]
+
+
+@pytest.mark.usefixtures("_fake_sites")
+def test_sites_of_the_users_own_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sites", "vision", "--data", "images.npz"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "  head: images.npz"
 
 
 @pytest.mark.usefixtures("_fake_sites")

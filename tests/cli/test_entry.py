@@ -30,12 +30,16 @@ def fake_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
         monkeypatch.delenv(name, raising=False)
 
     def install(error: BaseException | None = None, *, starts: bool = True) -> None:
-        def execute(options: RunOptions, on_event: Callable[[AnyEvent], None]) -> dict[str, Any]:
+        def execute(
+            options: RunOptions, on_event: Callable[[AnyEvent], None], on_note: Callable[[str], None]
+        ) -> dict[str, Any]:
             events = run_events() if starts else []
             if starts:
                 Path("runs/digits-01").mkdir(parents=True)
             for event in events[: 3 if error else None]:
                 on_event(event)
+                if isinstance(event, RunStarted):
+                    on_note("grown: learning rate 0.003, held-out loss 0.4")
             if error is not None:
                 raise error
             return {"arms": {"grown": {"score": float("nan")}}, "run_dir": "runs/digits-01"}
@@ -52,6 +56,7 @@ def test_result_on_standard_output_progress_on_standard_error(
     assert main(["run"]) == 0
     out, err = capsys.readouterr()
     assert err.splitlines()[0] == "run runs/digits-01 | report runs/digits-01/report.html (updates while it runs)"
+    assert err.splitlines()[1] == "grown: learning rate 0.003, held-out loss 0.4"
     assert "KEPT" in err and "done" not in err
     assert out.splitlines()[0] == "done       0.500 -> 0.400, params +97%; stopped: gain per cost below threshold"
     assert "grown 0.900 | small, no growth 0.800" in out.splitlines()[1]
@@ -185,12 +190,12 @@ def test_control_characters_in_names_do_not_reach_the_screen(
     [
         (["rum"], "esper: no command is called 'rum'; did you mean 'run'? known: run, report, export, sites, doctor"),
         (["--verson"], "esper: no option is called '--verson'; did you mean '--version'?"),
-        (["--print-completion"], "--print-completion takes one shell of bash, zsh, fish, got ''"),
-        (["--print-completion", "csh"], "--print-completion takes one shell of bash, zsh, fish, got 'csh'"),
+        (["--print-completion"], "--print-completion takes one shell of bash, zsh, tcsh, fish, got ''"),
+        (["--print-completion", "csh"], "--print-completion takes one shell of bash, zsh, tcsh, fish, got 'csh'"),
         (["run", "digts"], "esper run: no preset is called 'digts'; did you mean 'digits'? known: digits, code-lm"),
         (["sites", "vison"], "esper sites: no preset is called 'vison'; did you mean 'vision'?"),
-        (["export", "runs/x"], "esper export: missing from esper export: -o OUT"),
-        (["report"], "RUN_DIR"),
+        (["export", "runs/x"], "esper export: missing: -o OUT; see esper export --help"),
+        (["report"], "esper report: missing: RUN_DIR; see esper report --help"),
     ],
 )
 def test_wrong_usage_is_status_2_with_near_names(
@@ -227,7 +232,9 @@ def test_command_help_and_completion_go_to_standard_output(capsys: pytest.Captur
 def test_run_started_alone_is_enough_for_the_first_line(
     fake_job: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def execute(options: RunOptions, on_event: Callable[[AnyEvent], None]) -> dict[str, Any]:
+    def execute(
+        options: RunOptions, on_event: Callable[[AnyEvent], None], on_note: Callable[[str], None]
+    ) -> dict[str, Any]:
         on_event(RunStarted(step=0, run="digits-07", preset="digits", config={}, environment={}))
         return {"run_dir": "runs/digits-07"}
 

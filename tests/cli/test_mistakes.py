@@ -43,8 +43,13 @@ FROM_THE_SHELL: list[tuple[list[str], int, list[str]]] = [
     (["run", "--lr", "nan"], 2, ["lr must be positive", "nan", "use 3e-3"]),
     (["run", "--lr=-1e-3"], 2, ["lr must be positive", "-0.001", "use 3e-3"]),
     (["run", "--lr", "1e-3,3e-3"], 2, ["--lr: must be numbers", "'1e-3,3e-3'", "for example --lr 1e-3 3e-3"]),
+    (["run", "--lr", "inf"], 2, ["lr must be positive and finite", "inf", "use 3e-3"]),
+    (["run", "--lr", "-1e-3"], 2, ["lr must be positive", "-0.001", "use 3e-3"]),
+    (["run", "--lr"], 2, ["missing value for argument '--lr'", "--lr RATE"]),
+    (["run", "--seed", "-1"], 2, ["seed must lie between 0 and", "got -1", "use 0"]),
     (["run", "--device", "gpu"], 2, ["device must be auto, cpu or cuda", "got 'gpu'", "use auto"]),
-    (["run", "--size", "big"], 2, ["--size", "'big'", "esper run --help"]),
+    (["run", "--size", "big"], 2, ["--size: must be one of auto, cpu, gpu", "got 'big'", "esper run --help"]),
+    (["run", "--run_dir", "x"], 2, ["unrecognized options: --run_dir", "perhaps you meant: --run-dir DIR"]),
     (["run", "--jobs", "0"], 2, ["jobs must be at least 1", "got 0", "use 1"]),
     (["run", "--control"], 2, ["--control", "--no-controls", "esper run --help"]),
     (["run", "vision"], 1, ["--data FILE.npz", "x_train, y_train, x_test, y_test"]),
@@ -61,10 +66,12 @@ FROM_THE_SHELL: list[tuple[list[str], int, list[str]]] = [
     (["run", *QUICK, "--budget-params", "10"], 2, ["at least the host's", "got 10", "raise it"]),
     (["run", "--json", "none/x.json"], 2, ["in a folder that exists", "'none/x.json'", "mkdir -p none"]),
     (["sites", "--match", "laers.*"], 2, ["'laers.*' matches none", "near: ", "list all with: esper sites"]),
+    (["sites", "vision"], 1, ["--data FILE.npz", "x_train, y_train, x_test, y_test"]),
     (["report", "runs/none"], 1, ["holds events.jsonl", "'runs/none'", "esper run"]),
     (["report", "full"], 1, ["full"]),
     (["export", "full", "-o", "m"], 1, ["structure.json", "'full'", "esper run"]),
-    (["export", "full"], 2, ["-o OUT", "esper export --help"]),
+    (["export", "full"], 2, ["missing: -o OUT", "esper export --help"]),
+    (["export", "full", "-o"], 2, ["missing value for argument '-o/--out'", "say: -o OUT"]),
 ]
 
 
@@ -90,6 +97,7 @@ def test_mistake_in_the_shell(
     assert "Traceback" not in err and "unexpected" not in err
     missing = [text for text in told if text not in message]
     assert not missing, message
+    assert not list(tmp_path.glob("runs/*")), "a refused command leaves no run directory behind"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -100,7 +108,7 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
-def batches(num: int = 12) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(num: int = 14) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return [(torch.randn(5, 6, generator=generator), torch.randint(3, (5,), generator=generator)) for _ in range(num)]
 
@@ -155,7 +163,10 @@ FROM_PYTHON: dict[str, tuple[Callable[[], object], list[str]]] = {
     "attached twice": (twice, ["already"]),
     "another model's optimizer": (lambda: grow(owner=mlp()), ["must own the model's parameters", "model.parameters()"]),
     "no held-out data": (lambda: grow(evaluate=[]), ["held-out batches", "got none", "DataLoader"]),
-    "too little held-out data": (lambda: grow(evaluate=batches(2)), ["at least 8 batches", "got 2", "smaller batches"]),
+    "too little held-out data": (
+        lambda: grow(evaluate=batches(2)),
+        ["at least 14 batches", "got 2", "smaller batches"],
+    ),
     "held-out data yields NaN": (lambda: grow(evaluate=nan_batches()), ["finite", "got nan", "check evaluate="]),
     "a loss a row": (
         lambda: grow(loss=lambda model, batch: model(batch[0]).sum(dim=1)),

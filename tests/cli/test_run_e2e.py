@@ -53,6 +53,29 @@ def test_run_then_report_then_export_then_rebuild_without_esper(esper: Esper, tm
     assert rebuilt.stdout.strip() == "(3, 10)", rebuilt.stderr
 
 
+def test_training_that_diverges_says_so_and_what_to_do(esper: Esper, tmp_path: Path) -> None:
+    short = ["run", "--no-controls", "--steps", "20", "--seeds", "1"]
+    for rates, told in ((["1e30"], "1e+30"), (["1e25", "1e30"], "1e+25, 1e+30")):
+        done = esper(*short, "--lr", *rates, OMP_NUM_THREADS="1")
+        message = done.stderr.splitlines()[-1]
+        assert message == (
+            "esper run: training diverged: the held-out loss of grown, seed 0, must stay finite, got nan at learning "
+            f"rate {told}; use a smaller one: --lr 0.001"
+        )
+        assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
+    assert (tmp_path / "runs/digits-02/report.html").exists()
+
+
+def test_a_rate_that_diverges_is_passed_over(esper: Esper) -> None:
+    short = ["run", "--no-controls", "--steps", "20", "--seeds", "1", "--jobs", "2"]
+    done = esper(*short, "--lr", "1e30", "1e-2", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    told = done.stderr.splitlines()
+    assert told[1] == "grown: choosing among learning rates 1e+30, 0.01"
+    assert told[2].startswith("grown: learning rate 0.01, held-out loss 2.")
+    assert "Warning" not in done.stderr  # each worker's warning is an event, shown by the console
+
+
 def test_run_on_a_terminal_shows_colour_and_a_live_line_unless_told_not_to(
     esper_on_terminal: Callable[..., tuple[int, str]],
 ) -> None:

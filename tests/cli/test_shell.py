@@ -27,7 +27,8 @@ STARTUP_SECONDS = 0.3
 def test_help_and_completion_are_quick_and_import_nothing_heavy(words: list[str], tmp_path: Path) -> None:
     code = (
         "import sys; from esper.cli import main; status = main(sys.argv[1:]); sys.stdout.flush()\n"
-        "heavy = {'torch', 'numpy', 'asyncio', 'rich', 'socket'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'asyncio', 'shtab', 'socket'} & set(sys.modules)\n"
+        "heavy -= {'shtab', 'socket'} if '--print-completion' in sys.argv else set()\n"  # shtab asks for its version
         "sys.exit(f'imported {heavy}' if heavy else status)"
     )
     seconds: list[float] = []
@@ -42,17 +43,54 @@ def test_help_and_completion_are_quick_and_import_nothing_heavy(words: list[str]
     assert min(seconds) <= STARTUP_SECONDS
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash; install it to check its completion")
-def test_completion_works_in_bash(esper: Esper, tmp_path: Path) -> None:
-    (tmp_path / "complete.sh").write_text(esper("--print-completion", "bash").stdout, encoding="utf-8")
-    script = (
-        "source complete.sh; f=$(complete -p esper | sed 's/.*-F \\([^ ]*\\).*/\\1/'); "
-        "COMP_WORDS=(esper r); COMP_CWORD=1; $f; echo ${COMPREPLY[@]}; "
-        "COMP_WORDS=(esper run --bud); COMP_CWORD=2; $f; echo ${COMPREPLY[@]}"
-    )
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    commands, options = done.stdout.splitlines()
-    assert set(commands.split()) == {"run", "report"} and options == "--budget-params"
+COMPLETIONS = {
+    "r": {"run", "report"},
+    "--print-completion ": {"bash", "zsh", "tcsh", "fish"},
+    "run --bud": {"--budget-params"},
+    "run di": {"digits"},
+    "sites ": {"digits", "code-lm", "vision"},
+    "run digits --size ": {"auto", "cpu", "gpu"},
+    "run --temper b": {"balanced"},
+    "run vision --data im": {"images.npz"},
+    "report ru": {"runs"},
+    "export runs -o ru": {"runs"},
+}
+COMPLETE_IN = {
+    "bash": """source ./script; f=$(complete -p esper | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+complete_words() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); $f; echo ${COMPREPLY[@]}; }
+""",
+    "fish": "source script\n",
+}
+
+
+def completion_line(shell: str, words: str) -> str:
+    if shell == "fish":
+        return f"string join -- ' ' (complete -C 'esper {words}' | string split -f1 \\t)\n"
+    empty = "''" if words.endswith(" ") else ""
+    return f"complete_words esper {words}{empty}\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_completion_works_in_the_shell(shell: str, esper: Esper, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}; install it to check its completion")
+    (tmp_path / "script").write_text(esper("--print-completion", shell).stdout, encoding="utf-8")
+    (tmp_path / "images.npz").touch()
+    (tmp_path / "runs").mkdir()
+    code = COMPLETE_IN[shell] + "".join(completion_line(shell, words) for words in COMPLETIONS)
+    environment = clean_environment(HOME=str(tmp_path))
+    done = subprocess.run([shell, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    offered = [{word.rstrip("/") for word in line.split()} for line in done.stdout.splitlines()]
+    assert dict(zip(COMPLETIONS, offered, strict=True)) == COMPLETIONS, done.stderr
+
+
+@pytest.mark.parametrize(("shell", "command"), [("zsh", "zsh -n script"), ("tcsh", "tcsh -f -c 'source script'")])
+def test_completion_is_valid_in_the_shell(shell: str, command: str, esper: Esper, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}; install it to check its completion")
+    (tmp_path / "script").write_text(esper("--print-completion", shell).stdout, encoding="utf-8")
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -95,9 +133,12 @@ def test_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     process.stderr.close()
 
 
-def test_interrupt_ends_with_one_line_and_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words", [["--lr", "1e-3"], ["--lr", "1e-3", "3e-3", "--jobs", "2"]], ids=["one process", "two jobs"]
+)
+def test_interrupt_ends_with_one_line_and_130(words: list[str], tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "esper.cli", "run", "--no-controls", "--lr", "1e-3", "--steps", "100000"],
+        [sys.executable, "-m", "esper.cli", "run", "--no-controls", "--steps", "100000", *words],
         cwd=tmp_path, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None

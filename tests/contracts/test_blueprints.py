@@ -16,7 +16,7 @@ from esper.kasmina.blueprints import BLUEPRINTS, Parts
 from esper.kasmina.optim import Hyperparameters, SlotAdamW
 from esper.kasmina.starts import STARTS
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.component
 
 
 @dataclass(frozen=True)

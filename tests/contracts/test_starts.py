@@ -18,7 +18,7 @@ from esper.kasmina.lifecycle import sanity_gate
 from esper.kasmina.starts import STARTS
 from esper.kasmina.starts.start import fit_and_check_rows
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.component
 
 CONFIG = FitConfig(steps=150, batch_rows=512, lr=1e-2)
 PAIRS = [(name, EXAMPLES[kind][0]) for name in BLUEPRINTS for kind in sorted(BLUEPRINTS[name].kinds)]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper.errors import EvidenceError
-from esper.evidence.eprocess import BETS, PairedEProcess, robust_scale
+from esper.evidence.eprocess import BETS, PairedEProcess, fewest_differences, robust_scale
 
 pytestmark = pytest.mark.unit
 
@@ -155,3 +155,15 @@ def test_robust_scale_known_answers() -> None:
 def test_robust_scale_refuses(bad: list[float]) -> None:
     with pytest.raises(EvidenceError, match="at least one difference and all of them finite"):
         robust_scale(bad)
+
+
+@pytest.mark.parametrize("threshold", [1.5, 20.0, 41.0, 270.0, 1e6])
+def test_with_fewer_differences_the_threshold_is_out_of_reach(threshold: float) -> None:
+    def best(num: int) -> float:
+        process = PairedEProcess(1.0)
+        for _ in range(num):
+            process.update(100.0)
+        return process.peak
+
+    num = fewest_differences(threshold)
+    assert best(num) >= threshold > best(num - 1)

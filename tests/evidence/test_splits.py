@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper.errors import AttachError, EvidenceError
+from esper.evidence.eprocess import fewest_differences
+from esper.evidence.fdr import OnlineFDR
 from esper.evidence.splits import Rotation, split_batches
 
 pytestmark = pytest.mark.unit
@@ -55,6 +58,28 @@ def test_global_generator_untouched() -> None:
 def test_too_few_batches(num: int) -> None:
     with pytest.raises(AttachError, match=rf"at least 8 batches .* got {num}; pass smaller batches"):
         split_batches(num, 0.2, 0.3)
+
+
+@given(st.floats(0.01, 0.9), st.floats(0.01, 0.9), st.integers(2, 12))
+def test_the_number_asked_for_is_the_first_that_leaves_enough_for_the_gate(
+    calibration: float, confirm: float, gate: int
+) -> None:
+    if calibration + confirm > 0.95:
+        confirm = 0.95 - calibration if calibration < 0.94 else 0.01
+    with pytest.raises(AttachError) as caught:
+        split_batches(0, calibration, confirm, min_gate=gate)
+    asked = int(re.search(r"at least (\d+) batches", str(caught.value))[1])  # type: ignore[index]
+    assert len(split_batches(asked, calibration, confirm, min_gate=gate).gate) >= gate
+    with pytest.raises(AttachError, match=rf"at least {asked} batches .*, got {asked - 1}; pass smaller batches"):
+        split_batches(asked - 1, calibration, confirm, min_gate=gate)
+
+
+def test_defaults_ask_for_fourteen_batches() -> None:
+    """Six gate batches reach an e-value of 28 at best, the first threshold is 41."""
+    needed = fewest_differences(OnlineFDR(0.05).threshold())
+    assert needed == 7 and len(split_batches(14, 0.2, 0.3, min_gate=needed).gate) == 7
+    with pytest.raises(AttachError, match=r"at least 14 batches .* fewer than 7 can accept nothing\), got 13"):
+        split_batches(13, 0.2, 0.3, min_gate=needed)
 
 
 @pytest.mark.parametrize("shares", [(0.0, 0.3), (0.2, 0.0), (0.5, 0.5), (float("nan"), 0.3)])

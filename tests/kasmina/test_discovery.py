@@ -16,7 +16,7 @@ from esper.kasmina.discovery import Discovery, SitePlan, discover
 from esper.kasmina.geometry import Activation
 from esper.protocol import SiteKind
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.component
 
 
 def _find(model: nn.Module, *inputs: Tensor, **config: Any) -> Discovery:

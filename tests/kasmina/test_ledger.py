@@ -29,6 +29,7 @@ def test_forward_flops_known_answers() -> None:
     assert forward_flops(conv, lambda: conv(torch.randn(2, 3, 6, 6))) == 2 * 2 * 36 * 27 * 4
 
 
+@pytest.mark.component
 def test_rows_are_counted_by_output_position_and_hooks_are_removed() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 3, stride=2, padding=1))
     x = torch.randn(2, 3, 6, 6)

@@ -55,7 +55,7 @@ def strategy_for(hint: object) -> st.SearchStrategy[typing.Any]:
 
 
 def struct_strategy(kind: type) -> st.SearchStrategy[typing.Any]:
-    hints = typing.get_type_hints(kind, vars(protocol))
+    hints = typing.get_type_hints(kind)
     return st.builds(kind, **{name: strategy_for(hints[name]) for name in kind.__struct_fields__})
 
 
@@ -189,6 +189,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Mon
     assert [record.event.step for record in read_events(log.path)] == [0, 2]
 
 
+@pytest.mark.component
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
 def test_a_killed_writer_loses_nothing_it_wrote_and_blocks_nobody(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
@@ -204,7 +205,7 @@ def test_a_killed_writer_loses_nothing_it_wrote_and_blocks_nobody(tmp_path: Path
         time.sleep(60)
         """
     )
-    env = os.environ | {"PYTHONPATH": str(Path(protocol.__file__).parents[1])}
+    env = os.environ | {"PYTHONPATH": str(Path(protocol.__file__).parents[2])}
     with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, env=env) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"

@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import arg
-
 from esper.cli.command import Context, Outcome
 from esper.cli.failure import EXTRAS
-from esper.cli.parsing import JsonPath
+from esper.cli.parsing import JsonPath, Option
 from esper.cli.terminal import labelled
 
 _MIN_PYTHON = (3, 11)
 _MIN_TORCH = (2, 6)
-_CORE = ("numpy", "safetensors", "msgspec", "tyro", "rich")
+_CORE = ("numpy", "safetensors", "msgspec", "shtab")
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,9 @@ class Doctor:
     Looks at versions, the device, packages in the way, extras, and where runs are written. Sends nothing anywhere.
     """
 
-    run_dir: Annotated[Path, arg(metavar="DIR", help="Where runs will be written.")] = Path("runs")
+    run_dir: Annotated[Path, Option(metavar="DIR", help="Where runs will be written.", completes="directory")] = Path(
+        "runs"
+    )
     json: JsonPath = None
 
     def execute(self, context: Context) -> Outcome:

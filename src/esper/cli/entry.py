@@ -22,7 +22,7 @@ COMMANDS = {
     "sites": ("esper.cli.sites", "Sites", "List where a model can grow, and why not elsewhere."),
     "doctor": ("esper.cli.doctor", "Doctor", "Check that this installation works."),
 }
-SHELLS = ("bash", "zsh", "fish")
+SHELLS = ("bash", "zsh", "tcsh", "fish")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,11 +124,12 @@ def _load(name: str) -> type[Command]:
 
 
 def _completion(words: list[str]) -> str:
-    from esper.cli.parsing import completion_script
-
     if len(words) != 1 or words[0] not in SHELLS:
         raise UsageError(f"--print-completion takes one shell of {', '.join(SHELLS)}, got {' '.join(words)!r}")
-    return completion_script({name: _load(name) for name in COMMANDS}, words[0])
+    from esper.cli.completion import completion_script
+
+    commands = {name: (_load(name), summary) for name, (_, _, summary) in COMMANDS.items()}
+    return completion_script(commands, words[0], SHELLS)
 
 
 def _fail(words: Sequence[str], failure: Failure) -> int:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
-
 from esper.cli.command import Context, Outcome, existing_run
-from esper.cli.parsing import JsonPath
+from esper.cli.parsing import JsonPath, Option
 from esper.cli.terminal import labelled
 
 
@@ -21,8 +19,13 @@ class Export:
     The folder holds model.safetensors, structure.json, host.py and rebuild.py; it loads without Esper.
     """
 
-    run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR", help="A directory that `esper run` wrote.")]
-    out: Annotated[Path, arg(aliases=("-o",), metavar="OUT", help="A new or empty folder.")]
+    run_dir: Annotated[
+        Path,
+        Option(
+            is_positional=True, metavar="RUN_DIR", help="A directory that `esper run` wrote.", completes="directory"
+        ),
+    ]
+    out: Annotated[Path, Option(short="-o", metavar="OUT", help="A new or empty folder.", completes="directory")]
     json: JsonPath = None
 
     def execute(self, context: Context) -> Outcome:

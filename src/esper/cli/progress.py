@@ -40,7 +40,7 @@ def run_visibly(options: RunOptions, context: Context) -> Outcome:
         with warnings.catch_warnings():
             # Each of Esper's own warnings is an event too, and the console has shown it.
             warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"esper\.")
-            summary = execute(options, on_event)
+            summary = execute(options, on_event, console.on_note)
     finally:
         console.close()
     lines = [*result_lines(history), next_line(Path(summary["run_dir"]), has_report=False)]

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional, arg
-
 from esper.cli.command import Context, Outcome, existing_run
-from esper.cli.parsing import JsonPath
+from esper.cli.parsing import JsonPath, Option
 from esper.cli.terminal import columns, labelled
 
 if TYPE_CHECKING:
@@ -24,7 +22,12 @@ class Report:
     Works while the run goes on and after it was killed.
     """
 
-    run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR", help="A directory that `esper run` wrote.")]
+    run_dir: Annotated[
+        Path,
+        Option(
+            is_positional=True, metavar="RUN_DIR", help="A directory that `esper run` wrote.", completes="directory"
+        ),
+    ]
     json: JsonPath = None
 
     def execute(self, context: Context) -> Outcome:

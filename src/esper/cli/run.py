@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
-
 from esper.cli.command import Context, Outcome, unknown_name
-from esper.cli.parsing import Count, JsonPath, OptionalCount, OptionalNumber, OptionalPath, OptionalText, Rates
+from esper.cli.parsing import JsonPath, Option
 from esper.runs.options import PRESET_NAMES, RunOptions
 
-_PRESETS = ", ".join(PRESET_NAMES)
+_PRESETS_OWN = "the preset's"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,60 +21,61 @@ class Run:
     offline, about a minute on two cores.
     """
 
-    preset: Annotated[Positional[str], arg(metavar="[PRESET]", help=f"One of {_PRESETS}.")] = "digits"
-    seeds: Annotated[OptionalCount, arg(help="Paired seeds an arm.", help_behavior_hint="(default: the preset's)")] = (
+    preset: Annotated[
+        str,
+        Option(is_positional=True, metavar="PRESET", help=f"One of {', '.join(PRESET_NAMES)}.", completes=PRESET_NAMES),
+    ] = "digits"
+    seeds: Annotated[int | None, Option(metavar="N", help="Paired seeds an arm.", default=_PRESETS_OWN)] = None
+    steps: Annotated[int | None, Option(metavar="N", help="Optimizer steps a training.", default=_PRESETS_OWN)] = None
+    lr: Annotated[
+        tuple[float, ...],
+        Option(
+            metavar="RATE", help="Learning rates to choose from, on held-out loss.", default="the preset's grid"
+        ),
+    ] = ()  # fmt: skip
+    controls: Annotated[bool, Option(help="Train the control arms too.", default="yes")] = True
+    device: Annotated[
+        str, Option(metavar="{auto,cpu,cuda}", help="Where to train.", completes=("auto", "cpu", "cuda"))
+    ] = "auto"
+    size: Annotated[Literal["auto", "cpu", "gpu"], Option(help="Size of the job; auto goes by the device.")] = "auto"
+    data: Annotated[
+        Path | None,
+        Option(
+            metavar="PATH", help="An .npz with x_train, y_train, x_test, y_test (vision).", default="",
+            completes="file",
+        ),
+    ] = None  # fmt: skip
+    run_dir: Annotated[
+        Path | None,
+        Option(
+            metavar="DIR", help="Where to write.", default="the next free runs/PRESET-NN", completes="directory"
+        ),
+    ] = None  # fmt: skip
+    temper: Annotated[
+        str | None,
+        Option(
+            metavar="NAME", help="conservative, balanced, aggressive or exploratory.", default=_PRESETS_OWN,
+            completes=("conservative", "balanced", "aggressive", "exploratory"),
+        ),
+    ] = None  # fmt: skip
+    controller: Annotated[str | None, Option(metavar="NAME", help="Which controller decides.", default="heuristic")] = (
         None
     )
-    steps: Annotated[
-        OptionalCount, arg(help="Optimizer steps a training.", help_behavior_hint="(default: the preset's)")
-    ] = None
-    lr: Annotated[
-        Rates,
-        arg(help="Learning rates to choose from, on held-out loss.", help_behavior_hint="(default: the preset's grid)"),
-    ] = ()
-    controls: Annotated[bool, arg(help="Train the control arms too.", help_behavior_hint="(default: yes)")] = True
-    device: Annotated[str, arg(metavar="{auto,cpu,cuda}", help="Where to train.")] = "auto"
-    size: Annotated[Literal["auto", "cpu", "gpu"], arg(help="Size of the job; auto goes by the device.")] = "auto"
-    data: Annotated[
-        OptionalPath,
-        arg(metavar="PATH", help="An .npz with x_train, y_train, x_test, y_test (vision).", help_behavior_hint=""),
-    ] = None
-    run_dir: Annotated[
-        OptionalPath,
-        arg(metavar="DIR", help="Where to write.", help_behavior_hint="(default: the next free runs/PRESET-NN)"),
-    ] = None
-    temper: Annotated[
-        OptionalText,
-        arg(
-            metavar="NAME",
-            help="conservative, balanced, aggressive or exploratory.",
-            help_behavior_hint="(default: the preset's)",
-        ),
-    ] = None
-    controller: Annotated[
-        OptionalText, arg(metavar="NAME", help="Which controller decides.", help_behavior_hint="(default: heuristic)")
-    ] = None
     start: Annotated[
-        OptionalText,
-        arg(
-            metavar="NAME",
-            help="How a branch's first weights are made.",
-            help_behavior_hint="(default: by site and optimizer)",
-        ),
+        str | None,
+        Option(metavar="NAME", help="How a branch's first weights are made.", default="by site and optimizer"),
     ] = None
     growth: Annotated[
-        OptionalNumber,
-        arg(
-            help="Units a cohort adds, as a multiple of the host's inner width.",
-            help_behavior_hint="(default: the preset's)",
+        float | None,
+        Option(
+            metavar="X", help="Units a cohort adds, as a multiple of the host's inner width.", default=_PRESETS_OWN
         ),
-    ] = None
+    ] = None  # fmt: skip
     budget_params: Annotated[
-        OptionalCount,
-        arg(help="Most parameters the grown model may have.", help_behavior_hint="(default: no ceiling)"),
+        int | None, Option(metavar="N", help="Most parameters the grown model may have.", default="no ceiling")
     ] = None
-    seed: Annotated[Count, arg(help="First seed.")] = 0
-    jobs: Annotated[Count, arg(help="Trainings at a time, each in a process of its own.")] = 1
+    seed: Annotated[int, Option(metavar="N", help="First seed.")] = 0
+    jobs: Annotated[int, Option(metavar="N", help="Trainings at a time, each in a process of its own.")] = 1
     json: JsonPath = None
 
     def options(self) -> RunOptions:

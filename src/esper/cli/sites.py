@@ -7,12 +7,11 @@ import fnmatch
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Positional, arg
-
 from esper.cli.command import Context, Outcome, UsageError, unknown_name
-from esper.cli.parsing import JsonPath, Patterns
+from esper.cli.parsing import JsonPath, Option
 from esper.cli.terminal import columns, table
 from esper.runs.options import PRESET_NAMES
 
@@ -26,11 +25,20 @@ _HEAD = ("site", "kind", "in", "hidden", "out", "chunks", "weights")
 class Sites:
     """List where a model can grow, and why not elsewhere."""
 
-    preset: Annotated[Positional[str], arg(metavar="[PRESET]", help=f"One of {', '.join(PRESET_NAMES)}.")] = "digits"
-    size: Annotated[Literal["cpu", "gpu"], arg(help="Size of the preset's model.")] = "cpu"
+    preset: Annotated[
+        str,
+        Option(is_positional=True, metavar="PRESET", help=f"One of {', '.join(PRESET_NAMES)}.", completes=PRESET_NAMES),
+    ] = "digits"
+    size: Annotated[Literal["cpu", "gpu"], Option(help="Size of the preset's model.")] = "cpu"
+    data: Annotated[
+        Path | None,
+        Option(
+            metavar="PATH", help="An .npz with x_train, y_train, x_test, y_test (vision).", default="",
+            completes="file",
+        ),
+    ] = None  # fmt: skip
     match: Annotated[
-        Patterns,
-        arg(help="Only names that match one of these patterns.", help_behavior_hint=""),
+        tuple[str, ...], Option(metavar="GLOB", help="Only names that match one of these patterns.", default="")
     ] = ()
     json: JsonPath = None
 
@@ -40,7 +48,7 @@ class Sites:
             raise unknown_name("preset", self.preset, PRESET_NAMES)
         from esper.runs import preset_sites  # imports torch
 
-        sites, skipped = preset_sites(self.preset, self.size)
+        sites, skipped = preset_sites(self.preset, self.size, self.data)
         sites, skipped = select(sites, skipped, self.match)
         result = {
             "preset": self.preset,

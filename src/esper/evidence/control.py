@@ -10,7 +10,7 @@ linear branch on a linear layer, a copy of existing hidden units, a constant) th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -163,7 +163,9 @@ def _cross_validated(values: Tensor, rotated: Tensor, energy: Tensor, rows: int)
 
 
 @contextmanager
-def probing(sites: dict[str, Site], probes: dict[str, WithoutCohort] | dict[str, Recorder]) -> Iterator[None]:
+def probing(
+    sites: dict[str, Site], probes: dict[str, WithoutCohort] | dict[str, Recorder]
+) -> Generator[None, None, None]:
     """Let probes take their sites' places in the forward pass; everything is as before on exit."""
     try:
         for name, probe in probes.items():
@@ -177,12 +179,15 @@ def probing(sites: dict[str, Site], probes: dict[str, WithoutCohort] | dict[str,
 
 
 @contextmanager
-def recalibrated(model: nn.Module, sites: dict[str, Site], run: list[Callable[[], object]]) -> Iterator[None]:
+def recalibrated(
+    model: nn.Module, sites: dict[str, Site], run: list[Callable[[], object]]
+) -> Generator[None, None, None]:
     """Batch norm statistics recomputed for the network as it stands, from ``run`` (one call a calibration batch).
 
     Host buffers and the branches' own are restored on exit. Without batch norm nothing is run.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    family = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]  # what all batch norms share
+    norms = [m for m in model.modules() if isinstance(m, family) and m.track_running_stats]
     if not norms:
         yield
         return

@@ -53,6 +53,18 @@ def robust_scale(calibration_differences: npt.ArrayLike, *, floor: float = SCALE
     return max(SCALE_FACTOR * typical, floor)
 
 
+def fewest_differences(threshold: float) -> int:
+    """Return the number of differences below which the capital cannot reach ``threshold``, even if all are large.
+
+    Seven for 41, the first threshold at a false discovery rate of 0.05. A ``min_gain`` above zero asks for more.
+    """
+    bets = 1.0 + np.array(BETS, dtype=np.float64)
+    num = 1
+    while float((bets**num).mean()) < threshold:
+        num += 1
+    return num
+
+
 class PairedEProcess:
     """E-process against ``H0: E[d] <= min_gain`` for a stream of differences ``d = loss_without - loss_with``.
 

@@ -8,8 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from esper.config import EvidenceConfig
 from esper.errors import AttachError
-from esper.evidence.splits import split_batches
+from esper.evidence.eprocess import fewest_differences
+from esper.evidence.fdr import OnlineFDR
+from esper.evidence.splits import MIN_PART, split_batches
 from esper.kasmina.isolation import preserved_rng, undisturbed
 from esper.kasmina.ledger import Ledger
 
@@ -25,6 +28,8 @@ class Evaluator:
         ``loss(model, batch)`` returns the mean loss of a batch as a scalar tensor.
     batches:
         Held-out batches; read once, here, without advancing the global random streams.
+    min_gate:
+        Fewest batches that must be left to judge with.
 
     Raises
     ------
@@ -41,6 +46,7 @@ class Evaluator:
         calibration_share: float,
         confirm_share: float,
         seed: int,
+        min_gate: int = MIN_PART,
     ) -> None:
         self.model = model
         self.loss = loss
@@ -51,7 +57,7 @@ class Evaluator:
                 "evaluate must yield held-out batches, got none; pass evaluate=[batch, ...] or a DataLoader over "
                 "data that is not trained on"
             )
-        self.splits = split_batches(len(self.batches), calibration_share, confirm_share, seed)
+        self.splits = split_batches(len(self.batches), calibration_share, confirm_share, seed, min_gate)
         self.forward_cost: Callable[[int], float] = lambda num: 0.0
         self.ledger = Ledger()
         first = self.losses([0])[0]
@@ -59,6 +65,22 @@ class Evaluator:
             raise AttachError(
                 f"the loss on held-out batches must be a finite scalar, got {first}; check evaluate= and loss="
             )
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, loss: Loss, batches: Iterable[Any], config: EvidenceConfig, *, seed: int
+    ) -> Evaluator:
+        """With ``config``'s shares, and so many batches that the first cohort can be accepted at all."""
+        judged = config.accept == "evidence"
+        return cls(
+            model,
+            loss,
+            batches,
+            calibration_share=config.calibration_share,
+            confirm_share=config.confirm_share,
+            seed=seed,
+            min_gate=fewest_differences(OnlineFDR(config.fdr).threshold()) if judged else MIN_PART,
+        )
 
     def run_one(self) -> Tensor:
         """The loss of the first batch, in whatever mode the caller has set."""

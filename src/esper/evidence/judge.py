@@ -21,6 +21,7 @@ from esper.kasmina.lifecycle import Gate, evidence_gate, hold_gate
 from esper.kasmina.site import Site
 
 NAN = float("nan")
+_CONFIRM_BATCHES = 16
 _UNJUDGED = Gate("evidence", True, "kept without judgement: evidence.accept is 'always'")
 
 
@@ -54,7 +55,9 @@ class Judge:
         splits = evaluator.splits
         self.calibration = splits.calibration
         self._turn = 0
-        self.confirm = Rotation(splits.confirm)
+        # all of a small split each time: half of a handful of batches confirms nothing
+        window = min(len(splits.confirm), max(_CONFIRM_BATCHES, len(splits.confirm) // 2))
+        self.confirm = Rotation(splits.confirm, window)
 
     # ---------------------------------------------------------------------------------------------- the tests
 
@@ -103,9 +106,7 @@ class Judge:
         control = self._control(cohort, members)
         result = paired_difference(self._differences(control, _blocks(self._gate_batches())[0]))
         per_cost = result.mean / held_out / max(flops_share, 1e-9) if held_out else NAN
-        gate = hold_gate(
-            gain_low=result.low, gain_per_cost=per_cost, min_gain_per_cost=self.config.min_gain_per_cost
-        )
+        gate = hold_gate(gain_low=result.low, gain_per_cost=per_cost, min_gain_per_cost=self.config.min_gain_per_cost)
         return result, gate
 
     def held_out(self, num_batches: int) -> float:

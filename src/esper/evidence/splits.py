@@ -11,7 +11,9 @@ import numpy.typing as npt
 from esper.errors import AttachError, EvidenceError
 
 MIN_BATCHES = 8
-_MIN_PART = 2
+"""Fewest held-out batches of all, whatever is judged with them."""
+MIN_PART = 2
+"""Fewest batches a part may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,37 +28,34 @@ class Splits:
     """Confirm acceptances only."""
 
 
-def split_batches(num_batches: int, calibration_share: float, confirm_share: float, seed: int = 0) -> Splits:
+def split_batches(
+    num_batches: int, calibration_share: float, confirm_share: float, seed: int = 0, min_gate: int = MIN_PART
+) -> Splits:
     """Split ``range(num_batches)`` for calibration, gate and confirmation.
 
     Each part takes one batch from each of as many equal stretches of the order as it has batches, at a place drawn
     with ``seed`` (own generator): a trend over the order reaches all parts alike, and a period in it none in
-    particular. Each part has at least two batches.
+    particular. Each part has at least two batches, the gate at least ``min_gate``.
 
     Raises
     ------
     AttachError
-        Fewer than 8 batches.
+        Fewer than 8 batches, or too few for the gate.
     EvidenceError
         Shares that are not positive or leave nothing for the gate.
     """
-    if num_batches < MIN_BATCHES:
-        raise AttachError(
-            f"evaluate must yield at least {MIN_BATCHES} batches (calibration, gate and confirmation share none), "
-            f"got {num_batches}; pass smaller batches, e.g. evaluate=[rows[i:i + n] for i in range(0, len(rows), n)]"
-        )
     if not (calibration_share > 0 and confirm_share > 0 and calibration_share + confirm_share < 1):
         raise EvidenceError(
             "calibration_share and confirm_share must be positive and leave room for the gate, "
             f"got {calibration_share!r} and {confirm_share!r}; use 0.2 and 0.3"
         )
-    num_calibration = max(_MIN_PART, round(calibration_share * num_batches))
-    num_confirm = max(_MIN_PART, round(confirm_share * num_batches))
-    while num_calibration + num_confirm > num_batches - _MIN_PART:
-        if num_calibration > num_confirm:
-            num_calibration -= 1
-        else:
-            num_confirm -= 1
+    num_calibration, num_confirm = _sizes(num_batches, calibration_share, confirm_share)
+    if num_batches < MIN_BATCHES or num_batches - num_calibration - num_confirm < min_gate:
+        raise AttachError(
+            f"evaluate must yield at least {_fewest(calibration_share, confirm_share, min_gate)} batches (calibration, "
+            f"gate and confirmation share none, and a gate of fewer than {min_gate} can accept nothing), got "
+            f"{num_batches}; pass smaller batches, e.g. evaluate=[rows[i:i + n] for i in range(0, len(rows), n)]"
+        )
     rng = np.random.default_rng(seed)
     rest = np.arange(num_batches)
     confirm = _draw_stratified(rest, num_confirm, rng)
@@ -64,6 +63,29 @@ def split_batches(num_batches: int, calibration_share: float, confirm_share: flo
     calibration = _draw_stratified(rest, num_calibration, rng)
     gate = np.setdiff1d(rest, calibration)
     return Splits(calibration=tuple(calibration.tolist()), gate=tuple(gate.tolist()), confirm=tuple(confirm.tolist()))
+
+
+def _sizes(num_batches: int, calibration_share: float, confirm_share: float) -> tuple[int, int]:
+    """Batches for calibration and for confirmation; the gate has the rest."""
+    num_calibration = max(MIN_PART, round(calibration_share * num_batches))
+    num_confirm = max(MIN_PART, round(confirm_share * num_batches))
+    while num_calibration + num_confirm > max(num_batches, 3 * MIN_PART) - MIN_PART:
+        if num_calibration > num_confirm:
+            num_calibration -= 1
+        else:
+            num_confirm -= 1
+    return num_calibration, num_confirm
+
+
+def _fewest(calibration_share: float, confirm_share: float, min_gate: int) -> int:
+    """Fewest held-out batches of which at least ``min_gate`` are left for the gate."""
+    if min_gate <= MIN_PART:
+        return MIN_BATCHES
+    rest = 1.0 - calibration_share - confirm_share
+    num = max(MIN_BATCHES, int((min_gate - 1) / rest))  # each of the two roundings moves half a batch at most
+    while num - sum(_sizes(num, calibration_share, confirm_share)) < min_gate:
+        num += 1
+    return num
 
 
 def _draw_stratified(pool: npt.NDArray[np.int64], num: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -90,15 +112,15 @@ class Rotation:
 
     def __init__(self, indices: Sequence[int], window: int | None = None) -> None:
         self._indices = tuple(indices)
-        if len(self._indices) < _MIN_PART or len(set(self._indices)) < len(self._indices):
+        if len(self._indices) < MIN_PART or len(set(self._indices)) < len(self._indices):
             raise EvidenceError(
-                f"a rotation needs at least {_MIN_PART} different batches, got {self._indices!r}; "
+                f"a rotation needs at least {MIN_PART} different batches, got {self._indices!r}; "
                 "raise evidence.confirm_share or pass more held-out batches"
             )
-        self.window = max(_MIN_PART, len(self._indices) // 2) if window is None else window
-        if not _MIN_PART <= self.window <= len(self._indices):
+        self.window = max(MIN_PART, len(self._indices) // 2) if window is None else window
+        if not MIN_PART <= self.window <= len(self._indices):
             raise EvidenceError(
-                f"window must lie between {_MIN_PART} and {len(self._indices)}, the batches there are, got {window!r}; "
+                f"window must lie between {MIN_PART} and {len(self._indices)}, the batches there are, got {window!r}; "
                 "leave it None for half of them"
             )
         self.position = 0

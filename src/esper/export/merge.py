@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from esper.errors import ExportError
 from esper.kasmina.blueprints import Parts
 from esper.kasmina.execution import Kasmina
-from esper.kasmina.hooks import HeadEnter, ParentEnter, TailLeave
+from esper.kasmina.hooks import strip
 from esper.kasmina.isolation import undisturbed
 
 
@@ -55,18 +55,6 @@ def merged(model: nn.Module, kasmina: Kasmina) -> nn.Module:
         if plan.norm_name is not None and wider.norm is not None:
             _replace(plain, plan.norm_name, wider.norm)
     return plain
-
-
-def strip(model: nn.Module) -> None:
-    """Remove Esper's hooks from a model (a deep copy carries them along)."""
-    for module in model.modules():
-        for store in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [k for k, hook in store.items() if isinstance(hook, (ParentEnter, HeadEnter, TailLeave))]:
-                del store[key]
-        for extra in (module._forward_hooks_with_kwargs, module._forward_pre_hooks_with_kwargs):
-            live = set(module._forward_hooks) | set(module._forward_pre_hooks)
-            for key in [k for k in extra if k not in live]:
-                del extra[key]
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -135,7 +135,7 @@ class Bank:
         with torch.no_grad():
             for name in self.plan.output_names():
                 value = self.params[name]
-                shaped = factor if isinstance(factor, float) else factor.view(-1, *[1] * (value.dim() - 1))
+                shaped = factor.view(-1, *[1] * (value.dim() - 1)) if isinstance(factor, Tensor) else factor
                 value.mul_(shaped)
 
     def widen_reads(self, extra: int) -> None:

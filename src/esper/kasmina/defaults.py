@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from esper.protocol import SiteKind
 
-ROWS_FOR_A_FIT = 100_000
-"""Captured rows from which an isolated fit has paid; with few samples it learns the gradient's noise."""
+ROWS_FOR_A_FIT = 2_000
+"""Captured rows from which an isolated fit has paid (on the digits preset: held-out loss 0.101 against 0.117 for a
+random start, five seeds). A fit that does not hold on other batches is not used, so that trying it is safe."""
 
 
 def default_blueprint(kind: SiteKind) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import msgspec
 import torch
 from torch import nn
 
@@ -19,6 +21,7 @@ from esper.kasmina.geometry import (
     Geometry,
     NormGeometry,
     activation_arguments,
+    has_bias,
     is_activation,
 )
 from esper.kasmina.tracing import Operation, Trace, trace
@@ -113,7 +116,7 @@ def _unusable(
     module: nn.Linear | nn.Conv2d, name: str, owners: dict[int, list[str]], uses: dict[int, int], probe: Trace
 ) -> str | None:
     weight = module.weight
-    if not isinstance(weight, nn.Parameter) or "weight" not in module._parameters:
+    if not isinstance(weight, nn.Parameter) or "weight" not in dict(module.named_parameters(recurse=False)):
         return "parametrised (its weight is computed from other tensors)"
     if type(module) not in _GROWABLE:
         return f"a {type(module).__name__}, whose inner workings are not known"
@@ -161,9 +164,7 @@ def _spans(
             continue
         found.append(_span_plan(head, result, parent, names))
     tails = {plan.tail_name: plan.info.name for plan in found}
-    return [
-        SitePlan(**{**plan.__dict__, "upstream": tails.get(plan.head_name)}) for plan in found
-    ], refusals
+    return [replace(plan, upstream=tails.get(plan.head_name)) for plan in found], refusals
 
 
 @dataclass
@@ -231,7 +232,12 @@ def _conv_geometry(conv: nn.Conv2d) -> ConvGeometry:
 
 def _std(weight: torch.Tensor) -> float:
     value = float(weight.detach().float().std()) if weight.numel() > 1 else 0.0
-    return value if value > 0 else 0.02
+    return value if 0 < value < math.inf else 0.02
+
+
+def present_geometry(plan: SitePlan) -> Geometry:
+    """The site's geometry with its weights' scale as it is now: weights grow, and new ones start on the same scale."""
+    return replace(plan.geometry, head_std=_std(plan.head.weight), tail_std=_std(plan.tail.weight))  # type: ignore[reportArgumentType]
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:
@@ -258,7 +264,7 @@ def _span_plan(head: nn.Module, path: _Path, parent: nn.Module, names: dict[int,
         in_features=in_features,
         out_features=out_features,
         hidden_features=hidden,
-        head_bias=head.bias is not None,
+        head_bias=has_bias(head),
         activation=path.activation,
         dropout=path.dropout,
         norm=None if norm is None else NormGeometry(norm.eps, norm.momentum, norm.affine),
@@ -291,7 +297,7 @@ def _layer(model: nn.Module, module: nn.Module, name: str, probe: Trace) -> Site
         in_features=in_features,
         out_features=out_features,
         hidden_features=0,
-        head_bias=module.bias is not None,
+        head_bias=has_bias(module),
         head_conv=conv,
         tail_conv=conv,
         head_std=std,
@@ -342,6 +348,5 @@ def _with_chunks(plans: list[SitePlan], chunks: int | None) -> list[SitePlan]:
     result: list[SitePlan] = []
     for plan in plans:
         chunk_bounds(plan.info.out_features, chunks)  # raises with rule, value and remedy
-        info = SiteInfo(**{**{f: getattr(plan.info, f) for f in plan.info.__struct_fields__}, "num_chunks": chunks})
-        result.append(SitePlan(**{**plan.__dict__, "info": info}))
+        result.append(replace(plan, info=msgspec.structs.replace(plan.info, num_chunks=chunks)))
     return result

@@ -12,26 +12,20 @@ import torch
 from torch import nn
 
 from esper.config import Config
-from esper.errors import EsperError
 from esper.kasmina.annex import fossilise
 from esper.kasmina.bank import Bank
-from esper.kasmina.blueprints import BLUEPRINTS
-from esper.kasmina.capture import Capture, rows_per_batch
-from esper.kasmina.chunks import columns_of
-from esper.kasmina.cohort import Cohort, Member
-from esper.kasmina.defaults import default_blueprint, default_start
+from esper.kasmina.cohort import Cohort
 from esper.kasmina.discovery import Discovery, SitePlan
+from esper.kasmina.germination import Nursery, Room
 from esper.kasmina.hooks import attach
-from esper.kasmina.lifecycle import Gate, germination_gate
+from esper.kasmina.lifecycle import Gate
 from esper.kasmina.optim import Hyperparameters, SlotAdamW
 from esper.kasmina.seeds import SeedTable
 from esper.kasmina.site import Site
 from esper.kasmina.starts import STARTS
-from esper.kasmina.strategies import STRATEGIES
 from esper.kasmina.telemetry import TelemetryBuffer
 from esper.protocol import Lifecycle, SeedPlan
 
-MAX_LIVE_SEEDS = 1 << 20
 _LEARNING = (Lifecycle.GRAFTING, Lifecycle.FINE_TUNING)
 
 
@@ -46,7 +40,6 @@ class Kasmina:
 
     def __init__(self, model: nn.Module, discovery: Discovery, config: Config, *, adaptive: bool) -> None:
         self.config = config
-        self.adaptive = adaptive
         self.plans: dict[str, SitePlan] = {plan.info.name: plan for plan in discovery.sites}
         self.host_params = sum(parameter.numel() for parameter in model.parameters())
         self.device = next(model.parameters()).device
@@ -66,7 +59,11 @@ class Kasmina:
         self.rows_per_batch: dict[str, int] = dict.fromkeys(self.sites, 0)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.optimizer = SlotAdamW(lr_boost=config.graft.lr_boost, warmup_steps=config.graft.warmup_steps)
-        self._next_cohort = 1
+        self.nursery = Nursery(
+            config=config, adaptive=adaptive, plans=self.plans, sites=self.sites, table=self.table, index=self.index,
+            rows_per_step=self.rows_per_step, rows_per_batch=self.rows_per_batch,
+            samples_per_batch=self.samples_per_batch, generator=self.generator,
+        )  # fmt: skip
         self._prepare_sites()
         self._handles = attach(list(discovery.sites), self.sites)
 
@@ -115,10 +112,15 @@ class Kasmina:
         here = self.sites[site]
         return here.grown_units + sum(here.banks[c].units * here.banks[c].num_slots for c in here.grafted)
 
-    # ---------------------------------------------------------------------------------------------- germination
+    # ---------------------------------------------------------------------------------------------- changes of state
 
     def germinate(
-        self, plans: Sequence[SeedPlan], *, step: int, host_flops: float, budget_params: int | None,
+        self,
+        plans: Sequence[SeedPlan],
+        *,
+        step: int,
+        host_flops: float,
+        budget_params: int | None,
         budget_flops: float | None,
     ) -> Cohort | Gate:
         """Make a cohort of ``plans``, all or nothing; a :class:`Gate` says why not.
@@ -126,172 +128,20 @@ class Kasmina:
         Raises
         ------
         EsperError
-            For an unknown site, blueprint, start or strategy (the known ones are listed).
+            For an unknown site, blueprint, start or strategy (the known ones are listed), or seeds that do not go
+            together.
         """
-        if not plans:
-            return Gate("germination", False, "a cohort needs at least one seed, got none; name a site")
-        resolved = [self._resolve(plan, step) for plan in plans]
-        params = sum(cost[0] for _, _, cost in resolved)
-        flops = sum(cost[1] for _, _, cost in resolved)
-        for plan, chunks, _ in resolved:
-            gate = self._germination_gate(plan, chunks, params, flops, step, host_flops, budget_params, budget_flops)
-            if not gate.passed:
-                return Gate(gate.name, False, f"{plan.site}: {gate.reason}")
-        return self._create([(plan, chunks) for plan, chunks, _ in resolved], params, flops, step, host_flops)
-
-    def _resolve(self, plan: SeedPlan, step: int) -> tuple[SeedPlan, np.ndarray, tuple[int, float]]:
-        if plan.site not in self.sites:
-            raise EsperError(f"no site is called {plan.site!r}; known: {', '.join(list(self.sites)[:8])}")
-        site = self.sites[plan.site]
-        blueprint = plan.blueprint or default_blueprint(site.info.kind)
-        if site.info.kind not in BLUEPRINTS[blueprint].kinds:
-            raise EsperError(
-                f"blueprint {blueprint!r} sits on {', '.join(sorted(BLUEPRINTS[blueprint].kinds))}, got site "
-                f"{plan.site!r} of kind {site.info.kind}; use {default_blueprint(site.info.kind)!r}"
-            )
-        rows = self.rows_per_batch[plan.site] * self.config.capture.batches
-        start = plan.start or self.config.fit.start
-        start = start or default_start(site.info.kind, adaptive=self.adaptive, expected_rows=rows)
-        STARTS[start]
-        strategy = plan.strategy or self.config.graft.strategy
-        STRATEGIES[strategy]
-        free = self.table.free_chunks(self.index[plan.site], step)
-        chunks = np.array(plan.chunks, dtype=np.int64) if plan.chunks else free
-        bounds = self.table.bounds[self.index[plan.site]]
-        columns = len(columns_of(bounds, chunks))  # raises for chunks that do not exist
-        width = plan.width
-        if width is None:
-            width = max(1, site.info.hidden_features or min(site.info.in_features, 8))
-        if width < 1:
-            raise EsperError(f"a seed's width must be at least 1, got {width} on {plan.site!r}; leave it None")
-        full = SeedPlan(
-            site=plan.site, chunks=tuple(int(c) for c in chunks), blueprint=blueprint, width=width, start=start,
-            strategy=strategy,
-        )
-        cost = BLUEPRINTS[blueprint].cost(site.geometry, units=width, columns=columns, reads=site.reads)
-        return full, chunks, (cost.params, cost.flops_per_row * self.rows_per_step[plan.site])
-
-    def _germination_gate(
-        self, plan: SeedPlan, chunks: np.ndarray, params: int, flops: float, step: int, host_flops: float,
-        budget_params: int | None, budget_flops: float | None,
-    ) -> Gate:
-        index = self.index[plan.site]
-        rows = slice(int(self.table.offsets[index]), int(self.table.offsets[index + 1]))
-        site = self.sites[plan.site]
-        if site.refused is not None:
-            return Gate("germination", False, f"the site cannot be used: {site.refused}")
-        owned = self.table.owner[rows][chunks] >= 0
-        rest = int((self.table.embargo_until[rows][chunks] - step).max(initial=0))
-        capturing = sum(s.capture.num_bytes for s in self.sites.values() if s.capture is not None)
-        return germination_gate(
-            free_slots=MAX_LIVE_SEEDS - len(self.table.occupied()),
-            chunks_free=0 if bool(owned.any()) else len(chunks),
-            embargo=rest,
-            params_after=self.params + params,
+        room = Room(
+            params=self.params,
+            flops=host_flops + self.added_flops_per_step(),
             budget_params=budget_params,
-            flops_after=max(1.0, host_flops + self.added_flops_per_step() + flops),
             budget_flops=budget_flops,
-            bytes_needed=params * 12,
-            bytes_free=max(0, self.config.capture.max_bytes - capturing),
         )
-
-    def _create(
-        self, plans: list[tuple[SeedPlan, np.ndarray]], params: int, flops: float, step: int, host_flops: float
-    ) -> Cohort:
-        number = self._next_cohort
-        grouped: dict[str, list[tuple[SeedPlan, np.ndarray]]] = {}
-        for plan, chunks in plans:
-            grouped.setdefault(plan.site, []).append((plan, chunks))
-        for name, group in grouped.items():
-            self._check_group(name, group)
-        members: dict[str, Member] = {}
-        for name, group in grouped.items():
-            members[name] = self._create_member(name, group, number, step)
-        before = max(1.0, host_flops + self.added_flops_per_step())
-        strategy = plans[0][0].strategy
-        assert strategy is not None
-        slots = np.concatenate([member.slots for member in members.values()])
-        cohort = Cohort(
-            number=number,
-            members=members,
-            strategy=strategy,
-            born=step,
-            entered=step,
-            seed_ids=tuple(int(i) for i in self.table.seed_id[slots]),
-            added_params=params,
-            added_flops_share=flops / before,
-        )
-        self._next_cohort += 1
-        self.cohorts[number] = cohort
-        self.refresh()
-        return cohort
-
-    def _columns(self, name: str, group: list[tuple[SeedPlan, np.ndarray]]) -> list[np.ndarray]:
-        bounds = self.table.bounds[self.index[name]]
-        return [columns_of(bounds, chunks) for _, chunks in group]
-
-    def _check_group(self, name: str, group: list[tuple[SeedPlan, np.ndarray]]) -> None:
-        """Seeds of one cohort on one site: refuse before anything is made."""
-        kinds = {(plan.blueprint, plan.width, plan.start, len(chunks)) for plan, chunks in group}
-        if len(kinds) > 1:
-            raise EsperError(
-                f"seeds of one cohort on one site must share blueprint, width, start and number of chunks, got "
-                f"{len(kinds)} kinds on {name!r}; germinate them as cohorts of their own"
-            )
-        named = np.concatenate([chunks for _, chunks in group])
-        if len(np.unique(named)) < len(named):
-            raise EsperError(f"a chunk can be named once in a cohort, got one twice on {name!r}; name each once")
-        if len({len(columns) for columns in self._columns(name, group)}) > 1:
-            raise EsperError(
-                f"seeds of one cohort on {name!r} must cover equally many features, got different numbers; "
-                "choose other chunks"
-            )
-
-    def _create_member(self, name: str, group: list[tuple[SeedPlan, np.ndarray]], number: int, step: int) -> Member:
-        site, index, first = self.sites[name], self.index[name], group[0][0]
-        assert first.blueprint is not None and first.width is not None and first.start is not None
-        columns = self._columns(name, group)
-        whole = len(group) == 1 and len(columns[0]) == site.info.out_features
-        weight = self.plans[name].tail.weight
-        assert isinstance(weight, torch.Tensor)
-        bank = Bank(
-            first.blueprint,
-            site.geometry,
-            units=first.width,
-            reads=site.reads,
-            columns=None if whole else torch.from_numpy(np.stack(columns)),
-            generator=self.generator,
-            device=weight.device,
-        )
-        slots = self.table.germinate_many(
-            [index] * len(group),
-            np.concatenate([chunks for _, chunks in group]),
-            [len(chunks) for _, chunks in group],
-            cohort=number,
-            blueprint=BLUEPRINTS.code(first.blueprint),
-            strategy=STRATEGIES.code(first.strategy or "fixed_ramp"),
-            width=first.width,
-            step=step,
-        )
-        site.banks[number] = bank
-        if STARTS[first.start].needs_rows and site.capture is None:
-            site.capture = self._capture(site)
-        return Member(name, slots, first.start)
-
-    def _capture(self, site: Site) -> Capture:
-        config, name = self.config.capture, site.info.name
-        capturing = 1 + sum(1 for other in self.sites.values() if other.capture is not None)
-        per_batch = rows_per_batch(
-            site.geometry,
-            max(1, self.rows_per_batch[name]),
-            max(1, self.samples_per_batch[name]),
-            rows=config.rows,
-            batches=config.batches,
-            max_bytes=config.max_bytes // max(capturing, len(self.sites)),
-        )
-        return Capture(site.geometry, num_batches=config.batches, rows_per_batch=per_batch, generator=self.generator)
-
-    # ---------------------------------------------------------------------------------------------- changes of state
+        made = self.nursery.germinate(plans, room, step=step)
+        if isinstance(made, Cohort):
+            self.cohorts[made.number] = made
+            self.refresh()
+        return made
 
     def move(self, cohort: Cohort, target: Lifecycle, step: int, slots: np.ndarray | None = None) -> None:
         """Move a cohort's seeds (or some of them) through the table, and its banks with them."""

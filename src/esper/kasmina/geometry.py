@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.protocol import SiteKind
 
@@ -45,6 +45,11 @@ def activation_arguments(name: str, traced: dict[str, Any]) -> tuple[tuple[str, 
     names = {f"_{number}": key for number, key in enumerate(_POSITIONAL.get(name, ()), 1)}
     kept = {names.get(key, key): value for key, value in traced.items() if key not in ("inplace", "input")}
     return None if any(key.startswith("_") for key in kept) else tuple(sorted(kept.items()))
+
+
+def has_bias(layer: nn.Module) -> bool:
+    """Whether a layer adds a bias (torch annotates ``Linear.bias`` as always there)."""
+    return getattr(layer, "bias", None) is not None
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,27 @@ def attach(plans: list[SitePlan], sites: dict[str, Site]) -> list[RemovableHandl
 
 def is_attached(model: nn.Module) -> bool:
     """Whether any module already carries Esper's hooks."""
-    return any(
-        isinstance(hook, (TailLeave, HeadEnter))
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    )
+    stores = (store for module in model.modules() for store in _stores(module))
+    return any(isinstance(hook, _OURS) for store in stores for hook in store.values())
+
+
+def strip(model: nn.Module) -> None:
+    """Remove Esper's hooks from a model (a deep copy carries them along)."""
+    for module in model.modules():
+        for store, flags in zip(_stores(module), _keyword_flags(module), strict=True):
+            for key in [key for key, hook in store.items() if isinstance(hook, _OURS)]:
+                del store[key]
+                flags.pop(key, None)
+
+
+_OURS = (ParentEnter, HeadEnter, TailLeave)
+
+
+def _stores(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Forward hooks and forward pre-hooks by id: torch has no public access to them."""
+    return module._forward_hooks, module._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]  # see above
+
+
+def _keyword_flags(module: nn.Module) -> tuple[dict[int, bool], dict[int, bool]]:
+    """Which hooks of :func:`_stores` are called with keyword arguments, by the same ids."""
+    return module._forward_hooks_with_kwargs, module._forward_pre_hooks_with_kwargs  # pyright: ignore[reportPrivateUsage]

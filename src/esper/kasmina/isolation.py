@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import nn
 
 
 @contextmanager
-def preserved_rng() -> Iterator[None]:
+def preserved_rng() -> Generator[None, None, None]:
     """Restore the Python, NumPy, torch CPU and every initialised CUDA generator on exit.
 
     Iterating even an unshuffled ``DataLoader`` advances the global torch stream.
@@ -32,7 +32,7 @@ def preserved_rng() -> Iterator[None]:
 
 
 @contextmanager
-def preserved_modes(model: nn.Module) -> Iterator[None]:
+def preserved_modes(model: nn.Module) -> Generator[None, None, None]:
     """Restore each module's own training flag on exit (a model may mix trained and frozen parts)."""
     flags = [(module, module.training) for module in model.modules()]
     try:
@@ -43,7 +43,7 @@ def preserved_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def preserved_buffers(model: nn.Module) -> Iterator[None]:
+def preserved_buffers(model: nn.Module) -> Generator[None, None, None]:
     """Restore every buffer that was written in place or replaced inside the block."""
     saved: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]] = []
     for module in model.modules():
@@ -55,11 +55,11 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, copy in saved:
                 buffer.copy_(copy)
-                module._buffers[name] = buffer
+                module._buffers[name] = buffer  # pyright: ignore[reportPrivateUsage]  # keeps its place even if deleted
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Generator[None, None, None]:
     """Evaluation mode without gradients; flags, buffers and random streams are as before on exit."""
     with preserved_rng(), preserved_modes(model), preserved_buffers(model), torch.no_grad():
         model.eval()

@@ -14,7 +14,7 @@ class Ledger:
     """Counts FLOPs by part. All values are floats: a run soon exceeds what an int32 holds on other people's tools."""
 
     def __init__(self) -> None:
-        self.spent = dict.fromkeys(PARTS, 0.0)
+        self.spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 
     def add(self, part: str, flops: float) -> None:
         self.spent[part] += flops

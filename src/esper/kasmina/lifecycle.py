@@ -193,10 +193,10 @@ class _Rule:
 
     def problem(self) -> str | None:
         if not _is_finite(self.value):
-            return f"{self.what} must be a finite number, got {self.value}; {self.remedy}"
+            return f"{self.what} must be a finite number, got {self.value}{self._advice()}"
         value, bound = self.value, self.bound
         if value < self.least:
-            return f"{self.what} must be at least {self.least:.12g}, got {value:.12g}; {self.remedy}"
+            return f"{self.what} must be at least {_number(self.least)}, got {_number(value)}{self._advice()}"
         if self.ceiling and bound is None:
             return None
         if not _is_finite(bound):
@@ -205,11 +205,22 @@ class _Rule:
             holds = value > bound
         else:
             holds = value >= bound if self.relation == "at least" else value <= bound
-        return None if holds else f"{self.what} must be {self.relation} {bound:.12g}, got {value:.12g}; {self.remedy}"
+        if holds:
+            return None
+        return f"{self.what} must be {self.relation} {_number(bound)}, got {_number(value)}{self._advice()}"
+
+    def _advice(self) -> str:
+        return f"; {self.remedy}" if self.remedy else ""
 
     def statement(self) -> str:
-        bound = "unbounded" if self.bound is None else f"{self.relation} {self.bound:.12g}"
-        return f"{self.what} {self.value:.12g} ({bound})"
+        assert self.value is not None  # a rule states itself only once it has been judged
+        bound = "unbounded" if self.bound is None else f"{self.relation} {_number(self.bound)}"
+        return f"{self.what} {_number(self.value)} ({bound})"
+
+
+def _number(value: float) -> str:
+    """Counts as they are, measurements to four digits (more would only claim precision)."""
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
 
 
 def _is_finite(value: Number) -> TypeGuard[float]:
@@ -366,9 +377,9 @@ def evidence_gate(
     """
     return _judge(
         "evidence",
-        _Rule("gain", gain, "above", min_gain, "cull"),
-        _Rule("e-value", e_value, "at least", threshold, "look at more batches or cull"),
-        _Rule("p-value of the confirmation", confirm_p, "at most", level, "cull", least=0),
+        _Rule("gain", gain, "above", min_gain, ""),
+        _Rule("e-value", e_value, "at least", threshold, ""),
+        _Rule("p-value of the confirmation", confirm_p, "at most", level, "", least=0),
     )
 
 
@@ -376,6 +387,6 @@ def hold_gate(*, gain_low: Number, gain_per_cost: Number, min_gain_per_cost: Num
     """FINE_TUNING -> FOSSILIZED: the gain (lower end of its interval) is still there and worth its cost."""
     return _judge(
         "hold",
-        _Rule("lower end of the gain", gain_low, "above", 0, "fine-tune longer or cull"),
-        _Rule("gain per cost", gain_per_cost, "at least", min_gain_per_cost, "cull"),
+        _Rule("lower end of the gain", gain_low, "above", 0, ""),
+        _Rule("gain per cost", gain_per_cost, "at least", min_gain_per_cost, ""),
     )

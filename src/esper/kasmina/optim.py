@@ -98,7 +98,13 @@ class SlotAdamW:
         return host.lr * warm * boost
 
     def _update(
-        self, bank: Bank, name: str, gradient: Tensor, host: Hyperparameters, lr: Tensor, mask: Tensor,
+        self,
+        bank: Bank,
+        name: str,
+        gradient: Tensor,
+        host: Hyperparameters,
+        lr: Tensor,
+        mask: Tensor,
         shape: tuple[int, ...],
     ) -> None:
         value, moments = bank.params[name], bank.moments

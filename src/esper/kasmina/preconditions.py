@@ -27,7 +27,7 @@ def check_host(model: nn.Module) -> None:
     if isinstance(model, nn.DataParallel):
         raise AttachError(
             "the model must run as one module, got nn.DataParallel, which copies modules in every forward; "
-            "use DistributedDataParallel instead"
+            "pass the module inside it (model.module) and train on one device: Esper runs in one process so far"
         )
 
 

@@ -22,9 +22,7 @@ def count_rows(plans: Iterable[SitePlan], run: Callable[[], object]) -> tuple[di
 
         return hook
 
-    handles = [
-        plan.tail.register_forward_hook(counter(plan.info.name, plan.geometry.feature_axis)) for plan in plans
-    ]
+    handles = [plan.tail.register_forward_hook(counter(plan.info.name, plan.geometry.feature_axis)) for plan in plans]
     try:
         run()
     finally:

@@ -133,8 +133,7 @@ class SeedTable(SeedArrays):
         for name, value in values.items():
             getattr(self, name)[slots] = value
         self.lifecycle[slots] = Lifecycle.GERMINATED
-        self.site[slots] = sites
-        self.num_chunks[slots] = counts
+        self.site[slots], self.num_chunks[slots] = sites, counts
         self.seed_id[slots] = self.next_seed_id + np.arange(sites.size)
         self.born[slots] = self.entered[slots] = step
         self.owner[rows] = np.repeat(slots, counts)

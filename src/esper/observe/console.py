@@ -91,8 +91,16 @@ class Console:
         if self._rank != 0:
             return
         self._history.apply(Record(v=SCHEMA_VERSION, seq=self._history.num_events, time=0.0, event=event))
+        self._attempt(lambda: self._show(event))
+
+    def on_note(self, text: str) -> None:
+        """Write a line that no event stands for, under the same rules."""
+        if self._rank == 0:
+            self._attempt(lambda: self._line(text))
+
+    def _attempt(self, write: Callable[[], None]) -> None:
         try:
-            self._show(event)
+            write()
         except (BrokenPipeError, ValueError) as error:
             if isinstance(error, ValueError) and not self._stream.closed:
                 raise

@@ -90,6 +90,8 @@ def _what(cohort: Cohort, event: Transitioned, *, with_shape: bool) -> str:
 
 
 def _change(verdict: Judged) -> str:
+    if not math.isfinite(verdict.gain):
+        return "not judged"
     half = (verdict.gain_high - verdict.gain_low) / 2
     bounds = f" +/-{decimal(half)}" if math.isfinite(half) else ""
     return f"{signed(-verdict.gain)}{bounds}"

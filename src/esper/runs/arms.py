@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,8 @@ class Cell:
 
 @dataclass
 class Trained:
-    """What a training left behind. ``weights`` are those of the plain network (grown layers merged)."""
+    """What a training left behind. ``weights`` are those of the plain network (grown layers merged); a training that
+    diverged (``held_out`` is not finite) has none."""
 
     cell: Cell
     held_out: float
@@ -84,11 +86,14 @@ def train(cell: Cell, preset: Preset, emit: Emit) -> Trained:
     if grower is not None:
         grower.finish()
     seconds = time.perf_counter() - started
+    held_out = _mean_loss(preset, model, preset.held_out())
     trained = Trained(
-        cell=cell, held_out=_mean_loss(preset, model, preset.held_out()), params=_params(model, grower),
+        cell=cell, held_out=held_out, params=_params(model, grower),
         flops=grower.ledger.total if grower is not None else flops, seconds=seconds,
         widths=_final_widths(cell, grower), events=events,
     )  # fmt: skip
+    if not math.isfinite(held_out):  # diverged: there is no network to export, and the next rate may do better
+        return trained
     plain = model
     if grower is not None:
         plain = _add_growth(trained, grower, events)
@@ -193,11 +198,7 @@ def _add_growth(trained: Trained, grower: Grower, events: Sequence[AnyEvent]) ->
 def _final_widths(cell: Cell, grower: Grower | None) -> tuple[int, ...]:
     if grower is None:
         return cell.widths
-    return tuple(
-        info.hidden_features + grower.kasmina.sites[info.name].grown_units
-        for info in grower.sites()
-        if info.kind.is_span
-    )
+    return tuple(grower.report().widths.values())
 
 
 def _params(model: nn.Module, grower: Grower | None) -> int:
@@ -218,22 +219,25 @@ def _tagged(event: AnyEvent, cell: Cell) -> AnyEvent:
 def equal_flops_widths(
     preset: Preset, flops: float, steps: int, small: Sequence[int], final: Sequence[int]
 ) -> tuple[int, ...]:
-    """Inner widths between (or beyond) small and final whose training costs ``flops`` in as many steps."""
+    """Inner widths between (or beyond) small and final whose training costs ``flops`` in as many steps.
+
+    The nearest to it on the straight line between the two shapes, where the widths round up one after another.
+    """
     batch = preset.train_batch(0, 0)
 
-    def cost(t: float) -> float:
-        model = build(preset.spec(_between(small, final, t))).to(preset.device)
+    def cost(widths: Sequence[int]) -> float:
+        model = build(preset.spec(widths)).to(preset.device)
         with undisturbed(model):
             return 3.0 * steps * forward_flops(model, lambda: preset.loss(model, batch))
 
     low, high = 0.0, 2.0
     for _ in range(9):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(middle) < flops else (low, middle)
-    return _between(small, final, (low + high) / 2)
+        low, high = (middle, high) if cost(_between(small, final, middle)) < flops else (low, middle)
+    below, above = _between(small, final, low), _between(small, final, high)
+    steps_up = [above[:number] + below[number:] for number in range(len(below) + 1)]
+    return min(dict.fromkeys(steps_up), key=lambda widths: abs(cost(widths) - flops))
 
 
 def _between(small: Sequence[int], final: Sequence[int], t: float) -> tuple[int, ...]:
     return tuple(max(1, round(a + t * (b - a))) for a, b in zip(small, final, strict=True))
-
-

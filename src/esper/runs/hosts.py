@@ -131,7 +131,8 @@ def widen(model: nn.Module, layers: dict[str, dict[str, int]]) -> nn.Module:
         old = model.get_submodule(name)
         new: nn.Module
         if isinstance(old, nn.Linear):
-            new = nn.Linear(sizes["in_features"], sizes["out_features"], bias=old.bias is not None)
+            biased = getattr(old, "bias", None) is not None  # torch annotates it as always there
+            new = nn.Linear(sizes["in_features"], sizes["out_features"], bias=biased)
         elif isinstance(old, nn.Conv2d):
             new = nn.Conv2d(
                 sizes["in_channels"],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 import platform
 import signal
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
@@ -14,15 +16,15 @@ from typing import Any
 
 import torch
 
-from esper.errors import ConfigError
+from esper.errors import ConfigError, DivergenceError
+from esper.kasmina.starts import STARTS
 from esper.observe.event_log import EventLog
 from esper.observe.report import write_report
 from esper.protocol import AnyEvent, RunFinished, RunStarted
 from esper.runs.arms import ARMS, Cell, Trained, configure, equal_flops_widths, load_preset, score, train
-from esper.kasmina.starts import STARTS
 from esper.runs.artifacts import write_json, write_model
-from esper.runs.options import RunOptions
 from esper.runs.hosts import build
+from esper.runs.options import RunOptions
 from esper.runs.preset import Preset
 from esper.runs.presets import check_preset
 from esper.runs.statistics import summarise
@@ -41,7 +43,7 @@ def execute(
     Raises
     ------
     EsperError
-        For unknown names, missing data, or a run directory that is in use.
+        For unknown names, missing data, a run directory that is in use, or a training that diverged.
     """
     check_preset(options.preset)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
@@ -68,7 +70,8 @@ def _check_settings(options: RunOptions, preset: Preset) -> None:
     host = sum(parameter.numel() for parameter in build(preset.spec(preset.small_widths)).parameters())
     if config.budget.params is not None and config.budget.params < host:
         raise ConfigError(
-            f"budget_params must be at least the host's own {host}, got {config.budget.params}; raise it or leave it out"
+            f"budget_params must be at least the host's own {host}, got {config.budget.params}; "
+            "raise it or leave it out"
         )
 
 
@@ -97,8 +100,15 @@ def claim_directory(options: RunOptions) -> Path:
 
 class _Job:
     def __init__(
-        self, options: RunOptions, preset: Preset, device: str, size: str, run_dir: Path, log: EventLog,
-        on_event: Callable[[AnyEvent], None], on_note: Callable[[str], None],
+        self,
+        options: RunOptions,
+        preset: Preset,
+        device: str,
+        size: str,
+        run_dir: Path,
+        log: EventLog,
+        on_event: Callable[[AnyEvent], None],
+        on_note: Callable[[str], None],
     ) -> None:
         self.on_note = on_note
         self.options, self.preset, self.device, self.size = options, preset, device, size
@@ -116,9 +126,7 @@ class _Job:
         config.update(steps=self.steps, lrs=list(self.lrs), seeds=self.seeds, device=self.device, size=self.size)
         write_json(self.run_dir / "config.json", config)
         self._emit(
-            RunStarted(
-                step=0, run=self.run_dir.name, preset=self.preset.name, config=config, environment=environment()
-            )
+            RunStarted(step=0, run=self.run_dir.name, preset=self.preset.name, config=config, environment=environment())
         )
         for arm in ARMS if self.options.controls else ARMS[:1]:
             self._run_arm(arm)
@@ -147,7 +155,20 @@ class _Job:
             others = [self._cell(arm, seed, best.cell.lr) for seed in self.seeds[1:]]
             self.results[arm] = [best, *self._train_all(others, live=True)]
         for trained in self.results[arm]:
+            self._refuse_divergence(trained)
             self._emit(score(trained, self.preset))
+
+    def _refuse_divergence(self, trained: Trained) -> None:
+        """Neither scores nor gains mean anything when the training of the chosen learning rate has diverged."""
+        if math.isfinite(trained.held_out):
+            return
+        tried = self.lrs if len(self.lrs) > 1 and trained is self.results[trained.cell.arm][0] else (trained.cell.lr,)
+        rates = ", ".join(f"{lr:g}" for lr in tried)
+        smaller = min(*self.preset.lrs, min(tried) / 10)
+        raise DivergenceError(
+            f"training diverged: the held-out loss of {trained.cell.arm}, seed {trained.cell.seed}, must stay finite, "
+            f"got {trained.held_out} at learning rate {rates}; use a smaller one: --lr {smaller:g}"
+        )
 
     def _cell(self, arm: str, seed: int, lr: float) -> Cell:
         widths: Sequence[int] = self.preset.small_widths
@@ -167,11 +188,11 @@ class _Job:
 
     def _train_all(self, cells: list[Cell], *, live: bool) -> list[Trained]:
         emit: Callable[[AnyEvent], None] = self._emit if live else _ignore
-        if self.options.jobs == 1 or len(cells) == 1:
+        if self.options.jobs == 1 or len(cells) <= 1:
             return [train(cell, self.preset, emit) for cell in cells]
         context = multiprocessing.get_context("spawn")
         workers = min(self.options.jobs, len(cells))
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
             pending: list[Future[Trained]] = [pool.submit(_train_alone, cell) for cell in cells]
             try:
                 done = [future.result() for future in pending]
@@ -192,9 +213,10 @@ class _Job:
             self._reported = time.monotonic()
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C is the parent's to handle."""
+def _prepare_worker() -> None:
+    """Ctrl-C is the parent's to handle; each of Esper's warnings is an event too, which the parent gets."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"esper\.")
 
 
 def _train_alone(cell: Cell) -> Trained:
@@ -226,5 +248,3 @@ def environment() -> dict[str, str]:
         "device": device,
         "threads": str(torch.get_num_threads()),
     }
-
-

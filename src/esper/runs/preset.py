@@ -57,7 +57,7 @@ class Preset(ABC):
     def config(self, steps: int) -> Config:
         """Esper's settings for this task."""
 
-    def clip(self, model: nn.Module) -> None:
+    def clip(self, model: nn.Module) -> None:  # noqa: B027  (most recipes clip nothing)
         """Gradient clipping, if the recipe has any."""
 
     def describe_widths(self, widths: Sequence[int]) -> dict[str, int]:

@@ -49,15 +49,15 @@ def _arm(runs: Sequence[Trained], trials: dict[float, float]) -> dict[str, Any]:
 
 def _contrast(grown: Sequence[Trained], other: Sequence[Trained]) -> dict[str, Any]:
     """Paired differences by seed, grown minus control: score (higher is better), loss (lower is better)."""
-    score = paired_difference([a.score - b.score for a, b in zip(grown, other, strict=True)])
-    loss = paired_difference([a.loss - b.loss for a, b in zip(grown, other, strict=True)])
-    flops = [a.flops / b.flops for a, b in zip(grown, other, strict=True)]
+    pairs = list(zip(grown, other, strict=True))
+    scores = [a.score - b.score for a, b in pairs]
+    losses = [a.loss - b.loss for a, b in pairs]
     return {
-        "score": _plain(score.mean),
-        "score_interval": [_plain(score.low), _plain(score.high)],
-        "loss": _plain(loss.mean),
-        "loss_interval": [_plain(loss.low), _plain(loss.high)],
-        "flops_ratio": _mean(flops),
+        "score": _plain(_mean(scores)),
+        "score_interval": interval(scores),
+        "loss": _plain(_mean(losses)),
+        "loss_interval": interval(losses),
+        "flops_ratio": _mean([a.flops / b.flops for a, b in pairs]),
     }
 
 

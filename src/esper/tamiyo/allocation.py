@@ -72,8 +72,9 @@ def room(observation: Observation) -> Room:
 def asked_widths(observation: Observation, growth: float, *, compound: bool = False) -> Ints:
     """Return the width each site would get without ceilings, ``(S,)`` int64.
 
-    Spans: ``growth`` times the host's inner width, or with ``compound`` times the present one (host and grown). Layers: a rank of ``growth`` times an eighth of the smaller side,
-    at most that side. At least :data:`MIN_WIDTH`, except for layers smaller than that.
+    Spans: ``growth`` times the host's inner width, or with ``compound`` times the present one (host and grown).
+    Layers: a rank of ``growth`` times an eighth of the smaller side, at most that side. At least :data:`MIN_WIDTH`,
+    except for layers smaller than that.
     """
     side = np.exp(np.fmin(column(observation, "log_in"), column(observation, "log_out")))
     side = np.where(np.isnan(side), MIN_WIDTH, np.maximum(np.rint(side), 1.0))

@@ -56,8 +56,9 @@ class HeuristicController:
     1. Stop when ``patience`` cohorts in a row were rejected or gained too little for their cost
        (:func:`esper.tamiyo.stopping.reason_to_stop`), or when ``last_share`` of the planned steps is over. Without
        ``total_steps`` only the verdicts and the budget end growth.
-    2. Wait before ``first``, for ``spacing`` steps after the last germination, while a cohort is anywhere between GERMINATED and EVALUATING, and while the held-out loss
-       that verdicts are measured by, or the model's present cost under a ceiling, is unknown.
+    2. Wait before ``first``, for ``spacing`` steps after the last germination, while a cohort is anywhere between
+       GERMINATED and EVALUATING, and while the held-out loss that verdicts are measured by, or the model's present
+       cost under a ceiling, is unknown.
     3. Germinate one cohort over all eligible spans. Layers get low-rank branches when no span is eligible and no
        cohort is alive (spans are then absent, full or under embargo: something else is tried meanwhile).
     4. Widths are trimmed evenly to the budget; when nothing worthwhile fits, stop.

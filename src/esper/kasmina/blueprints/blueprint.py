@@ -65,8 +65,15 @@ class Blueprint(ABC):
 
     @abstractmethod
     def hidden(
-        self, params: Tensors, buffers: Tensors, x: Tensor, geometry: Geometry, *, training: bool,
-        generator: torch.Generator | None, norm_momentum: float | None = None,
+        self,
+        params: Tensors,
+        buffers: Tensors,
+        x: Tensor,
+        geometry: Geometry,
+        *,
+        training: bool,
+        generator: torch.Generator | None,
+        norm_momentum: float | None = None,
     ) -> Tensor:
         """Activations of all hidden units, ``S * U`` features on the feature axis.
 

@@ -21,7 +21,7 @@ from esper.kasmina.blueprints.blueprint import (
     dropped,
     normal,
 )
-from esper.kasmina.geometry import Geometry
+from esper.kasmina.geometry import Geometry, has_bias
 from esper.protocol import SiteKind
 
 
@@ -44,8 +44,15 @@ class Bottleneck(Blueprint):
         return params, {}
 
     def hidden(
-        self, params: Tensors, buffers: Tensors, x: Tensor, geometry: Geometry, *, training: bool,
-        generator: torch.Generator | None, norm_momentum: float | None = None,
+        self,
+        params: Tensors,
+        buffers: Tensors,
+        x: Tensor,
+        geometry: Geometry,
+        *,
+        training: bool,
+        generator: torch.Generator | None,
+        norm_momentum: float | None = None,
     ) -> Tensor:
         assert geometry.activation is not None
         bias = params["b1"].to(x.dtype).flatten() if "b1" in params else None
@@ -71,9 +78,9 @@ class Bottleneck(Blueprint):
         with torch.no_grad():
             wide.weight.copy_(torch.cat([head.weight, w1]))
             out.weight.copy_(torch.cat([tail.weight, w2], dim=1))
-            if head.bias is not None:
+            if has_bias(head):
                 wide.bias.copy_(torch.cat([head.bias, params["b1"][0].to(head.bias)]))
-            if tail.bias is not None:
+            if has_bias(tail):
                 out.bias.copy_(tail.bias)
         return Parts(wide, out, parts.norm)
 
@@ -84,7 +91,7 @@ def _empty_like(layer: nn.Linear, in_features: int, out_features: int) -> nn.Lin
         nn.Linear,
         in_features,
         out_features,
-        bias=layer.bias is not None,
+        bias=has_bias(layer),
         device=layer.weight.device,
         dtype=layer.weight.dtype,
     )

@@ -58,8 +58,15 @@ class BottleneckConv(Blueprint):
         return params, buffers
 
     def hidden(
-        self, params: Tensors, buffers: Tensors, x: Tensor, geometry: Geometry, *, training: bool,
-        generator: torch.Generator | None, norm_momentum: float | None = None,
+        self,
+        params: Tensors,
+        buffers: Tensors,
+        x: Tensor,
+        geometry: Geometry,
+        *,
+        training: bool,
+        generator: torch.Generator | None,
+        norm_momentum: float | None = None,
     ) -> Tensor:
         assert geometry.activation is not None and geometry.head_conv is not None
         bias = params["b1"].to(x.dtype).flatten() if "b1" in params else None

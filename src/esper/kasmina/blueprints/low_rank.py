@@ -34,8 +34,15 @@ class LowRank(Blueprint):
         }, {}
 
     def hidden(
-        self, params: Tensors, buffers: Tensors, x: Tensor, geometry: Geometry, *, training: bool,
-        generator: torch.Generator | None, norm_momentum: float | None = None,
+        self,
+        params: Tensors,
+        buffers: Tensors,
+        x: Tensor,
+        geometry: Geometry,
+        *,
+        training: bool,
+        generator: torch.Generator | None,
+        norm_momentum: float | None = None,
     ) -> Tensor:
         v = params["v"].to(x.dtype).flatten(0, 1)
         if geometry.head_conv is None:

@@ -39,9 +39,7 @@ def corpus(root: Path | None = None) -> dict[str, Tensor]:
         When the standard library's source is not installed.
     """
     folder = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
-    files = sorted(
-        path for path in folder.rglob("*.py") if not {"site-packages", "dist-packages"} & set(path.parts)
-    )
+    files = sorted(path for path in folder.rglob("*.py") if not {"site-packages", "dist-packages"} & set(path.parts))
     if len(files) < 40:
         raise DataError(
             f"code-lm needs the source of the standard library, got {len(files)} .py files under {folder}; "

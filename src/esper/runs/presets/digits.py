@@ -15,7 +15,7 @@ from esper.config import CaptureConfig, Config, EvidenceConfig, FitConfig, Graft
 from esper.errors import DataError
 from esper.runs.preset import Preset, batch_generator
 
-_TRAIN, _HELD_OUT, _BATCH, _JUDGE = 1000, 400, 64, 10
+_TRAIN, _HELD_OUT, _BATCH, _JUDGE = 1000, 400, 64, 5
 
 
 class Digits(Preset):
@@ -69,11 +69,11 @@ class Digits(Preset):
 
     def config(self, steps: int) -> Config:
         return Config(
-            capture=CaptureConfig(batches=8, rows=4096),
+            capture=CaptureConfig(batches=32, rows=4096),
             fit=FitConfig(batch_rows=256),
-            graft=GraftConfig(ramp_steps=30, warmup_steps=20, embargo=50),
-            evidence=EvidenceConfig(confirm_share=0.25, held_out_batches=20),
-            tamiyo=TamiyoConfig(first=max(20, steps // 20), growth=2.0, min_gain_per_cost=0.01),
+            graft=GraftConfig(ramp_steps=30, settle_steps=100, warmup_steps=20, cull_steps=50, embargo=50),
+            evidence=EvidenceConfig(confirm_share=0.25, held_out_batches=40),
+            tamiyo=TamiyoConfig(first=max(20, steps // 20), growth=4.0, patience=2, min_gain_per_cost=0.01),
             total_steps=steps,
             held_out_every=self.held_out_every,
         )

@@ -1,0 +1,91 @@
+"""What a run tells: events for whoever listens, warnings (each kind once), milliseconds spent by part."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+
+from esper.kasmina.cohort import Cohort
+from esper.protocol import (
+    SITE_FEATURES,
+    AlphaMoved,
+    AnyEvent,
+    Lifecycle,
+    Observation,
+    Overhead,
+    Telemetry,
+    TrainLoss,
+    Warned,
+)
+
+_OVERHEAD_EVERY = 100
+"""Real steps between two overhead events, at the least."""
+
+
+class Journal:
+    """Events of one run.
+
+    Parameters
+    ----------
+    on_event:
+        Called with every event, in the training thread; ``None`` drops them.
+    """
+
+    def __init__(self, on_event: Callable[[AnyEvent], None] | None) -> None:
+        self._on_event = on_event
+        self._warned: set[str] = set()
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._overhead_since = 0
+
+    def emit(self, event: AnyEvent) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def warn(self, key: str, message: str, step: int) -> None:
+        """Warn and record it, once a ``key``."""
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, RuntimeWarning, stacklevel=4)  # the line that called grower.step
+            self.emit(Warned(step=step, message=message))
+
+    @contextmanager
+    def timed(self, part: str) -> Generator[None, None, None]:
+        """Count the time spent inside under ``part``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[part] += time.perf_counter() - start
+
+    def publish(self, observation: Observation, cohorts: Iterable[Cohort], *, loss: float, flops: float) -> None:
+        """The picture at a decision point: training loss, telemetry, alpha of what is grafted; overhead now and then.
+
+        ``flops`` is what the run has spent so far.
+        """
+        step = observation.step
+        self.emit(TrainLoss(step=step, loss=loss, flops=flops))
+        columns = {name: tuple(observation.sites[:, i].tolist()) for i, name in enumerate(SITE_FEATURES)}
+        self.emit(
+            Telemetry(
+                step=step, sites=observation.site_names, activation_mean=columns["activation_mean"],
+                activation_var=columns["activation_var"], gradient_energy=columns["gradient_energy"],
+                grown=tuple(observation.grown.tolist()),
+            )
+        )  # fmt: skip
+        for cohort in cohorts:
+            if cohort.state is Lifecycle.GRAFTING:
+                held = "paused" if cohort.paused else cohort.reason or None
+                self.emit(AlphaMoved(step=step, cohort=cohort.number, alpha=cohort.alpha, held_by=held))
+        if step - self._overhead_since >= _OVERHEAD_EVERY:
+            self.report_overhead(step)
+
+    def report_overhead(self, step: int) -> None:
+        """Milliseconds by part since the last such event."""
+        if step > self._overhead_since:
+            spent = {part: 1000 * seconds for part, seconds in self._seconds.items()}
+            self.emit(Overhead(step=step, num_steps=step - self._overhead_since, milliseconds=spent))
+            self._seconds.clear()
+            self._overhead_since = step

@@ -1,0 +1,236 @@
+"""Make cohorts: complete what a plan leaves open, ask the gate, then create banks, table rows and captures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from esper.config import Config
+from esper.errors import EsperError
+from esper.kasmina.bank import Bank
+from esper.kasmina.blueprints import BLUEPRINTS
+from esper.kasmina.capture import Capture, rows_per_batch
+from esper.kasmina.chunks import columns_of
+from esper.kasmina.cohort import Cohort, Member
+from esper.kasmina.defaults import default_blueprint, default_start
+from esper.kasmina.discovery import SitePlan, present_geometry
+from esper.kasmina.lifecycle import Gate, germination_gate
+from esper.kasmina.seeds import SeedTable
+from esper.kasmina.site import Site
+from esper.kasmina.starts import STARTS
+from esper.kasmina.strategies import STRATEGIES
+from esper.protocol import SeedPlan
+
+MAX_LIVE_SEEDS = 1 << 20
+_BYTES_PER_PARAM = 12
+"""A weight and its two moments, float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """One seed with nothing left open."""
+
+    site: str
+    chunks: npt.NDArray[np.int64]
+    blueprint: str
+    width: int
+    start: str
+    strategy: str
+    params: int
+    flops: float
+    """Forward FLOPs a training step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What the model has and costs before a germination, and the ceilings on it."""
+
+    params: int
+    flops: float
+    """Forward FLOPs a training step, everything grown included."""
+    budget_params: int | None
+    budget_flops: float | None
+
+
+@dataclass(kw_only=True)
+class Nursery:
+    """Makes cohorts on a model's sites.
+
+    The mappings are Kasmina's own and change under it: output rows of a real step, output rows and samples of one
+    call, each by site.
+    """
+
+    config: Config
+    adaptive: bool
+    plans: Mapping[str, SitePlan]
+    sites: Mapping[str, Site]
+    table: SeedTable
+    index: Mapping[str, int]
+    rows_per_step: Mapping[str, int]
+    rows_per_batch: Mapping[str, int]
+    samples_per_batch: Mapping[str, int]
+    generator: torch.Generator
+    next_cohort: int = 1
+
+    def germinate(self, plans: Sequence[SeedPlan], room: Room, *, step: int) -> Cohort | Gate:
+        """Make a cohort of ``plans``, all or nothing; a :class:`Gate` says why not.
+
+        Raises
+        ------
+        EsperError
+            For an unknown site, blueprint, start or strategy (the known ones are listed), or seeds that do not go
+            together.
+        """
+        if not plans:
+            return Gate("germination", False, "a cohort needs at least one seed, got none; name a site")
+        seeds = [self._resolve(plan, step) for plan in plans]
+        params, flops = sum(seed.params for seed in seeds), sum(seed.flops for seed in seeds)
+        for seed in seeds:
+            gate = self._gate(seed, params, flops, room, step)
+            if not gate.passed:
+                return Gate(gate.name, False, f"{seed.site}: {gate.reason}")
+        return self._create(seeds, params, flops / max(1.0, room.flops), step)
+
+    # ---------------------------------------------------------------------------------------------- may it be?
+
+    def _resolve(self, plan: SeedPlan, step: int) -> Resolved:
+        if plan.site not in self.sites:
+            raise EsperError(f"no site is called {plan.site!r}; known: {', '.join(list(self.sites)[:8])}")
+        site = self.sites[plan.site]
+        blueprint = plan.blueprint or default_blueprint(site.info.kind)
+        if site.info.kind not in BLUEPRINTS[blueprint].kinds:
+            raise EsperError(
+                f"blueprint {blueprint!r} sits on {', '.join(sorted(BLUEPRINTS[blueprint].kinds))}, got site "
+                f"{plan.site!r} of kind {site.info.kind}; use {default_blueprint(site.info.kind)!r}"
+            )
+        rows = self.rows_per_batch[plan.site] * self.config.capture.batches
+        start = plan.start or self.config.fit.start
+        start = start or default_start(site.info.kind, adaptive=self.adaptive, expected_rows=rows)
+        STARTS[start]  # raises for one that is not known
+        strategy = plan.strategy or self.config.graft.strategy
+        STRATEGIES[strategy]
+        free = self.table.free_chunks(self.index[plan.site], step)
+        chunks = np.array(plan.chunks, dtype=np.int64) if plan.chunks else free
+        columns = len(columns_of(self.table.bounds[self.index[plan.site]], chunks))  # raises for absent chunks
+        width = plan.width
+        if width is None:
+            width = max(1, site.info.hidden_features or min(site.info.in_features, 8))
+        if width < 1:
+            raise EsperError(f"a seed's width must be at least 1, got {width} on {plan.site!r}; leave it None")
+        cost = BLUEPRINTS[blueprint].cost(site.geometry, units=width, columns=columns, reads=site.reads)
+        return Resolved(
+            site=plan.site, chunks=chunks, blueprint=blueprint, width=width, start=start, strategy=strategy,
+            params=cost.params, flops=cost.flops_per_row * self.rows_per_step[plan.site],
+        )  # fmt: skip
+
+    def _gate(self, seed: Resolved, params: int, flops: float, room: Room, step: int) -> Gate:
+        """The gate for one seed of a cohort that adds ``params`` and ``flops`` as a whole."""
+        index = self.index[seed.site]
+        rows = slice(int(self.table.offsets[index]), int(self.table.offsets[index + 1]))
+        site = self.sites[seed.site]
+        if site.refused is not None:
+            return Gate("germination", False, f"the site cannot be used: {site.refused}")
+        owned = self.table.owner[rows][seed.chunks] >= 0
+        capturing = sum(s.capture.num_bytes for s in self.sites.values() if s.capture is not None)
+        return germination_gate(
+            free_slots=MAX_LIVE_SEEDS - len(self.table.occupied()),
+            chunks_free=0 if bool(owned.any()) else len(seed.chunks),
+            embargo=int((self.table.embargo_until[rows][seed.chunks] - step).max(initial=0)),
+            params_after=room.params + params,
+            budget_params=room.budget_params,
+            flops_after=max(1.0, room.flops + flops),
+            budget_flops=room.budget_flops,
+            bytes_needed=params * _BYTES_PER_PARAM,
+            bytes_free=max(0, self.config.capture.max_bytes - capturing),
+        )
+
+    # ---------------------------------------------------------------------------------------------- make it
+
+    def _create(self, seeds: Sequence[Resolved], params: int, flops_share: float, step: int) -> Cohort:
+        number = self.next_cohort
+        grouped: dict[str, list[Resolved]] = {}
+        for seed in seeds:
+            grouped.setdefault(seed.site, []).append(seed)
+        for name, group in grouped.items():
+            self._check_group(name, group)
+        members = {name: self._create_member(name, group, number, step) for name, group in grouped.items()}
+        slots = np.concatenate([member.slots for member in members.values()])
+        self.next_cohort += 1
+        return Cohort(
+            number=number,
+            members=members,
+            strategy=seeds[0].strategy,
+            born=step,
+            entered=step,
+            seed_ids=tuple(int(i) for i in self.table.seed_id[slots]),
+            added_params=params,
+            added_flops_share=flops_share,
+        )
+
+    def _columns(self, name: str, group: Sequence[Resolved]) -> list[npt.NDArray[np.int64]]:
+        bounds = self.table.bounds[self.index[name]]
+        return [columns_of(bounds, seed.chunks) for seed in group]
+
+    def _check_group(self, name: str, group: Sequence[Resolved]) -> None:
+        """Seeds of one cohort on one site: refuse before anything is made."""
+        kinds = {(seed.blueprint, seed.width, seed.start, len(seed.chunks)) for seed in group}
+        if len(kinds) > 1:
+            raise EsperError(
+                f"seeds of one cohort on one site must share blueprint, width, start and number of chunks, got "
+                f"{len(kinds)} kinds on {name!r}; germinate them as cohorts of their own"
+            )
+        named = np.concatenate([seed.chunks for seed in group])
+        if len(np.unique(named)) < len(named):
+            raise EsperError(f"a chunk can be named once in a cohort, got one twice on {name!r}; name each once")
+        if len({len(columns) for columns in self._columns(name, group)}) > 1:
+            raise EsperError(
+                f"seeds of one cohort on {name!r} must cover equally many features, got different numbers; "
+                "choose other chunks"
+            )
+
+    def _create_member(self, name: str, group: Sequence[Resolved], number: int, step: int) -> Member:
+        site, first = self.sites[name], group[0]
+        columns = self._columns(name, group)
+        whole = len(group) == 1 and len(columns[0]) == site.info.out_features
+        weight = self.plans[name].tail.weight
+        assert isinstance(weight, torch.Tensor)
+        bank = Bank(
+            first.blueprint,
+            present_geometry(self.plans[name]),
+            units=first.width,
+            reads=site.reads,
+            columns=None if whole else torch.from_numpy(np.stack(columns)),
+            generator=self.generator,
+            device=weight.device,
+        )
+        slots = self.table.germinate_many(
+            [self.index[name]] * len(group),
+            np.concatenate([seed.chunks for seed in group]),
+            [len(seed.chunks) for seed in group],
+            cohort=number,
+            blueprint=BLUEPRINTS.code(first.blueprint),
+            strategy=STRATEGIES.code(first.strategy),
+            width=first.width,
+            step=step,
+        )
+        site.banks[number] = bank
+        if STARTS[first.start].needs_rows and site.capture is None:
+            site.capture = self._capture(site)
+        return Member(name, slots, first.start)
+
+    def _capture(self, site: Site) -> Capture:
+        config, name = self.config.capture, site.info.name
+        capturing = 1 + sum(1 for other in self.sites.values() if other.capture is not None)
+        per_batch = rows_per_batch(
+            site.geometry,
+            max(1, self.rows_per_batch[name]),
+            max(1, self.samples_per_batch[name]),
+            rows=config.rows,
+            batches=config.batches,
+            max_bytes=config.max_bytes // max(capturing, len(self.sites)),
+        )
+        return Capture(site.geometry, num_batches=config.batches, rows_per_batch=per_batch, generator=self.generator)

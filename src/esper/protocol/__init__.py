@@ -1,0 +1,102 @@
+"""What crosses a boundary: observations, commands and events, as plain typed data.
+
+Everything here is a frozen ``msgspec.Struct`` (or a NumPy structure of arrays for the observation), so that it can be
+logged, sent over a bus and replayed. This package imports nothing else of Esper; controllers and observers import
+nothing but this package.
+
+Missing values are NaN (floats) or ``None``; a missing value is *unknown*, never healthy.
+"""
+
+from __future__ import annotations
+
+from esper.protocol.commands import (
+    Cancel,
+    Command,
+    Cull,
+    Germinate,
+    Pause,
+    Resume,
+    RollBack,
+    SeedPlan,
+    SetBudget,
+    SetStrategy,
+    Stop,
+)
+from esper.protocol.events import (
+    SCHEMA_VERSION,
+    AlphaMoved,
+    AnyEvent,
+    ArmFinished,
+    Attached,
+    Event,
+    Fitted,
+    Germinated,
+    HeldOut,
+    Judged,
+    Overhead,
+    Record,
+    Refused,
+    RunFinished,
+    RunStarted,
+    Stopped,
+    Telemetry,
+    TrainLoss,
+    Transitioned,
+    Warned,
+)
+from esper.protocol.lifecycle import (
+    Lifecycle,
+)
+from esper.protocol.observation import (
+    SITE_FEATURES,
+    CohortView,
+    Observation,
+    Verdict,
+)
+from esper.protocol.sites import (
+    SiteInfo,
+    SiteKind,
+    Skipped,
+)
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "SITE_FEATURES",
+    "AlphaMoved",
+    "AnyEvent",
+    "ArmFinished",
+    "Attached",
+    "Cancel",
+    "CohortView",
+    "Command",
+    "Cull",
+    "Event",
+    "Fitted",
+    "Germinate",
+    "Germinated",
+    "HeldOut",
+    "Judged",
+    "Lifecycle",
+    "Observation",
+    "Overhead",
+    "Pause",
+    "Record",
+    "Refused",
+    "Resume",
+    "RollBack",
+    "RunFinished",
+    "RunStarted",
+    "SeedPlan",
+    "SetBudget",
+    "SetStrategy",
+    "SiteInfo",
+    "SiteKind",
+    "Skipped",
+    "Stop",
+    "Stopped",
+    "Telemetry",
+    "TrainLoss",
+    "Transitioned",
+    "Verdict",
+    "Warned",
+]

@@ -1,0 +1,82 @@
+"""What a controller or an operator may ask for."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SeedPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One seed to germinate. ``None`` means: the default for this site's kind and the host's optimizer.
+
+    ``chunks`` empty means all free chunks of the site. ``width`` is the blueprint's size (hidden units or rank).
+    """
+
+    site: str
+    chunks: tuple[int, ...] = ()
+    blueprint: str | None = None
+    width: int | None = None
+    start: str | None = None
+    strategy: str | None = None
+
+
+class Germinate(msgspec.Struct, frozen=True, kw_only=True, tag="germinate"):
+    """Germinate one cohort: its seeds are fitted, grafted and judged together."""
+
+    seeds: tuple[SeedPlan, ...]
+    reason: str = ""
+
+
+class Cull(msgspec.Struct, frozen=True, kw_only=True, tag="cull"):
+    """Take a cohort out: its alpha ramps to zero, then its storage is freed."""
+
+    cohort: int
+    reason: str
+
+
+class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
+    """A person or a system withdraws a cohort; legal in every active state."""
+
+    cohort: int
+    reason: str
+
+
+class RollBack(msgspec.Struct, frozen=True, kw_only=True, tag="roll_back"):
+    """Remove a cohort at once, without a ramp."""
+
+    cohort: int
+    reason: str
+
+
+class Pause(msgspec.Struct, frozen=True, kw_only=True, tag="pause"):
+    """Hold a cohort where it is: alpha stays as it is, timers stand still."""
+
+    cohort: int
+
+
+class Resume(msgspec.Struct, frozen=True, kw_only=True, tag="resume"):
+    """Let a paused cohort go on."""
+
+    cohort: int
+
+
+class SetBudget(msgspec.Struct, frozen=True, kw_only=True, tag="set_budget"):
+    """Change the ceiling. ``None`` removes it."""
+
+    params: int | None = None
+    flops: float | None = None
+
+
+class SetStrategy(msgspec.Struct, frozen=True, kw_only=True, tag="set_strategy"):
+    """Change how a cohort's alpha moves from here on."""
+
+    cohort: int
+    strategy: str
+
+
+class Stop(msgspec.Struct, frozen=True, kw_only=True, tag="stop"):
+    """Start no further cohort. Cohorts that are alive are brought to their end."""
+
+    reason: str
+
+
+Command = Germinate | Cull | Cancel | RollBack | Pause | Resume | SetBudget | SetStrategy | Stop

@@ -1,0 +1,212 @@
+"""The truth of a run, one line each in events.jsonl."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from esper.protocol.lifecycle import Lifecycle
+from esper.protocol.sites import SiteInfo, Skipped
+
+SCHEMA_VERSION = 1
+"""Version of the event and command schema; raised when a field changes meaning or is removed."""
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields every event has. ``arm`` and ``seed`` name the training run it belongs to."""
+
+    step: int
+    arm: str = "grown"
+    seed: int = 0
+
+
+class RunStarted(Event, frozen=True, kw_only=True, tag="run_started"):
+    """The first line. ``environment`` holds versions and the device; ``config`` what the user asked for."""
+
+    run: str
+    preset: str
+    config: dict[str, Any]
+    environment: dict[str, str]
+
+
+class Attached(Event, frozen=True, kw_only=True, tag="attached"):
+    """A grower was attached to a model."""
+
+    sites: tuple[SiteInfo, ...]
+    skipped: tuple[Skipped, ...]
+    host_params: int
+    covered_params: int
+    total_steps: int | None
+
+
+class TrainLoss(Event, frozen=True, kw_only=True, tag="train_loss"):
+    """The user's loss at a decision point (not smoothed)."""
+
+    loss: float
+    flops: float
+    """FLOPs spent so far by this arm, everything counted."""
+
+
+class HeldOut(Event, frozen=True, kw_only=True, tag="held_out"):
+    """Held-out loss on gate batches; ``flops`` spent so far and ``params`` now."""
+
+    loss: float
+    params: int
+    flops: float
+
+
+class Germinated(Event, frozen=True, kw_only=True, tag="germinated"):
+    """A cohort came alive. One entry a seed in ``seeds``, ``sites``, ``widths``."""
+
+    cohort: int
+    seeds: tuple[int, ...]
+    sites: tuple[str, ...]
+    blueprints: tuple[str, ...]
+    starts: tuple[str, ...]
+    widths: tuple[int, ...]
+    added_params: int
+    reason: str
+
+
+class Transitioned(Event, frozen=True, kw_only=True, tag="transitioned"):
+    """Seeds of a cohort changed state, through the gate named in ``reason``."""
+
+    cohort: int
+    seeds: tuple[int, ...]
+    source: Lifecycle
+    target: Lifecycle
+    alpha: float
+    reason: str
+
+
+class AlphaMoved(Event, frozen=True, kw_only=True, tag="alpha_moved"):
+    """Alpha of a cohort at a decision point, with the strategy's reason when it holds."""
+
+    cohort: int
+    alpha: float
+    held_by: str | None
+
+
+class Fitted(Event, frozen=True, kw_only=True, tag="fitted"):
+    """How the isolated training of one seed ended."""
+
+    cohort: int
+    seed_id: int
+    site: str
+    start: str
+    explained: float
+    """Share of the target's energy explained on rows of batches the fit never saw (NaN where a start has no target)."""
+    t_statistic: float
+    scale: float
+    flops: float
+
+
+class Judged(Event, frozen=True, kw_only=True, tag="judged"):
+    """The evidence on one cohort: paired held-out gain with its interval, and what was concluded."""
+
+    cohort: int
+    stage: str
+    """``evaluate`` (the acceptance test) or ``hold`` (is the gain still there before it becomes permanent?)."""
+    sites: tuple[str, ...]
+    gain: float
+    gain_low: float
+    gain_high: float
+    gain_shrunken: float
+    e_value: float
+    e_threshold: float
+    confirm_p: float
+    """p-value of the single confirmation on batches used for nothing else; NaN when it was not reached."""
+    num_batches: int
+    accepted: bool
+    added_params: int
+    added_flops_share: float
+    flops: float
+    reason: str
+
+
+class Refused(Event, frozen=True, kw_only=True, tag="refused"):
+    """A gate said no; nothing was changed. ``gate`` names it, ``reason`` gives rule, value and remedy."""
+
+    command: str
+    gate: str
+    reason: str
+
+
+class Telemetry(Event, frozen=True, kw_only=True, tag="telemetry"):
+    """One snapshot of all sites: means over chunks, a value a site; NaN where a sensor is silent."""
+
+    sites: tuple[str, ...]
+    activation_mean: tuple[float, ...]
+    activation_var: tuple[float, ...]
+    gradient_energy: tuple[float, ...]
+    grown: tuple[int, ...]
+    """Grown units per site: annex and live seeds."""
+
+
+class Overhead(Event, frozen=True, kw_only=True, tag="overhead"):
+    """Milliseconds Esper spent since the last such event, by part, over ``num_steps`` real steps."""
+
+    num_steps: int
+    milliseconds: dict[str, float]
+
+
+class Stopped(Event, frozen=True, kw_only=True, tag="stopped"):
+    """Growth ended by itself or on command; training goes on."""
+
+    reason: str
+
+
+class Warned(Event, frozen=True, kw_only=True, tag="warned"):
+    """Something the user should know; the run goes on."""
+
+    message: str
+
+
+class ArmFinished(Event, frozen=True, kw_only=True, tag="arm_finished"):
+    """One training run of one arm, scored on the test split. ``score`` is higher-is-better."""
+
+    score: float
+    score_name: str
+    loss: float
+    params: int
+    flops: float
+    seconds: float
+    lr: float
+    widths: dict[str, int]
+    """Inner width per span site at the end."""
+
+
+class RunFinished(Event, frozen=True, kw_only=True, tag="run_finished"):
+    """The last line of a run that ended by itself. ``summary`` is what ``--json`` writes."""
+
+    summary: dict[str, Any]
+
+
+AnyEvent = (
+    RunStarted
+    | Attached
+    | TrainLoss
+    | HeldOut
+    | Germinated
+    | Transitioned
+    | AlphaMoved
+    | Fitted
+    | Judged
+    | Refused
+    | Telemetry
+    | Overhead
+    | Stopped
+    | Warned
+    | ArmFinished
+    | RunFinished
+)
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """An event as written: schema version, position in the log, wall-clock time in seconds, the event itself."""
+
+    v: int
+    seq: int
+    time: float
+    event: AnyEvent

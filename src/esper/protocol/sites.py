@@ -1,0 +1,49 @@
+"""Places that can grow."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class SiteKind(enum.StrEnum):
+    """Where a seed can sit. A *span* reaches from one module's input to a later module's output."""
+
+    LINEAR_SPAN = "linear_span"
+    """Linear, activation, Linear: a branch with the same activation is exactly *more hidden units*."""
+    CONV_SPAN = "conv_span"
+    """Conv2d, BatchNorm2d (optional), activation, Conv2d: more inner channels."""
+    LINEAR_LAYER = "linear_layer"
+    CONV_LAYER = "conv_layer"
+
+    @property
+    def is_span(self) -> bool:
+        return self in (SiteKind.LINEAR_SPAN, SiteKind.CONV_SPAN)
+
+    @property
+    def is_conv(self) -> bool:
+        return self in (SiteKind.CONV_SPAN, SiteKind.CONV_LAYER)
+
+
+class SiteInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A place that can grow.
+
+    ``hidden_features`` is the width inside a span (0 for a layer site); ``weights`` counts the host parameters the
+    site covers.
+    """
+
+    name: str
+    kind: SiteKind
+    in_features: int
+    out_features: int
+    hidden_features: int
+    num_chunks: int
+    weights: int
+
+
+class Skipped(msgspec.Struct, frozen=True, kw_only=True):
+    """A module that could have been a site, and why it is not one."""
+
+    name: str
+    reason: str
