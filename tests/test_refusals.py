@@ -11,6 +11,7 @@ import torch
 from tests.models import MLP, Pair, same_bits, snapshot
 from tests.rigs import Rig, assert_gone, attach, hold
 
+import esper
 from esper.commands import apply
 from esper.protocol import (
     Cancel,

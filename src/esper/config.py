@@ -143,10 +143,10 @@ class GraftConfig:
         )
         _check(self.ramp_steps >= 1, "graft.ramp_steps must be at least 1", self.ramp_steps, "use 50")
         _check(
-            self.timeout > self.ramp_steps,
-            "graft.timeout must exceed graft.ramp_steps",
+            self.timeout > self.ramp_steps + self.settle_steps,
+            "graft.timeout must exceed graft.ramp_steps + graft.settle_steps",
             self.timeout,
-            "use 8 times ramp_steps",
+            "raise it",
         )
         _check(self.lr_boost > 0, "graft.lr_boost must be positive", self.lr_boost, "use 2.0")
         _check(self.embargo >= 0, "graft.embargo must not be negative", self.embargo, "use 100")

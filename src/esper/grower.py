@@ -19,6 +19,7 @@ import math
 import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from esper import export as exporting
 from esper.accounts import Accounts
 from esper.commands import apply
 from esper.config import BudgetConfig, Config
-from esper.errors import SilentSiteError
+from esper.errors import AttachError, SilentSiteError
 from esper.evidence.evaluator import Evaluator, Loss
 from esper.evidence.judge import Judge
 from esper.journal import Journal
@@ -98,9 +99,26 @@ class Grower:
         with undisturbed(model):
             self.discovery = discover(model, self._evaluator.run_one, self.config.sites)
             probe_flops = forward_flops(model, self._evaluator.run_one)
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        self.clock = HostClock(optimizers, self.discovery.sites, track)
+        self._attach([optimizer] if isinstance(optimizer, Optimizer) else list(optimizer), track, probe_flops, on_event)
+
+    def _attach(
+        self,
+        optimizers: list[Optimizer],
+        track: Iterable[Any],
+        probe_flops: float,
+        on_event: Callable[[AnyEvent], None] | None,
+    ) -> None:
+        """Hang everything on the host; whatever goes wrong leaves no hook behind."""
+        with ExitStack() as undo:
+            self.clock = HostClock(optimizers, self.discovery.sites, track)
+            undo.callback(self.clock.detach)
+            self._equip(probe_flops, on_event, undo)
+            undo.pop_all()
+
+    def _equip(self, probe_flops: float, on_event: Callable[[AnyEvent], None] | None, undo: ExitStack) -> None:
+        model = self.model
         self.kasmina = Kasmina(model, self.discovery, self.config, adaptive=self.clock.adaptive)
+        undo.callback(self.kasmina.detach)
         self.accounts = Accounts(
             model, self._evaluator, self.discovery, self.kasmina, probe_flops=probe_flops, budget=self.config.budget
         )
@@ -126,6 +144,8 @@ class Grower:
                 covered_params=sum(info.weights for info in infos), total_steps=self.config.total_steps,
             )
         )  # fmt: skip
+        for text in self.clock.approximations:
+            self.journal.warn(text, text, 0)
 
     # ---------------------------------------------------------------------------------------------- the step
 
@@ -140,7 +160,7 @@ class Grower:
         self._warn_if_misplaced()
         self._last_step, self._calls_without_step = self.clock.steps, 0
         step = self._last_step
-        self._losses.append(loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss)))
+        self._losses.append(_kept(loss))
         self.kasmina.note_rows(step)
         with self.journal.timed("learn"):
             self.accounts.count_step()
@@ -186,11 +206,8 @@ class Grower:
         """
         step = self._last_step
         self.stop("end of training")
-        for cohort in list(self.kasmina.cohorts.values()):
-            cohort.paused = False
-            if cohort.state is Lifecycle.FINE_TUNING:
-                cohort.entered = step - self.config.graft.fine_tune_steps
-                self.stages.advance(step)
+        for cohort in [c for c in self.kasmina.cohorts.values() if c.state is Lifecycle.FINE_TUNING]:
+            self.stages.decide_hold(cohort, step)
         for cohort in list(self.kasmina.cohorts.values()):
             self.stages.expel(cohort, step, "training ended before it was judged")
         self._measure_held_out(step)
@@ -307,13 +324,13 @@ class Grower:
         damaged = self.kasmina.damaged()
         recent = torch.stack([value.float() for value in self._losses])
         suspects = [c for c in self.kasmina.cohorts.values() if c.state >= Lifecycle.GRAFTING and c.alpha > 0]
-        if not damaged and not bool(torch.isfinite(recent).all()):
-            damaged = sorted(suspects, key=lambda cohort: -cohort.born)[:1]
+        if not bool(torch.isfinite(recent).all()):
+            self._losses.clear()  # one incident has one culprit: the window must not accuse the next cohort
+            damaged = damaged or sorted(suspects, key=lambda cohort: -cohort.born)[:1]
             if not damaged:
                 self.journal.warn(
                     "loss", "the training loss is not finite and nothing of Esper is on trial: it is the host's", step
                 )
-            self._losses.clear()
         for cohort in damaged:
             self.stages.expel(cohort, step, "guard: a non-finite loss, gradient or parameter")
 
@@ -356,3 +373,14 @@ class Grower:
                 "optimizer.step(), so that grown units learn from the same gradients as the host",
                 self._last_step,
             )
+
+
+def _kept(loss: Tensor | float) -> Tensor:
+    """A copy of the user's loss: a static buffer is overwritten by the next step."""
+    if not isinstance(loss, Tensor):
+        return torch.tensor(float(loss))
+    if loss.numel() != 1:
+        raise AttachError(
+            f"grower.step(loss) takes one number, got a tensor of shape {tuple(loss.shape)}; pass the mean loss"
+        )
+    return loss.detach().clone().reshape(())

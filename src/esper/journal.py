@@ -77,7 +77,7 @@ class Journal:
         )  # fmt: skip
         for cohort in cohorts:
             if cohort.state is Lifecycle.GRAFTING:
-                held = "paused" if cohort.paused else cohort.reason or None
+                held = "paused" if cohort.paused else cohort.held_by
                 self.emit(AlphaMoved(step=step, cohort=cohort.number, alpha=cohort.alpha, held_by=held))
         if step - self._overhead_since >= _OVERHEAD_EVERY:
             self.report_overhead(step)

@@ -19,7 +19,7 @@ from esper.kasmina.host import HostClock
 from esper.kasmina.ledger import Ledger
 from esper.kasmina.lifecycle import Gate, is_active, ramp_gate, sanity_gate, stability_gate
 from esper.kasmina.starts import STARTS
-from esper.kasmina.strategies import STRATEGIES, GraftContext
+from esper.kasmina.strategies import STRATEGIES, GraftContext, Move
 from esper.protocol import AnyEvent, Fitted, Judged, Lifecycle, Transitioned, Verdict
 
 NAN = float("nan")
@@ -132,8 +132,11 @@ class Stages:
             self.end(cohort, Lifecycle.CULLED, step, judged.gate.reason)
 
     def _fine_tuning(self, cohort: Cohort, step: int) -> None:
-        if step - cohort.entered < self.config.graft.fine_tune_steps:
-            return
+        if step - cohort.entered >= self.config.graft.fine_tune_steps:
+            self.decide_hold(cohort, step)
+
+    def decide_hold(self, cohort: Cohort, step: int) -> None:
+        """Make a fine-tuned cohort permanent if its gain still holds, remove it otherwise."""
         before = self.ledger.spent["evidence"]
         result, gate = self.judge.hold(
             cohort.number, cohort.sites, held_out=self.held_out, flops_share=cohort.added_flops_share
@@ -276,7 +279,7 @@ class Stages:
 
     def _ramp(self, cohort: Cohort) -> None:
         strategy = STRATEGIES[cohort.strategy]
-        alphas: list[float] = []
+        moves: list[Move] = []
         for name in cohort.sites:
             context = GraftContext(
                 alpha=cohort.alpha,
@@ -284,8 +287,11 @@ class Stages:
                 weights=self.clock.weights(name),
                 memory=cohort.memory.setdefault(name, {}),
             )
-            alphas.append(strategy.advance(context, self.config.graft).alpha)
-        alpha = min(alphas)  # the site that drifts most holds the others: they are judged together
+            moves.append(strategy.advance(context, self.config.graft))
+        cohort.held_by = next((move.held_by for move in moves if move.held_by is not None), None)
+        alpha = min(
+            move.alpha for move in moves
+        )  # the site that drifts most holds the others: they are judged together
         if alpha > cohort.alpha:
             cohort.ramped += 1
             self.kasmina.set_alpha(cohort, alpha)

@@ -45,7 +45,7 @@ class Report:
             done_line(history),
             *score_table(history, width=columns(sys.stdout)),
             labelled("report", str(page)),
-            next_line(run_dir, has_report=True),
+            *([next_line(run_dir, has_report=True)] if (run_dir / "structure.json").is_file() else []),
         ]
         result = {
             "arms": arms_result(history),
@@ -60,5 +60,6 @@ class Report:
 def _state(history: RunHistory) -> str:
     if history.is_finished:
         return "finished"
-    step = max((run.last_step for run in history.seed_runs), default=0)
-    return f"not finished, last event at step {step}"
+    last = max(history.seed_runs, key=lambda run: (run.seed, run.last_step), default=None)
+    where = "" if last is None else f", last event of {last.arm} seed {last.seed} at step {last.last_step}"
+    return f"not finished{where}"

@@ -105,7 +105,7 @@ class Judge:
             return paired_difference([]), _UNJUDGED
         control = self._control(cohort, members)
         result = paired_difference(self._differences(control, _blocks(self._gate_batches())[0]))
-        per_cost = result.mean / held_out / max(flops_share, 1e-9) if held_out else NAN
+        per_cost = result.mean / abs(held_out) / max(flops_share, 1e-9) if held_out else NAN
         gate = hold_gate(gain_low=result.low, gain_per_cost=per_cost, min_gain_per_cost=self.config.min_gain_per_cost)
         return result, gate
 

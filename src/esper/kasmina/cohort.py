@@ -20,6 +20,8 @@ class Member:
     slots: npt.NDArray[np.int64]
     start: str
     report: StartReport = field(default_factory=StartReport)
+    flops_share: float = 0.0
+    """Its part of the cohort's ``added_flops_share``."""
     preserves_function: bool = False
     """Whether the branches' output is exactly zero when they are grafted."""
 
@@ -49,7 +51,8 @@ class Cohort:
     memory: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     losses: list[float] = field(default_factory=list[float])
     gain: tuple[float, float, float] = (float("nan"), float("nan"), float("nan"))
-    reason: str = ""
+    held_by: str | None = None
+    """Why the strategy held alpha in the last step, if it did."""
 
     @property
     def sites(self) -> tuple[str, ...]:

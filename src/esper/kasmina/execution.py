@@ -96,12 +96,15 @@ class Kasmina:
         annexes = sum(site.annex.num_params for site in self.sites.values() if site.annex is not None)
         return self.host_params + annexes + sum(bank.num_params for bank in self.live_banks)
 
-    def added_flops_per_step(self, rows: dict[str, int] | None = None) -> float:
-        """Forward FLOPs a step of all that is in the forward pass now, annexes included."""
+    def added_flops_per_step(self, rows: dict[str, int] | None = None, *, waiting: bool = False) -> float:
+        """Forward FLOPs a step of all that is in the forward pass now, annexes included.
+
+        ``waiting`` adds live seeds that are not in it yet: what a ceiling has to leave room for.
+        """
         rows = self.rows_per_step if rows is None else rows
         total = 0.0
         for name, site in self.sites.items():
-            active = [site.banks[cohort] for cohort in site.grafted]
+            active = [bank for cohort, bank in site.banks.items() if waiting or cohort in site.grafted]
             if site.annex is not None:
                 active.append(site.annex)
             total += rows[name] * sum(bank.flops_per_row for bank in active)
@@ -133,7 +136,7 @@ class Kasmina:
         """
         room = Room(
             params=self.params,
-            flops=host_flops + self.added_flops_per_step(),
+            flops=host_flops + self.added_flops_per_step(waiting=True),
             budget_params=budget_params,
             budget_flops=budget_flops,
         )
@@ -207,6 +210,7 @@ class Kasmina:
         self.drop_captures(cohort, [site])
         member = cohort.members.pop(site)
         cohort.added_params -= self.sites[site].banks[cohort.number].num_params
+        cohort.added_flops_share -= member.flops_share
         cohort.seed_ids = tuple(int(i) for i in self.table.seed_id[cohort.slots])
         self.table.transition(member.slots, Lifecycle.CULLED, step)
         self.table.release(member.slots, step, embargo)

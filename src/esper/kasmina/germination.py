@@ -158,6 +158,10 @@ class Nursery:
         for name, group in grouped.items():
             self._check_group(name, group)
         members = {name: self._create_member(name, group, number, step) for name, group in grouped.items()}
+        total = sum(seed.flops for seed in seeds)
+        for name, member in members.items():
+            part = sum(seed.flops for seed in grouped[name]) / total if total > 0 else 0.0
+            member.flops_share = flops_share * part
         slots = np.concatenate([member.slots for member in members.values()])
         self.next_cohort += 1
         return Cohort(

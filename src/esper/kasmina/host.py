@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from esper.errors import AttachError
 from esper.kasmina.discovery import SitePlan
-from esper.kasmina.optim import Hyperparameters, hyperparameters, is_adaptive
+from esper.kasmina.optim import Hyperparameters, approximation, hyperparameters, is_adaptive, refusal
 
 
 class HostClock:
@@ -27,6 +27,9 @@ class HostClock:
 
     def __init__(self, optimizers: Sequence[Optimizer], plans: Iterable[SitePlan], tracked: Iterable[Any]) -> None:
         self.optimizers = list(optimizers)
+        reasons = [reason for optimizer in self.optimizers if (reason := refusal(optimizer)) is not None]
+        if reasons:
+            raise AttachError(reasons[0])
         self.steps = 0
         self.backwards_since_step = 0
         self.hosts: dict[str, Hyperparameters] = {}
@@ -55,6 +58,11 @@ class HostClock:
             f"the optimizers must own the model's parameters, {plan.tail_name}.weight is in none of "
             f"{len(self.optimizers)}; build the optimizer from model.parameters() before the Grower and pass that one"
         )
+
+    @property
+    def approximations(self) -> list[str]:
+        """What to tell the user of optimizers whose rule grown units cannot repeat."""
+        return [text for optimizer in self.optimizers if (text := approximation(optimizer)) is not None]
 
     @property
     def adaptive(self) -> bool:

@@ -371,7 +371,7 @@ def _trend(window: npt.NDArray[np.float64]) -> tuple[float, float, float, float]
 def evidence_gate(
     *, e_value: Number, threshold: Number, confirm_p: Number, level: Number, gain: Number, min_gain: Number = 0.0
 ) -> Gate:
-    """EVALUATING -> FINE_TUNING: is the gain on held-out batches real, and confirmed once on unused ones?
+    """EVALUATING -> FINE_TUNING: is the gain on held-out batches real, and confirmed once on batches of its own?
 
     ``gain`` and ``min_gain`` are in units of the loss. An e-value that overflowed refuses: cap it where it is computed.
     """

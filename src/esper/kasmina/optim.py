@@ -15,7 +15,18 @@ from torch.optim import Optimizer
 
 from esper.kasmina.bank import Bank
 
-_ADAPTIVE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)
+_ADAPTIVE = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+)
+_FOLLOWED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+"""Optimizers whose own rule grown units repeat exactly."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,24 @@ class Hyperparameters:
 def is_adaptive(optimizer: Optimizer) -> bool:
     """Whether the optimizer scales steps by gradient statistics (Adam and its kin, by class or by its ``betas``)."""
     return isinstance(optimizer, _ADAPTIVE) or any("betas" in group for group in optimizer.param_groups)
+
+
+def refusal(optimizer: Optimizer) -> str | None:
+    """Why grown units cannot learn beside this optimizer, or ``None``."""
+    for group in optimizer.param_groups:
+        if bool(group.get("maximize", False)):
+            return "the optimizer must minimise, got maximize=True; negate the loss instead"
+        if not isinstance(group.get("lr"), (int, float, Tensor)):
+            return f"the optimizer must state a learning rate, got lr={group.get('lr')!r}; set one"
+    return None
+
+
+def approximation(optimizer: Optimizer) -> str | None:
+    """What to tell the user of an optimizer whose rule is not repeated exactly, or ``None``."""
+    if isinstance(optimizer, _FOLLOWED):
+        return None
+    rule = "AdamW" if is_adaptive(optimizer) else "SGD with its momentum"
+    return f"grown units learn by {rule} at the learning rate of {type(optimizer).__name__}, whose rule is not known"
 
 
 def hyperparameters(optimizer: Optimizer, group: dict[str, object]) -> Hyperparameters:

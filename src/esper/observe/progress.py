@@ -45,12 +45,13 @@ def done_line(history: RunHistory) -> str:
     """``done  0.398 -> 0.355, params +19%; stopped: gain per cost below threshold``, means over seeds."""
     main = history.main_arm
     runs = list(history.arms.get(main, {}).values()) if main is not None else []
+    word = "done" if history.is_finished else "so far"
     measured = [(run.first_held_out, run.last_held_out) for run in runs]
     pairs = [(first.loss, last.loss) for first, last in measured if first is not None and last is not None]
     if not pairs:
-        return "done"
+        return word
     text = (
-        f"done       {decimal(_mean([first for first, _ in pairs]))} -> {decimal(_mean([last for _, last in pairs]))}"
+        f"{word:<10} {decimal(_mean([first for first, _ in pairs]))} -> {decimal(_mean([last for _, last in pairs]))}"
     )
     growths = [run.last_held_out.params / run.host_params - 1 for run in runs if run.last_held_out and run.host_params]
     if growths:

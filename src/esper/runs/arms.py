@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -178,7 +179,7 @@ def configure(config: Config, options: RunOptions, seed: int) -> Config:
 
 def _add_growth(trained: Trained, grower: Grower, events: Sequence[AnyEvent]) -> nn.Module:
     verdicts = grower.verdicts
-    kept = {v.cohort for v in verdicts if v.state is Lifecycle.FOSSILIZED}
+    kept = {v.cohort: v.sites for v in verdicts if v.state is Lifecycle.FOSSILIZED}
     germinated = [event for event in events if isinstance(event, Germinated)]
     count = {state: sum(v.state is state for v in verdicts) for state in Lifecycle}
     trained.cohorts = {
@@ -188,11 +189,20 @@ def _add_growth(trained: Trained, grower: Grower, events: Sequence[AnyEvent]) ->
         "cancelled": count[Lifecycle.CANCELLED],
         "rolled_back": count[Lifecycle.ROLLED_BACK],
     }
-    trained.kept = tuple(event for event in germinated if event.cohort in kept)
+    trained.kept = tuple(_only(event, kept[event.cohort]) for event in germinated if event.cohort in kept)
     trained.stopped = grower.stopped_because
     trained.flops_parts = dict(grower.ledger.spent)
     trained.layers = grower.export_structure()
-    return grower.export()
+    plain = grower.export()
+    trained.params = _params(plain, None)  # a branch that folds into the host's own weight adds none
+    return plain
+
+
+def _only(event: Germinated, sites: Sequence[str]) -> Germinated:
+    """The seeds of a germination on the sites that were kept (a site may be dropped on the way)."""
+    rows = [row for row, site in enumerate(event.sites) if site in sites]
+    fields = ("seeds", "sites", "blueprints", "starts", "widths")
+    return msgspec.structs.replace(event, **{name: tuple(getattr(event, name)[row] for row in rows) for name in fields})
 
 
 def _final_widths(cell: Cell, grower: Grower | None) -> tuple[int, ...]:
@@ -211,8 +221,6 @@ def _mean_loss(preset: Preset, model: nn.Module, batches: Sequence[Any]) -> floa
 
 
 def _tagged(event: AnyEvent, cell: Cell) -> AnyEvent:
-    import msgspec
-
     return msgspec.structs.replace(event, arm=cell.arm, seed=cell.seed)
 
 

@@ -51,7 +51,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_model(run_dir: Path, preset: Preset, trained: Trained) -> None:
     """The grown model of the first seed as plain weights, and the structure that they fit."""
-    save_file({name: value.contiguous() for name, value in trained.weights.items()}, run_dir / "model.safetensors")
+    temporary = run_dir / "model.safetensors.tmp"
+    save_file({name: value.contiguous() for name, value in trained.weights.items()}, temporary)
+    os.replace(temporary, run_dir / "model.safetensors")
     structure = {
         "version": STRUCTURE_VERSION,
         "preset": preset.name,

@@ -131,7 +131,7 @@ class _Job:
         for arm in ARMS if self.options.controls else ARMS[:1]:
             self._run_arm(arm)
             if arm == "grown":
-                write_model(self.run_dir, self.preset, self.results["grown"][0])
+                self._save(self.results["grown"][0])
         summary = summarise(self.results, self.lr_trials)
         summary["run_dir"] = str(self.run_dir)
         summary["preset"] = self.preset.name
@@ -152,11 +152,17 @@ class _Job:
             self.on_note(f"{arm}: learning rate {best.cell.lr:g}, held-out loss {best.held_out:.4g}")
             for event in best.events:
                 self._emit(event)
+            self._save(best)  # what is finished outlives a crash of what follows
             others = [self._cell(arm, seed, best.cell.lr) for seed in self.seeds[1:]]
             self.results[arm] = [best, *self._train_all(others, live=True)]
         for trained in self.results[arm]:
             self._refuse_divergence(trained)
             self._emit(score(trained, self.preset))
+
+    def _save(self, trained: Trained) -> None:
+        """Keep the grown model of the first seed."""
+        if trained.cell.arm == "grown" and math.isfinite(trained.held_out):
+            write_model(self.run_dir, self.preset, trained)
 
     def _refuse_divergence(self, trained: Trained) -> None:
         """Neither scores nor gains mean anything when the training of the chosen learning rate has diverged."""

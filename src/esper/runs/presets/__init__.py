@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from esper.config import SitesConfig
-from esper.errors import UnknownNameError
+from esper.errors import ConfigError, UnknownNameError
 from esper.kasmina.discovery import discover
 from esper.kasmina.isolation import undisturbed
 from esper.protocol import SiteInfo, Skipped
@@ -36,6 +36,8 @@ def make_preset(name: str, device: torch.device, *, size: str = "cpu", data: Pat
         When its data is missing or has the wrong shape.
     """
     check_preset(name)
+    if data is not None and name != "vision":
+        raise ConfigError(f"only the vision preset takes --data, got it for {name!r}; leave it out")
     if name == "digits":
         from esper.runs.presets.digits import Digits
 

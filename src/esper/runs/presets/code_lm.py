@@ -97,7 +97,7 @@ class CodeLM(Preset):
         return torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
 
     def schedule(self, progress: float) -> float:
-        warm = 100 / self.steps
+        warm = 100 / self.size["steps"]
         return min(1.0, (progress + 1e-9) / warm) * (0.5 + 0.5 * math.cos(math.pi * progress))
 
     def clip(self, model: nn.Module) -> None:
