@@ -218,7 +218,10 @@ SETTINGS: list[tuple[Callable[[], object], str]] = [
     (lambda: esper.CaptureConfig(batches=1), r"batches must be at least 2 .*got 1; use 8"),
     (lambda: esper.FitConfig(scales=()), r"scales must be positive, got \(\)"),
     (lambda: esper.GraftConfig(ramp="steep"), r"linear, cosine or sigmoid, got 'steep'"),
-    (lambda: esper.GraftConfig(ramp_steps=50, timeout=50), r"timeout must exceed graft.ramp_steps, got 50"),
+    (
+        lambda: esper.GraftConfig(ramp_steps=50, timeout=50),
+        r"timeout must exceed graft.ramp_steps . graft.settle_steps, got 50",
+    ),
     (lambda: esper.EvidenceConfig(fdr=0.0), r"fdr must lie between 0 and 1, got 0.0"),
     (lambda: esper.EvidenceConfig(calibration_share=0.6, confirm_share=0.4), r"leave room for the gate"),
     (lambda: esper.BudgetConfig(flops_share=0.9), r"at least 1 \(the host itself\), got 0.9"),

@@ -242,7 +242,7 @@ def test_run_started_alone_is_enough_for_the_first_line(
     monkeypatch.setattr("esper.runs.execute", execute, raising=False)
     assert main(["run"]) == 0
     out, err = capsys.readouterr()
-    assert "runs/digits-07" in err and out.startswith("done\n")
+    assert "runs/digits-07" in err and out.startswith("so far\n")
 
 
 def test_interrupt_while_a_command_is_still_loading(

@@ -194,7 +194,8 @@ def test_only_adaptive_rules_are_boosted() -> None:
 
 def test_which_optimizers_are_adaptive_and_how_they_are_read() -> None:
     parameters = [torch.zeros(2, requires_grad=True)]
-    assert is_adaptive(torch.optim.NAdam(parameters)) and not is_adaptive(torch.optim.RMSprop(parameters))
+    assert is_adaptive(torch.optim.NAdam(parameters)) and is_adaptive(torch.optim.RMSprop(parameters))
+    assert not is_adaptive(torch.optim.SGD(parameters, 0.1))
     read = {
         "adamw": torch.optim.AdamW(parameters), "adam": torch.optim.Adam(parameters),
         "sgd": torch.optim.SGD(parameters, 0.1, momentum=0.9),
