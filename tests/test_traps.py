@@ -306,6 +306,7 @@ def test_a_well_placed_step_does_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rig.train(20)
+    assert Warned not in [type(event) for event in rig.events]
 
 
 def test_a_grower_without_an_optimizer_step_warns_once() -> None:

@@ -39,6 +39,7 @@ from esper.kasmina.execution import Kasmina
 from esper.kasmina.host import HostClock
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import Ledger, forward_flops
+from esper.kasmina.lifecycle import in_slot
 from esper.kasmina.preconditions import check_choices, check_host
 from esper.observation import observe
 from esper.protocol import AnyEvent, Attached, Command, HeldOut, Lifecycle, Observation, SiteInfo, Stopped, Verdict
@@ -323,7 +324,7 @@ class Grower:
         """Non-finite losses or gradients: what is on trial leaves at once, the newest first."""
         damaged = self.kasmina.damaged()
         recent = torch.stack([value.float() for value in self._losses])
-        suspects = [c for c in self.kasmina.cohorts.values() if c.state >= Lifecycle.GRAFTING and c.alpha > 0]
+        suspects = [c for c in self.kasmina.cohorts.values() if bool(in_slot(int(c.state), c.alpha))]
         if not bool(torch.isfinite(recent).all()):
             self._losses.clear()  # one incident has one culprit: the window must not accuse the next cohort
             damaged = damaged or sorted(suspects, key=lambda cohort: -cohort.born)[:1]

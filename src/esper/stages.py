@@ -17,10 +17,10 @@ from esper.kasmina.cohort import Cohort
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.host import HostClock
 from esper.kasmina.ledger import Ledger
-from esper.kasmina.lifecycle import Gate, is_active, ramp_gate, sanity_gate, stability_gate
+from esper.kasmina.lifecycle import Gate, capture_gate, in_slot, is_active, ramp_gate, sanity_gate, stability_gate
 from esper.kasmina.starts import STARTS
 from esper.kasmina.strategies import STRATEGIES, GraftContext, Move
-from esper.protocol import AnyEvent, Fitted, Judged, Lifecycle, Transitioned, Verdict
+from esper.protocol import AnyEvent, Fitted, Judged, Lifecycle, Transitioned, Verdict, Warned
 
 NAN = float("nan")
 
@@ -39,6 +39,8 @@ class Stages:
     """Detached task losses of the last steps, oldest first."""
     held_out: float = NAN
     verdicts: list[Verdict] = field(default_factory=list[Verdict])
+    looks: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+    """Gain and standard error of every judged cohort that has ended: reported gains are shrunk towards this pool."""
 
     # ---------------------------------------------------------------------------------------------- the step
 
@@ -55,8 +57,11 @@ class Stages:
         sites = [self.kasmina.sites[name] for name in cohort.sites]
         if self._given_up(cohort, step):
             return
-        if all(site.capture is None or site.capture.full for site in sites):
-            self._move(cohort, Lifecycle.TRAINING, step, "capture: all rows are there")
+        captures = [site.capture for site in sites if site.capture is not None]
+        gates = [capture_gate(batches=capture.filled, needed=capture.num_batches) for capture in captures]
+        if all(gate.passed for gate in gates):
+            reason = gates[0].reason if gates else "capture: the start needs no rows"
+            self._move(cohort, Lifecycle.TRAINING, step, reason)
         elif step - cohort.entered >= self.config.capture.timeout:
             filled = min(site.capture.filled for site in sites if site.capture is not None)
             self.end(
@@ -115,11 +120,12 @@ class Stages:
     def _evaluating(self, cohort: Cohort, step: int) -> None:
         before = self.ledger.spent["evidence"]
         judged = self.judge.evaluate(cohort.number, cohort.sites)
+        shrunken = self._shrunken(judged.result)
         self._note_gain(cohort, judged.result)
         self.emit(
             Judged(
                 step=step, cohort=cohort.number, stage="evaluate", sites=cohort.sites, gain=judged.result.mean,
-                gain_low=judged.result.low, gain_high=judged.result.high, gain_shrunken=self._shrunken(judged.result),
+                gain_low=judged.result.low, gain_high=judged.result.high, gain_shrunken=shrunken,
                 e_value=judged.e_value, e_threshold=judged.threshold, confirm_p=judged.confirm_p,
                 num_batches=judged.num_batches, accepted=judged.gate.passed, added_params=cohort.added_params,
                 added_flops_share=cohort.added_flops_share, flops=self.ledger.spent["evidence"] - before,
@@ -179,7 +185,7 @@ class Stages:
     def end(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
         """Bring a cohort to ``CULLED``, ``CANCELLED`` or ``ROLLED_BACK``; a branch in the forward fades out, or
         leaves at once on a rollback."""
-        in_forward = cohort.state >= Lifecycle.GRAFTING and cohort.alpha > 0
+        in_forward = bool(in_slot(int(cohort.state))) and cohort.alpha > 0
         self._conclude(cohort, target, step, reason)  # raises for an illegal end, before anything has changed
         cohort.paused = False
         cohort.fading_from = cohort.alpha
@@ -205,6 +211,8 @@ class Stages:
 
     def _add_verdict(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
         gain, low, high = cohort.gain
+        if math.isfinite(gain) and cohort.gain_error > 0:
+            self.looks.append((gain, cohort.gain_error))
         self.verdicts.append(
             Verdict(
                 cohort=cohort.number, step=step, state=target, sites=cohort.sites, gain=gain, gain_low=low,
@@ -223,6 +231,14 @@ class Stages:
         rows = capture.rows(bank.reads) if capture is not None else None
         if rows is not None and site.telemetry is not None and rows.g.numel():
             site.telemetry.record_gradient(rows.g, site.geometry.feature_axis)
+        if capture is not None and capture.dropped_batches:
+            self.emit(
+                Warned(
+                    step=step,
+                    message=f"{name}: {capture.dropped_batches} of {capture.num_batches} captured batches held no "
+                    "gradient or non-finite values and were left out of the fit",
+                )
+            )
         member.report = start.prepare(bank, rows, self.config.fit, self.kasmina.generator)
         self.ledger.add("fit", member.report.flops)
         report = member.report
@@ -298,16 +314,15 @@ class Stages:
 
     def _note_gain(self, cohort: Cohort, result: PairedResult) -> None:
         cohort.gain = (result.mean, result.low, result.high)
+        cohort.gain_error = result.standard_error
 
     def _shrunken(self, result: PairedResult) -> float:
         """Gain shrunk towards the run's other judged gains (the best of many looks is too good)."""
-        past = [v for v in self.verdicts if math.isfinite(v.gain) and math.isfinite(v.gain_low)]
-        error = (result.high - result.low) / 4
-        if not math.isfinite(result.mean) or error <= 0:
+        error = result.standard_error
+        if not math.isfinite(result.mean) or not error > 0:
             return result.mean
-        gains = [v.gain for v in past] + [result.mean]
-        errors = [max((v.gain_high - v.gain_low) / 4, 1e-12) for v in past] + [error]
-        return float(shrink_gains(gains, errors)[-1])
+        looks = [*self.looks, (result.mean, error)]
+        return float(shrink_gains([gain for gain, _ in looks], [size for _, size in looks])[-1])
 
     def _move(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
         source = cohort.state

@@ -137,7 +137,7 @@ PASSING: dict[str, tuple[Callable[..., Gate], dict[str, Any]]] = {
             "bytes_free": 100,
         },
     ),
-    "capture": (capture_gate, {"rows": 100, "needed": 100}),
+    "capture": (capture_gate, {"batches": 100, "needed": 100}),
     "sanity": (
         lambda **kw: sanity_gate("gradient", **kw),
         {"t_statistic": 2.0, "min_t": 2.0, "capture_age": 50, "max_age": 50},
@@ -198,7 +198,7 @@ def test_a_missing_or_non_finite_metric_or_bound_refuses(name: str, argument: st
         ("germination", "flops_after", 2_000_000_001.0),
         ("germination", "bytes_needed", 101),
         ("germination", "bytes_needed", -1),
-        ("capture", "rows", 99),
+        ("capture", "batches", 99),
         ("capture", "needed", 0),
         ("sanity", "t_statistic", 1.99),
         ("sanity", "capture_age", 51),

@@ -126,6 +126,7 @@ def test_a_reader_that_went_away_does_not_end_training() -> None:
     console = Console(closed, Clock(), environ={})
     closed.close()
     console.on_event(p.Warned(step=1, message="x"))
+    assert closed.closed, "a closed stream is not opened again"
 
 
 def test_part_of_a_cohort_names_its_own_sites() -> None:

@@ -51,6 +51,8 @@ class Cohort:
     memory: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     losses: list[float] = field(default_factory=list[float])
     gain: tuple[float, float, float] = (float("nan"), float("nan"), float("nan"))
+    gain_error: float = float("nan")
+    """Standard error of the last measured gain."""
     held_by: str | None = None
     """Why the strategy held alpha in the last step, if it did."""
 

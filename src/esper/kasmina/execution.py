@@ -18,15 +18,13 @@ from esper.kasmina.cohort import Cohort
 from esper.kasmina.discovery import Discovery, SitePlan
 from esper.kasmina.germination import Nursery, Room
 from esper.kasmina.hooks import attach
-from esper.kasmina.lifecycle import Gate
+from esper.kasmina.lifecycle import Gate, learns_from_task
 from esper.kasmina.optim import Hyperparameters, SlotAdamW
 from esper.kasmina.seeds import SeedTable
 from esper.kasmina.site import Site
 from esper.kasmina.starts import STARTS
 from esper.kasmina.telemetry import TelemetryBuffer
 from esper.protocol import Lifecycle, SeedPlan
-
-_LEARNING = (Lifecycle.GRAFTING, Lifecycle.FINE_TUNING)
 
 
 class Kasmina:
@@ -153,10 +151,11 @@ class Kasmina:
         if slots is not None and len(slots) < len(cohort.slots):
             return
         cohort.state, cohort.entered = target, step
+        learns = bool(learns_from_task(int(target)))
         for name in cohort.sites:
             bank = self.sites[name].banks.get(cohort.number)
             if bank is not None:
-                bank.set_learning(target in _LEARNING)
+                bank.set_learning(learns)
         self.refresh()
 
     def graft(self, cohort: Cohort) -> None:

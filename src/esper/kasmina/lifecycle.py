@@ -263,12 +263,12 @@ def germination_gate(
     )
 
 
-def capture_gate(*, rows: Number, needed: Number) -> Gate:
+def capture_gate(*, batches: Number, needed: Number) -> Gate:
     """GERMINATED -> TRAINING: is the capture buffer full?"""
     return _judge(
         "capture",
-        _Rule("rows needed", needed, "at least", 1, "set capture.rows to at least 16"),
-        _Rule("captured rows", rows, "at least", needed, "wait for more training batches"),
+        _Rule("batches needed", needed, "at least", 1, "set capture.batches to at least 2"),
+        _Rule("captured batches", batches, "at least", needed, "wait for more training batches"),
     )
 
 
