@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from esper.kasmina.ops.telemetry import chunk_statistics
+from esper.kasmina.ops.telemetry import record_statistics
 
 
 class TelemetryBuffer:
@@ -24,10 +24,8 @@ class TelemetryBuffer:
 
     def record(self, y: Tensor, feature_axis: int) -> None:
         """Read up to ``rows`` rows of ``y``, strided over the whole batch; ``y`` is not changed or kept."""
-        rows = y.detach().movedim(feature_axis, -1).reshape(-1, y.shape[feature_axis])
         self.reports.add_(1)
-        stride = max(1, rows.shape[0] // self.rows)
-        self.statistics.copy_(chunk_statistics(rows[::stride][: self.rows], self.chunk_of, self.chunk_sizes))
+        record_statistics(self.statistics, y, feature_axis, self.rows, self.chunk_of, self.chunk_sizes)
 
     @property
     def reported(self) -> bool:

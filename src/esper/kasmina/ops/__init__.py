@@ -1,1 +1,1 @@
-"""Operations with a plain reference and, where it pays, a faster twin."""
+"""Operations with a plain reference and a faster twin: one package each, chosen between in ``dispatch`` alone."""

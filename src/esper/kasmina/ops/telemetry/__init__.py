@@ -1,5 +1,68 @@
-"""Telemetry: statistics a chunk."""
+"""Telemetry: mean and variance a chunk, over sampled or all rows."""
 
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from esper.kasmina.ops import dispatch
 from esper.kasmina.ops.telemetry.reference import chunk_statistics
 
-__all__ = ["chunk_statistics"]
+__all__ = ["chunk_statistics", "record_statistics"]
+
+
+def record_statistics(
+    out: Tensor, y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor
+) -> None:
+    """Overwrite ``out`` with the statistics of each chunk of ``y``; ``y`` is neither changed nor kept.
+
+    Parameters
+    ----------
+    out:
+        ``(2, C)`` fp32: means and population variances.
+    y:
+        Any shape with F features on ``feature_axis``, any float dtype.
+    max_rows:
+        Rows (positions) read at most, strided over all of ``y``.
+    chunk_of, chunk_sizes:
+        ``(F,)`` int64, the chunk of each feature, and ``(C,)`` fp32, the features of each chunk.
+    """
+    y = y.detach()
+    if not (y.is_cuda or dispatch.INTERPRETED):
+        _sampled_reference(out, y, feature_axis, max_rows, chunk_of, chunk_sizes)
+    elif torch.compiler.is_compiling():
+        _record_opaque(out, y, feature_axis, max_rows, chunk_of, chunk_sizes)
+    else:
+        _record(out, y, feature_axis, max_rows, chunk_of, chunk_sizes)
+
+
+def _sampled_reference(
+    out: Tensor, y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor
+) -> None:
+    rows = y.movedim(feature_axis, -1).reshape(-1, y.shape[feature_axis])
+    stride = max(1, rows.shape[0] // max_rows)
+    out.copy_(chunk_statistics(rows[::stride][:max_rows], chunk_of, chunk_sizes))
+
+
+def _record(
+    out: Tensor, y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor
+) -> None:
+    if dispatch.runs_triton("telemetry", y):
+        from esper.kasmina.ops.telemetry import triton
+
+        triton.chunk_statistics_into(out, y, feature_axis, max_rows)
+    else:
+        _sampled_reference(out, y, feature_axis, max_rows, chunk_of, chunk_sizes)
+
+
+@torch.library.custom_op("esper::record_statistics", mutates_args={"out"})
+def _record_opaque(
+    out: Tensor, y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor
+) -> None:
+    """One node of a compiled graph; the choice between the twins is made when it runs."""
+    _record(out, y, feature_axis, max_rows, chunk_of, chunk_sizes)
+
+
+@_record_opaque.register_fake
+def _(out: Tensor, y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor) -> None:
+    return None

@@ -1,0 +1,253 @@
+"""Graft: add the branches of many seeds that read and write their own columns of a site's output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from esper.kasmina.ops import dispatch
+from esper.kasmina.ops.graft import reference
+
+LARGEST = 64
+"""Most columns or hidden units a seed may have in the kernels; beyond, one dense matrix product a seed is as fast."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INTERPRETED_DTYPES = (torch.float32,)
+"""Triton's interpreter multiplies half-precision numbers wrongly."""
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Where the seeds of a bank sit.
+
+    Attributes
+    ----------
+    columns:
+        ``(S, K)`` int32: the feature columns of each seed; no column belongs to two.
+    flat:
+        The same ``(S*K,)`` int64.
+    own:
+        ``(S, K)`` int32: the numbers 0 to ``S*K - 1``, the columns of a copy of what the seeds read.
+    whole:
+        Whether the seeds cover all features.
+    runs, own_runs:
+        Whether ``columns`` (``own``) fall into runs of 16 or more neighbours that start at a multiple of 8: those are
+        read and written 16 bytes at a time.
+    """
+
+    columns: Tensor
+    flat: Tensor
+    own: Tensor
+    whole: bool
+    runs: bool
+    own_runs: bool
+
+    @classmethod
+    def of(cls, columns: Tensor, num_features: int, device: torch.device) -> Seats:
+        """From ``columns (S, K)`` on the CPU."""
+        columns = columns.to(torch.int32).contiguous()
+        own = torch.arange(columns.numel(), dtype=torch.int32).view(columns.shape)
+        return cls(
+            columns.to(device), columns.reshape(-1).long().to(device), own.to(device),
+            columns.numel() == num_features, _falls_into_runs(columns), _falls_into_runs(own),
+        )  # fmt: skip
+
+
+def _falls_into_runs(columns: Tensor) -> bool:
+    width = columns.shape[1]
+    length = max(16, width)
+    if columns.numel() % length or length % width:
+        return False
+    runs = columns.reshape(-1, length)
+    return bool((runs == runs[:, :1] + torch.arange(length)).all()) and not bool((runs[:, 0] % 8).any())
+
+
+def graft(
+    y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, seats: Seats, *, writable: bool = False
+) -> Tensor:
+    """``y[..., c_s] + alpha_s * W2_s silu(W1_s y[..., c_s] + b1_s)`` for every seed s, its columns being ``c_s``.
+
+    Parameters
+    ----------
+    y:
+        ``(..., F)``.
+    w1, b1, w2, alpha:
+        ``(S, H, K)``, ``(S, H)``, ``(S, K, H)``, ``(S,)``, fp32.
+    writable:
+        The caller gives ``y`` up: its memory may be used for the result, which saves two passes over it. Whoever has
+        saved ``y`` for a backward pass then gets autograd's error, not a wrong gradient.
+    """
+    if not _is_taken(y, w1):
+        return reference.graft(y, w1, b1, w2, alpha, seats.flat)
+    if torch.compiler.is_compiling():
+        places = (seats.columns, seats.flat, seats.own, seats.whole, seats.runs, seats.own_runs)
+        return _graft_opaque(y, w1, b1, w2, alpha, *places)[0]
+    if not dispatch.runs_triton("graft", y):
+        return reference.graft(y, w1, b1, w2, alpha, seats.flat)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, w1, b1, w2, alpha)):
+        return _Graft.apply(y, w1, b1, w2, alpha, seats, writable)  # type: ignore[reportReturnType]
+    return _forward(y, w1, b1, w2, alpha, seats, writable=writable, keep=False)[0]
+
+
+def _is_taken(y: Tensor, w1: Tensor) -> bool:
+    """Whether device, sizes and type of number are ones the kernels are for."""
+    if not (y.is_cuda or dispatch.INTERPRETED) or max(w1.shape[1:]) > LARGEST:
+        return False
+    if y.dtype not in (_INTERPRETED_DTYPES if dispatch.INTERPRETED else _DTYPES):
+        return False
+    # a function transform sees through PyTorch's operations only
+    return torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(y)  # type: ignore[reportPrivateUsage]
+
+
+def _forward(
+    y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, seats: Seats, *, writable: bool, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The result, in ``y``'s memory if it is ``writable``, and what the seeds read (``None`` without ``keep``).
+
+    Seeds over all features write a new tensor and ``y`` itself is kept: a copy would be no smaller.
+    """
+    from esper.kasmina.ops.graft import triton
+
+    source = y.contiguous()
+    rows = source.view(-1, y.shape[-1])
+    if seats.whole and (keep or not writable):
+        out = torch.empty_like(source)
+        kept, written = None, rows
+    else:
+        out = source if writable else source.clone()
+        kept = rows.new_empty(rows.shape[0], seats.flat.numel()) if keep else None
+        written = kept
+    triton.forward(rows, out.view(rows.shape), kept, w1, b1, w2, alpha, seats.columns, runs=seats.runs)
+    if out is y and not y.is_inference():
+        torch.autograd.graph.increment_version(y)
+    return out, written if keep else None
+
+
+def _backward(
+    g: Tensor, read: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, seats: Seats, weights: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of y, w1, b1 and ``w2 / alpha``; the last three empty without ``weights``."""
+    from esper.kasmina.ops.graft import triton
+
+    rows = g.reshape(-1, g.shape[-1]).contiguous()
+    gy = torch.empty_like(rows) if seats.whole else rows.clone()
+    read_columns, read_runs = (seats.columns, seats.runs) if seats.whole else (seats.own, seats.own_runs)
+    found = triton.backward(
+        rows, read, gy, w1, b1, w2, alpha, seats.columns, read_columns,
+        runs=seats.runs, read_runs=read_runs, weights=weights,
+    )  # fmt: skip
+    return gy.view(g.shape), *found
+
+
+class _Graft(torch.autograd.Function):
+    """The eager path; a compiled graph holds ``esper::graft`` instead."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, seats: Seats, writable: bool
+    ) -> Tensor:
+        out, read = _forward(y, w1, b1, w2, alpha, seats, writable=writable, keep=True)
+        ctx.save_for_backward(read, w1, b1, w2, alpha)
+        ctx.seats = seats
+        if out is y:
+            # the same memory as a tensor of its own: a view made here could not be edited in place by what follows
+            out = torch.empty(0, dtype=y.dtype, device=y.device).set_(y)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        read, w1, b1, w2, alpha = ctx.saved_tensors
+        weights = any(ctx.needs_input_grad[1:5])
+        gy, g1, gb, g2 = _backward(g, read, w1, b1, w2, alpha, ctx.seats, weights)
+        return gy, *_parameter_gradients(g1, gb, g2, w1, b1, w2, alpha, ctx.needs_input_grad), None, None
+
+
+def _parameter_gradients(
+    g1: Tensor, gb: Tensor, g2: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Of w1, b1, w2, alpha, from sums that hold no alpha in the third."""
+    return (
+        g1.to(w1.dtype) if needed[1] else None,
+        gb.to(b1.dtype) if needed[2] else None,
+        (g2 * alpha[:, None, None]).to(w2.dtype) if needed[3] else None,
+        (g2 * w2).sum((1, 2)).to(alpha.dtype) if needed[4] else None,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- one node of a graph
+
+
+@torch.library.custom_op("esper::graft", mutates_args=())
+def _graft_opaque(
+    y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor, own: Tensor,
+    whole: bool, runs: bool, own_runs: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The result, and what the seeds read (empty if they are ``whole``: it is ``y`` then)."""
+    seats = Seats(columns, flat, own, whole, runs, own_runs)
+    if dispatch.runs_triton("graft", y):
+        out, read = _forward(y, w1, b1, w2, alpha, seats, writable=False, keep=True)
+        assert read is not None
+    else:
+        out = reference.graft(y, w1, b1, w2, alpha, flat)
+        read = y.reshape(-1, y.shape[-1]).index_select(1, flat)
+    return out, y.new_empty(0) if whole else read
+
+
+@_graft_opaque.register_fake
+def _(
+    y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor, own: Tensor,
+    whole: bool, runs: bool, own_runs: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows = y.numel() // y.shape[-1]
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
+    return out, y.new_empty(0) if whole else y.new_empty(rows, flat.numel())
+
+
+@torch.library.custom_op("esper::graft_backward", mutates_args=())
+def _graft_backward_opaque(
+    g: Tensor, read: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor,
+    own: Tensor, whole: bool, runs: bool, own_runs: bool, weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of y, w1, b1 and ``w2 / alpha``; the last three empty without ``weights``."""
+    seats = Seats(columns, flat, own, whole, runs, own_runs)
+    if dispatch.runs_triton("graft", g):
+        return _backward(g, read.reshape(-1, read.shape[-1]), w1, b1, w2, alpha, seats, weights)
+    rows = g.reshape(-1, g.shape[-1])
+    x = read.reshape(rows.shape[0], -1)
+    x = x.index_select(1, flat) if whole else x
+    gx, g1, gb, g2 = reference.gradients(rows.index_select(1, flat), x, w1, b1, w2, alpha)
+    gy = rows.index_add(1, flat, gx.to(g.dtype)).view(g.shape)
+    empty = g1.new_empty(0)
+    return (gy, g1, gb, g2) if weights else (gy, empty, empty.clone(), empty.clone())
+
+
+@_graft_backward_opaque.register_fake
+def _(
+    g: Tensor, read: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor,
+    own: Tensor, whole: bool, runs: bool, own_runs: bool, weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gy = torch.empty_like(g, memory_format=torch.contiguous_format)
+    shapes = [w1.shape, b1.shape, w2.shape] if weights else [(0,)] * 3
+    return gy, *(torch.empty(shape, dtype=torch.float32, device=g.device) for shape in shapes)  # type: ignore[reportReturnType]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    y, w1, b1, w2, alpha, columns, flat, own, *ctx.layout = inputs
+    (whole, _, _) = ctx.layout
+    ctx.save_for_backward(y if whole else output[1], w1, b1, w2, alpha, columns, flat, own)
+
+
+def _differentiate(ctx: Any, g: Tensor, _g_read: Tensor) -> tuple[Tensor | None, ...]:
+    read, w1, b1, w2, alpha, columns, flat, own = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    weights = any(needed[1:5])
+    gy, g1, gb, g2 = _graft_backward_opaque(g, read, w1, b1, w2, alpha, columns, flat, own, *ctx.layout, weights)
+    return gy, *_parameter_gradients(g1, gb, g2, w1, b1, w2, alpha, needed), *(None,) * 6
+
+
+_graft_opaque.register_autograd(_differentiate, setup_context=_setup)

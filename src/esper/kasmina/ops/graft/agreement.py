@@ -1,0 +1,42 @@
+"""A small problem on which the graft kernels must agree with their reference before they are used on a device."""
+
+from __future__ import annotations
+
+import torch
+
+from esper.kasmina.ops import dispatch
+from esper.kasmina.ops.graft import Seats, reference, triton
+
+
+def check(device: torch.device) -> None:
+    """Scattered seeds of 3 columns and one of 20, forward and backward.
+
+    Raises
+    ------
+    DisagreementError
+        The results differ.
+    """
+    source = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=source).to(device)
+
+    for rows, features, seeds, width, units in ((40, 33, 7, 3, 5), (9, 24, 1, 20, 17)):
+        columns = torch.randperm(features, generator=source)[: seeds * width].view(seeds, width)
+        seats = Seats.of(columns, features, device)
+        y, g, alpha = draw(rows, features), draw(rows, features), draw(seeds)
+        w1, b1, w2 = draw(seeds, units, width), draw(seeds, units), draw(seeds, width, units)
+        out, read = y.clone(), y.new_empty(rows, seeds * width)
+        triton.forward(y, out, read, w1, b1, w2, alpha, seats.columns, runs=seats.runs)
+        gy = g.clone()
+        found = triton.backward(
+            g, read, gy, w1, b1, w2, alpha, seats.columns, seats.own,
+            runs=seats.runs, read_runs=seats.own_runs, weights=True,
+        )  # fmt: skip
+        gx, *wanted = reference.gradients(g[:, seats.flat], y[:, seats.flat], w1, b1, w2, alpha)
+        pairs = [
+            (out, reference.graft(y, w1, b1, w2, alpha, seats.flat)),
+            (gy, g.index_add(1, seats.flat, gx)),
+            *zip(found, wanted, strict=True),
+        ]
+        dispatch.agree("graft", pairs, 1e-4)

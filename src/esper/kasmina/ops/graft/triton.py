@@ -1,0 +1,252 @@
+# Kernel arguments have no types that Python knows.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+"""Thousands of small seeds in one launch: each reads its own columns of y and adds its branch to them.
+
+    y[:, c_s] += alpha_s * W2_s silu(W1_s y[:, c_s] + b1_s)
+
+A program takes a tile of rows and a *group* of seeds whose columns together fill 16 or more: their weights are put into
+one block-diagonal matrix, so that seeds of 4 features run on the matrix units, and a seed of 64 features is a group by
+itself. Gradients of weights are summed in fixed order: every program keeps its own partial sum, no atomics.
+
+Shapes: N rows, F features, S seeds, K columns and H hidden units a seed; a group has G seeds, GK >= G * K columns and
+GH >= G * H hidden units (powers of two, at least 16: the smallest tile of the matrix units).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_UNITS = 64
+"""Most hidden units of a group of several seeds."""
+
+
+@triton.jit
+def _group_columns(columns, group, seeds, K: tl.constexpr, G: tl.constexpr, GK: tl.constexpr, DENSE: tl.constexpr):
+    """Feature columns of a group ``(GK,)`` and which of them are real."""
+    place = tl.arange(0, GK)
+    seed = group * G + place // K
+    real = (place < G * K) & (seed < seeds)
+    if DENSE:
+        # the host has checked that every group is one whole, aligned run
+        start = tl.multiple_of(tl.load(columns + group * G * K).to(tl.int32), 8)
+        return start + place, place < GK
+    return tl.load(columns + seed * K + place % K, mask=real, other=0).to(tl.int32), real
+
+
+@triton.jit
+def _first_weights(w1, group, seeds, K: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GK: tl.constexpr,
+                   GH: tl.constexpr):  # fmt: skip
+    """Offsets and mask of the block-diagonal ``(GK, GH)`` in ``w1 (S, H, K)``."""
+    column, unit = tl.arange(0, GK)[:, None], tl.arange(0, GH)[None, :]
+    seed = group * G + column // K
+    mask = (column // K == unit // H) & (column < G * K) & (unit < G * H) & (seed < seeds)
+    return seed * (H * K) + (unit % H) * K + column % K, mask
+
+
+@triton.jit
+def _second_weights(w2, group, seeds, K: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GK: tl.constexpr,
+                    GH: tl.constexpr):  # fmt: skip
+    """Offsets and mask of the block-diagonal ``(GH, GK)`` in ``w2 (S, K, H)``."""
+    unit, column = tl.arange(0, GH)[:, None], tl.arange(0, GK)[None, :]
+    seed = group * G + column // K
+    mask = (column // K == unit // H) & (column < G * K) & (unit < G * H) & (seed < seeds)
+    return seed * (H * K) + (column % K) * H + unit % H, mask
+
+
+@triton.jit
+def _group_units(b1, group, seeds, H: tl.constexpr, G: tl.constexpr, GH: tl.constexpr):
+    """Offsets and mask of a group's hidden units ``(GH,)`` in ``b1 (S, H)``."""
+    unit = tl.arange(0, GH)
+    return group * G * H + unit, (unit < G * H) & (group * G + unit // H < seeds)
+
+
+@triton.jit
+def forward_kernel(
+    y, out, kept, w1, b1, w2, alpha, columns, rows, features, seeds, groups,
+    K: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GK: tl.constexpr, GH: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, DENSE: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Read columns of ``y (N, F)``, write them to ``out`` (may be ``y``); ``KEEP``: what was read to ``kept (N, S*K)``."""
+    pid = tl.program_id(0)
+    group, block = pid % groups, pid // groups
+    column, real = _group_columns(columns, group, seeds, K, G, GK, DENSE)
+    place1, mask1 = _first_weights(w1, group, seeds, K, H, G, GK, GH)
+    place2, mask2 = _second_weights(w2, group, seeds, K, H, G, GK, GH)
+    unit, has_unit = _group_units(b1, group, seeds, H, G, GH)
+    dtype = y.dtype.element_ty
+    first = tl.load(w1 + place1, mask=mask1, other=0.0).to(dtype)
+    bias = tl.load(b1 + unit, mask=has_unit, other=0.0).to(tl.float32)
+    seed = group * G + tl.arange(0, GK) // K
+    scale = tl.load(alpha + seed, mask=real, other=0.0).to(tl.float32)
+    second = (tl.load(w2 + place2, mask=mask2, other=0.0).to(tl.float32) * scale[None, :]).to(dtype)
+    for tile in range(TILES):
+        row = (block * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & real[None, :]
+        place = row[:, None].to(tl.int64) * features + column[None, :]
+        value = tl.load(y + place, mask=mask, other=0.0)
+        z = tl.dot(value, first, input_precision="ieee") + bias[None, :]
+        h = z * tl.sigmoid(z)
+        delta = tl.dot(h.to(dtype), second, input_precision="ieee")
+        tl.store(out + place, (value.to(tl.float32) + delta).to(dtype), mask=mask)
+        if KEEP:
+            into = row[:, None].to(tl.int64) * (seeds * K) + (group * G * K + tl.arange(0, GK))[None, :]
+            tl.store(kept + into, value, mask=mask)
+
+
+@triton.jit
+def backward_kernel(
+    g, y, gy, part1, part_bias, part2, w1, b1, w2, alpha, columns, read_columns,
+    rows, features, read_features, seeds, groups,
+    K: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GK: tl.constexpr, GH: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, DENSE: tl.constexpr, READ_DENSE: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one group over ``ROWS * TILES`` rows.
+
+    ``y`` is what the forward read: columns ``read_columns`` of a tensor of ``read_features`` columns. Written are the
+    group's columns of ``gy (N, F)`` and, with ``WEIGHTS``, partial sums ``part1 (P, S, H, K)``, ``part_bias (P, S, H)``
+    and ``part2 (P, S, K, H)``, the last without alpha.
+    """
+    pid = tl.program_id(0)
+    group, block = pid % groups, pid // groups
+    column, real = _group_columns(columns, group, seeds, K, G, GK, DENSE)
+    read, _ = _group_columns(read_columns, group, seeds, K, G, GK, READ_DENSE)
+    place1, mask1 = _first_weights(w1, group, seeds, K, H, G, GK, GH)
+    place2, mask2 = _second_weights(w2, group, seeds, K, H, G, GK, GH)
+    unit, has_unit = _group_units(b1, group, seeds, H, G, GH)
+    dtype = y.dtype.element_ty
+    first = tl.load(w1 + place1, mask=mask1, other=0.0).to(dtype)
+    bias = tl.load(b1 + unit, mask=has_unit, other=0.0).to(tl.float32)
+    seed = group * G + tl.arange(0, GK) // K
+    scale = tl.load(alpha + seed, mask=real, other=0.0).to(tl.float32)
+    second = (tl.load(w2 + place2, mask=mask2, other=0.0).to(tl.float32) * scale[None, :]).to(dtype)
+    sum1 = tl.zeros([GK, GH], tl.float32)
+    sum2 = tl.zeros([GH, GK], tl.float32)
+    sum_bias = tl.zeros([GH], tl.float32)
+    for tile in range(TILES):
+        row = (block * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & real[None, :]
+        place = row[:, None].to(tl.int64) * features + column[None, :]
+        source = row[:, None].to(tl.int64) * read_features + read[None, :]
+        value = tl.load(y + source, mask=mask, other=0.0)
+        slope = tl.load(g + place, mask=mask, other=0.0)
+        z = tl.dot(value, first, input_precision="ieee") + bias[None, :]
+        gate = tl.sigmoid(z)
+        h = z * gate
+        dh = tl.dot(slope, tl.trans(second), input_precision="ieee")
+        dz = dh * (gate + h * (1.0 - gate))
+        dz_low = dz.to(dtype)
+        back = tl.dot(dz_low, tl.trans(first), input_precision="ieee")
+        tl.store(gy + place, (slope.to(tl.float32) + back).to(dtype), mask=mask)
+        if WEIGHTS:
+            sum1 += tl.dot(tl.trans(value), dz_low, input_precision="ieee")
+            sum2 += tl.dot(tl.trans(h.to(dtype)), slope, input_precision="ieee")
+            sum_bias += tl.sum(dz, 0)  # rows behind the last have a slope of zero, so dz is zero there
+    if WEIGHTS:
+        stack = tl.cast(block, tl.int64) * seeds * (H * K)
+        tl.store(part1 + stack + place1, sum1, mask=mask1)
+        tl.store(part2 + stack + place2, sum2, mask=mask2)
+        tl.store(part_bias + block * seeds * H + unit, sum_bias, mask=has_unit)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Seeds a group, its padded sizes, rows a tile, warps and pipeline stages."""
+
+    seeds: int
+    columns: int
+    units: int
+    rows: int
+    warps: int
+    stages: int = 2
+
+    def is_full(self, width: int) -> bool:
+        """Whether seeds of ``width`` columns fill a group's columns."""
+        return self.seeds * width == self.columns
+
+
+def grouping(columns: int, units: int, dtype: torch.dtype, *, backward: bool = False) -> Grouping:
+    """How seeds of ``columns`` columns and ``units`` hidden units are put together.
+
+    Tile heights keep a program's matrices in registers (``tests`` compile them and look for spills): the backward pass
+    holds three more, and fp32 products run without the matrix units, whose fragments are smaller.
+    """
+    together = max(1, min(16 // columns, _UNITS // units))
+    wide = max(16, triton.next_power_of_2(together * columns))
+    high = max(16, triton.next_power_of_2(together * units))
+    large = max(wide, high)
+    if dtype == torch.float32:
+        rows, warps = (32, 4) if large <= 32 else (16, 8) if backward else (32, 8)
+    elif backward:
+        rows, warps = (64, 4) if large <= 32 else (64, 8)
+    else:
+        rows, warps = (128, 4) if large <= 32 else (128, 8) if large <= 64 else (64, 8)
+    return Grouping(together, wide, high, rows, warps)
+
+
+def _tiles(rows: int, height: int, groups: int, wanted: int) -> int:
+    """Tiles a program: weights are loaded once for all of them, but the chip must stay full."""
+    blocks = -(-rows // height)
+    return max(1, min(wanted, blocks * groups // 1024))
+
+
+def forward(
+    y_NF: Tensor, out_NF: Tensor, kept: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor,
+    columns: Tensor, *, runs: bool, plan: Grouping | None = None, tiles: int = 4,
+) -> None:  # fmt: skip
+    """Write the seeds' columns of ``out_NF`` (may be ``y_NF``) and, if given, what they read to ``kept (N, S*K)``.
+
+    ``columns (S, K)`` int32; ``runs`` as of :class:`esper.kasmina.ops.graft.Seats`.
+    """
+    rows, features = y_NF.shape
+    seeds, units, width = w1.shape
+    plan = grouping(width, units, y_NF.dtype) if plan is None else plan
+    groups = -(-seeds // plan.seeds)
+    tiles = _tiles(rows, plan.rows, groups, tiles)
+    blocks = -(-rows // (plan.rows * tiles))
+    if blocks == 0:
+        return
+    forward_kernel[(groups * blocks,)](
+        y_NF, out_NF, out_NF if kept is None else kept, w1, b1, w2, alpha, columns, rows, features, seeds, groups,
+        K=width, H=units, G=plan.seeds, GK=plan.columns, GH=plan.units, ROWS=plan.rows, TILES=tiles,
+        DENSE=runs and plan.is_full(width), KEEP=kept is not None, num_warps=plan.warps, num_stages=plan.stages,
+    )  # fmt: skip
+
+
+def backward(
+    g_NF: Tensor, y: Tensor, gy_NF: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor,
+    read_columns: Tensor, *, runs: bool, read_runs: bool, weights: bool, plan: Grouping | None = None,
+    tiles: int = 8,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Write the seeds' columns of ``gy_NF``; return gradients of w1, b1 and ``w2 / alpha`` (empty without ``weights``).
+
+    ``y`` is what the forward read, at ``read_columns`` of its last axis.
+    """
+    rows, features = g_NF.shape
+    seeds, units, width = w1.shape
+    plan = grouping(width, units, y.dtype, backward=True) if plan is None else plan
+    groups = -(-seeds // plan.seeds)
+    tiles = _tiles(rows, plan.rows, groups, tiles)
+    blocks = max(1, -(-rows // (plan.rows * tiles)))
+    size = seeds * units * width
+    stack = torch.empty(blocks * (2 * size + seeds * units) if weights else 0, device=g_NF.device)
+    part1, part2, part_bias = stack.split([blocks * size, blocks * size, blocks * seeds * units]) if weights else (
+        stack, stack, stack
+    )  # fmt: skip
+    backward_kernel[(groups * blocks,)](
+        g_NF, y, gy_NF, part1, part_bias, part2, w1, b1, w2, alpha, columns, read_columns,
+        rows, features, y.shape[1], seeds, groups,
+        K=width, H=units, G=plan.seeds, GK=plan.columns, GH=plan.units, ROWS=plan.rows, TILES=tiles,
+        DENSE=runs and plan.is_full(width), READ_DENSE=read_runs and plan.is_full(width), WEIGHTS=weights, num_warps=plan.warps, num_stages=plan.stages,
+    )  # fmt: skip
+    if not weights:
+        return stack, stack, stack
+    return (
+        part1.view(blocks, seeds, units, width).sum(0),
+        part_bias.view(blocks, seeds, units).sum(0),
+        part2.view(blocks, seeds, width, units).sum(0),
+    )

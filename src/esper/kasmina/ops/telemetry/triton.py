@@ -1,0 +1,253 @@
+"""Telemetry on the GPU: mean and population variance of each chunk, in one or two launches.
+
+    mean_c = sum(y) / n        var_c = sum((y - mean_c)^2) / n        over the rows read and the chunk's features
+
+Each program keeps a tile of rows by columns in registers and passes over it twice, so a large mean cancels nothing.
+Tiles are merged in a fixed order by the formula of Chan, Golub and LeVeque (1979): no atomics, the same bits each run.
+A few sampled rows of small chunks fit one tile and need no second launch.
+
+Shapes: N rows read, F features, C chunks, P partial results a chunk (row blocks times column pieces).
+"""
+
+# Kernel arguments have no types that Python knows.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE = 16384
+"""Elements of a tile: 64 a thread, 8 warps."""
+_VECTOR = 8
+"""Half-precision elements in the widest load (16 bytes)."""
+
+
+@triton.jit
+def _first_column(chunk, size, longer):
+    return chunk * size + tl.minimum(chunk, longer)
+
+
+@triton.jit
+def tile_kernel(
+    y, mean_out, spread_out,
+    rows, row_step, inner, stride_outer, stride_inner, stride_column,
+    features, chunks, size, longer, column_blocks,
+    CHUNKS: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    NESTED: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """One tile: its chunks' means and sums of squared deviations (variances if ``LAST``: nothing is left to merge).
+
+    ``SIZE`` is the chunk size where all chunks have it and it is a power of two, else 0.
+    """
+    pid = tl.program_id(0)
+    block, part = pid % column_blocks, pid // column_blocks
+    first = (block // PIECES) * CHUNKS
+    chunk = first + tl.arange(0, CHUNKS)
+    low = _first_column(chunk, size, longer)
+    high = tl.where(chunk < chunks, _first_column(chunk + 1, size, longer), low)
+    end = _first_column(tl.minimum(first + CHUNKS, chunks), size, longer)
+    if SIZE > 0:
+        base = block * (CHUNKS * SIZE)
+        limit = features
+    else:
+        # whole vectors: what lies before the first and behind the last chunk is read but belongs to no chunk
+        base = _first_column(first, size, longer) // 8 * 8 + (block % PIECES) * WIDTH
+        limit = tl.minimum((end + 7) // 8 * 8, features)
+    column = base + tl.arange(0, WIDTH)
+    row = part * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    source = row * row_step
+    if NESTED:
+        offset = (source // inner).to(tl.int64) * stride_outer + (source % inner).to(tl.int64) * stride_inner
+    else:
+        offset = source.to(tl.int64) * stride_inner
+    pointers = y + offset[:, None] + column[None, :].to(tl.int64) * stride_column
+    tile = tl.load(pointers, mask=inside[:, None] & (column < limit)[None, :], other=0.0).to(tl.float32)
+    num_rows = tl.minimum(rows - part * ROWS, ROWS)
+    sums = tl.sum(tile, 0)
+    if SIZE > 0:
+        count = (num_rows * SIZE).to(tl.float32)
+        mean = tl.sum(tl.reshape(sums, [CHUNKS, SIZE]), 1) / count
+        spread_mean = tl.reshape(tl.broadcast_to(mean[:, None], [CHUNKS, SIZE]), [WIDTH])
+        centred = tl.where(inside[:, None], tile - spread_mean[None, :], 0.0)
+        squares = tl.sum(tl.reshape(tl.sum(centred * centred, 0), [CHUNKS, SIZE]), 1)
+    else:
+        member = (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
+        count = tl.maximum(num_rows * tl.sum(member.to(tl.int32), 1), 1).to(tl.float32)
+        mean = tl.sum(tl.where(member, sums[None, :], 0.0), 1) / count
+        spread_mean = tl.sum(tl.where(member, mean[:, None], 0.0), 0)
+        centred = tl.where(inside[:, None], tile - spread_mean[None, :], 0.0)
+        squares = tl.sum(tl.where(member, tl.sum(centred * centred, 0)[None, :], 0.0), 1)
+    if LAST:
+        squares = squares / count
+    place = (part * PIECES + block % PIECES) * chunks + chunk
+    tl.store(mean_out + place, mean, mask=chunk < chunks)
+    tl.store(spread_out + place, squares, mask=chunk < chunks)
+
+
+@triton.jit
+def _part_count(
+    part, low, high, base, rows,
+    PIECES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Elements behind each partial result, ``(parts, chunks)`` fp32: known from the layout alone."""
+    start = base[None, :] + (part % PIECES)[:, None] * WIDTH
+    columns = tl.minimum(high[None, :], start + WIDTH) - tl.maximum(low[None, :], start)
+    height = tl.minimum(rows - (part // PIECES) * ROWS, ROWS)
+    return (tl.maximum(columns, 0) * tl.maximum(height, 0)[:, None]).to(tl.float32)
+
+
+@triton.jit
+def merge_kernel(
+    means, spreads, mean_out, variance_out, rows, chunks, size, longer,
+    parts, PIECES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Merge ``parts`` partial results a chunk, always in the same order."""
+    chunk = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = chunk < chunks
+    low = _first_column(chunk, size, longer)
+    high = _first_column(chunk + 1, size, longer)
+    base = low // 8 * 8 if PIECES > 1 else low
+    # deviations from the first part's mean, so that a large common mean costs no digits
+    shift = tl.load(means + chunk, mask=real, other=0.0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, parts, PARTS):
+        part = begin + tl.arange(0, PARTS)
+        known = (part < parts)[:, None] & real[None, :]
+        mean = tl.load(means + part[:, None] * chunks + chunk[None, :], mask=known, other=0.0)
+        count = _part_count(part, low, high, base, rows, PIECES, WIDTH, ROWS)
+        total += tl.sum(tl.where(known & (count > 0), count * (mean - shift[None, :]), 0.0), 0)
+    number = rows * (high - low).to(tl.float32)
+    whole = shift + total / number
+    squares = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, parts, PARTS):
+        part = begin + tl.arange(0, PARTS)
+        known = (part < parts)[:, None] & real[None, :]
+        place = part[:, None] * chunks + chunk[None, :]
+        mean = tl.load(means + place, mask=known, other=0.0)
+        spread = tl.load(spreads + place, mask=known, other=0.0)
+        count = _part_count(part, low, high, base, rows, PIECES, WIDTH, ROWS)
+        off = mean - whole[None, :]
+        squares += tl.sum(tl.where(known & (count > 0), spread + count * off * off, 0.0), 0)
+    tl.store(mean_out + chunk, whole, mask=real)
+    tl.store(variance_out + chunk, squares / number, mask=real)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a site is cut into tiles: whole chunks a column block, or pieces of one chunk; rows and columns of a tile."""
+
+    chunks: int
+    pieces: int
+    width: int
+    rows: int
+    size: int
+    """Chunk size if all chunks have it and it is a power of two, else 0."""
+    warps: int
+
+
+def tiling(rows: int, features: int, chunks: int, *, width: int | None = None) -> Tiling:
+    """Tiles for ``rows`` read rows; ``width`` overrides the columns aimed at in a tile."""
+    largest = -(-features // chunks)
+    even = features % chunks == 0
+    regular = even and largest & (largest - 1) == 0
+    slack = 0 if even and largest % _VECTOR == 0 else _VECTOR - 1
+    if width is None:
+        width = 16 if rows <= 1024 and largest <= 16 else 128 if regular else 64
+    if largest > width:
+        width = max(width, 16)
+        pieces, together = -(-(largest + slack) // width), 1
+        size = 0
+    else:
+        pieces = 1
+        together = min(_power_below(width // largest), triton.next_power_of_2(chunks))
+        size = largest if regular else 0
+        width = together * largest if regular else triton.next_power_of_2(together * largest + _VECTOR - 1)
+    height = max(16, triton.next_power_of_2(rows))
+    if height * width > 2 * _TILE or pieces > 1:
+        height = min(height, max(16, _TILE // width))
+    return Tiling(together, pieces, width, height, size, max(1, min(16, width * height // 2048)))
+
+
+def _power_below(number: int) -> int:
+    return 1 << (number.bit_length() - 1)
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where rows of a tensor's features lie: ``outer`` blocks of ``inner`` rows, strides in elements."""
+
+    outer: int
+    inner: int
+    stride_outer: int
+    stride_inner: int
+    stride_column: int
+
+
+def row_layout(y: Tensor, feature_axis: int) -> RowLayout | None:
+    """Rows of ``y`` without moving anything, or ``None`` where two strides do not describe them."""
+    axis = feature_axis % y.dim()
+    levels: list[tuple[int, int]] = []
+    for dim in range(y.dim()):
+        if dim == axis or y.shape[dim] == 1:
+            continue
+        size, stride = y.shape[dim], y.stride(dim)
+        if levels and levels[-1][1] == size * stride:
+            levels[-1] = (levels[-1][0] * size, stride)
+        else:
+            levels.append((size, stride))
+    if len(levels) > 2:
+        return None
+    levels = [(1, 0)] * (2 - len(levels)) + levels
+    return RowLayout(levels[0][0], levels[1][0], levels[0][1], levels[1][1], y.stride(axis))
+
+
+def chunk_statistics_into(
+    out: Tensor, y: Tensor, feature_axis: int, max_rows: int, *, width: int | None = None
+) -> None:
+    """Write mean and variance of each chunk of ``y``, over up to ``max_rows`` rows strided over it, into ``out``.
+
+    Parameters
+    ----------
+    out:
+        ``(2, C)`` fp32, contiguous, overwritten. Chunks are those of :func:`esper.kasmina.chunks.chunk_bounds`.
+    y:
+        Any float dtype and up to two levels of row strides; other layouts are copied first.
+    """
+    layout = row_layout(y, feature_axis)
+    if layout is None:
+        y = y.movedim(feature_axis, -1).contiguous()
+        feature_axis = -1
+        layout = row_layout(y, feature_axis)
+        assert layout is not None
+    features, chunks = y.shape[feature_axis], out.shape[1]
+    total = layout.outer * layout.inner
+    step = max(1, total // max_rows)
+    rows = min(-(-total // step), max_rows)
+    if rows == 0:
+        out.fill_(float("nan"))
+        return
+    plan = tiling(rows, features, chunks, width=width)
+    size, longer = divmod(features, chunks)
+    blocks = -(-chunks // plan.chunks) * plan.pieces
+    row_blocks = -(-rows // plan.rows)
+    parts = row_blocks * plan.pieces
+    partial = out if parts == 1 else torch.empty(2, parts, chunks, device=y.device)
+    tile_kernel[(blocks * row_blocks,)](
+        y, partial[0], partial[1],
+        rows, step, layout.inner, layout.stride_outer, layout.stride_inner, layout.stride_column,
+        features, chunks, size, longer, blocks,
+        CHUNKS=plan.chunks, SIZE=plan.size, PIECES=plan.pieces, WIDTH=plan.width, ROWS=plan.rows,
+        NESTED=layout.outer > 1, LAST=parts == 1, num_warps=plan.warps,
+    )  # fmt: skip
+    if parts > 1:
+        block = 16
+        merge_kernel[(-(-chunks // block),)](
+            partial[0], partial[1], out[0], out[1], rows, chunks, size, longer, parts,
+            PIECES=plan.pieces, WIDTH=plan.width, ROWS=plan.rows, BLOCK=block,
+            PARTS=min(128, triton.next_power_of_2(parts)), num_warps=4,
+        )  # fmt: skip
