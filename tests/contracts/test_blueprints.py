@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esper.config import FitConfig
 from esper.kasmina.bank import Bank
-from esper.kasmina.blueprints import BLUEPRINTS, Parts
+from esper.kasmina.blueprints import BLUEPRINTS, ChunkBlueprint, Parts
 from esper.kasmina.optim import Hyperparameters, SlotAdamW
 from esper.kasmina.starts import STARTS
 
@@ -28,6 +28,16 @@ class Case:
     @property
     def id(self) -> str:
         return f"{self.blueprint}-{self.example.geometry.kind}-{self.example.name}-S{self.slots}"
+
+    @property
+    def reads_output(self) -> bool:
+        return isinstance(BLUEPRINTS[self.blueprint], ChunkBlueprint)
+
+    def x(self, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What a branch reads: the site's input, or its output."""
+        if not self.reads_output:
+            return self.example.x(seed=seed, dtype=dtype)
+        return torch.randn(self.example.y_shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
     def bank(self, *, seed: int = 0) -> Bank:
         return make_bank(self.blueprint, self.example, slots=self.slots, seed=seed)
@@ -53,7 +63,7 @@ def _run(bank: Bank, x: Tensor, *, training: bool = False) -> Tensor:
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_at_alpha_zero_the_output_is_the_hosts_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
-    bank, x = case.bank(), case.example.x(dtype=dtype)
+    bank, x = case.bank(), case.x(dtype=dtype)
     y = torch.randn(case.example.y_shape).to(dtype)
     out = bank.scatter(y, bank.branch(x, training=True, generator=None))
     assert out.dtype == dtype and out is not y
@@ -65,7 +75,7 @@ def test_at_alpha_zero_the_output_is_the_hosts_bit_for_bit(case: Case, dtype: to
 @every_case
 def test_a_branch_adds_to_its_own_columns_only(case: Case) -> None:
     bank, y = case.bank(), torch.zeros(case.example.y_shape)
-    delta = bank.scatter(y, _run(bank, case.example.x())).movedim(case.example.geometry.feature_axis, 0)
+    delta = bank.scatter(y, _run(bank, case.x())).movedim(case.example.geometry.feature_axis, 0)
     touched = {i for i, row in enumerate(delta) if bool((row != 0).any())}
     owned = set(range(len(delta))) if bank.columns is None else set(bank.columns.flatten().tolist())
     assert touched == owned
@@ -74,7 +84,7 @@ def test_a_branch_adds_to_its_own_columns_only(case: Case) -> None:
 @every_case
 def test_learns_within_a_few_steps_from_a_zero_output(case: Case) -> None:
     """A unit whose output weights are zero must get gradients, and a ReLU behind a norm must be alive."""
-    bank, x = case.bank(), case.example.x()
+    bank, x = case.bank(), case.x()
     STARTS["random_zero"].prepare(bank, None, FitConfig(), torch.Generator())
     assert torch.count_nonzero(_run(bank, x)) == 0
     target = _run(case.bank(seed=7), x, training=True).detach()
@@ -94,7 +104,7 @@ def test_learns_within_a_few_steps_from_a_zero_output(case: Case) -> None:
 
 @every_case
 def test_declared_cost_is_what_is_measured(case: Case) -> None:
-    bank, x = case.bank(), case.example.x()
+    bank, x = case.bank(), case.x()
     width = case.example.geometry.out_features if bank.columns is None else bank.columns.shape[1]
     cost = bank.plan.cost(case.example.geometry, units=bank.units, columns=width, reads=bank.reads)
     assert bank.num_params == cost.params * case.slots
@@ -108,8 +118,8 @@ def test_declared_cost_is_what_is_measured(case: Case) -> None:
 @pytest.mark.parametrize("case", [c for c in WHOLE if c.example.geometry.kind.is_span], ids=lambda case: case.id)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_merged_spans_compute_host_plus_branch(case: Case, training: bool) -> None:
-    host, bank, x = case.example.layers(), case.bank(), case.example.x()
-    seen = case.example.x(seed=1)
+    host, bank, x = case.example.layers(), case.bank(), case.x()
+    seen = case.x(seed=1)
     host(seen), _run(bank, seen, training=True)  # running statistics leave their first values
     host.train(training)
     parts = bank.plan.merge(_parts(host), bank.params, bank.buffers, case.example.geometry)
@@ -124,7 +134,7 @@ def test_merged_spans_compute_host_plus_branch(case: Case, training: bool) -> No
 @pytest.mark.parametrize("case", [c for c in WHOLE if not c.example.geometry.kind.is_span], ids=lambda case: case.id)
 def test_merged_layers_compute_host_plus_branch(case: Case) -> None:
     host, bank, x = case.example.layers(), case.bank(), case.example.x()
-    wanted = (host(x) + _run(bank, x)).detach()
+    wanted = (host(x) + _run(bank, host(x) if case.reads_output else x)).detach()
     parts = bank.plan.merge(_parts(host), bank.params, bank.buffers, case.example.geometry)
     torch.testing.assert_close(parts.head(x), wanted, atol=2e-6, rtol=2e-5)
     assert parts.head is parts.tail
@@ -148,7 +158,7 @@ def _parts(host: nn.Sequential) -> Parts:
 @several
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_stacked_slots_equal_the_same_branches_one_by_one(case: Case, training: bool) -> None:
-    bank, x = case.bank(), case.example.x()
+    bank, x = case.bank(), case.x()
     alpha = torch.tensor([0.25, 1.0, 0.0])
     assert bank.columns is not None
     alone = torch.zeros(case.example.y_shape)
@@ -172,7 +182,7 @@ def test_stacked_slots_equal_the_same_branches_one_by_one(case: Case, training: 
 @every_case
 def test_gradients_agree_with_finite_differences(case: Case) -> None:
     bank = make_bank(case.blueprint, case.example, slots=case.slots, units=2)
-    small = case.example.x()[:2, ..., :4] if case.example.geometry.kind.is_conv else case.example.x()[:2]
+    small = case.x()[:2, ..., :4] if case.example.geometry.kind.is_conv else case.x()[:2]
     small = small[..., :4, :] if case.example.geometry.kind.is_conv else small
     x = small.double().requires_grad_()
     names = list(bank.params)
@@ -191,7 +201,7 @@ def test_gradients_agree_with_finite_differences(case: Case) -> None:
 
 @every_case
 def test_frozen_copies_share_nothing(case: Case) -> None:
-    bank, x = case.bank(), case.example.x()
+    bank, x = case.bank(), case.x()
     bank.set_learning(True)
     bank.alpha.fill_(1.0)
     twin = bank.frozen_copy()
@@ -206,9 +216,26 @@ def test_frozen_copies_share_nothing(case: Case) -> None:
     assert bool((twin.alpha == 1).all()) and int(twin.bad_steps) == 0
 
 
-@every_case
+@pytest.mark.parametrize("case", [c for c in CASES if c.reads_output], ids=lambda case: case.id)
+def test_what_reads_its_own_output_never_reads_more(case: Case) -> None:
+    bank, before = case.bank(), case.bank()
+    bank.widen_reads(2)
+    assert bank.reads == before.reads == bank.width
+    assert all(torch.equal(bank.params[name], value) for name, value in before.params.items())
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.reads_output], ids=lambda case: case.id)
+@pytest.mark.parametrize("writable", [False, True], ids=["new", "in-place"])
+def test_one_operation_adds_what_branch_and_scatter_add(case: Case, writable: bool) -> None:
+    bank, y = case.bank(), case.x()
+    bank.alpha.copy_(torch.linspace(0.3, 1.0, case.slots))
+    wanted = bank.scatter(y, bank.branch(y, training=False, generator=None))
+    torch.testing.assert_close(bank.graft(y.clone(), writable=writable), wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.reads_output], ids=lambda case: case.id)
 def test_reading_more_features_changes_nothing_until_it_learns(case: Case) -> None:
-    bank, x = case.bank(), case.example.x()
+    bank, x = case.bank(), case.x()
     before, reads = _run(bank, x), bank.reads
     bank.set_learning(True)
     bank.widen_reads(0)

@@ -191,7 +191,7 @@ def recalibrated(
     if not norms:
         yield
         return
-    banks = [b for s in sites.values() for b in [*s.banks.values(), s.annex] if b is not None and b.buffers]
+    banks = [bank for site in sites.values() for bank in site.all_banks if bank.buffers]
     kept = [(m, m.momentum, m.running_mean, m.running_var, m.num_batches_tracked, m.training) for m in norms]
     kept_banks = [(bank, bank.buffers) for bank in banks]
     try:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from esper.errors import ExportError
-from esper.kasmina.blueprints import Parts
+from esper.kasmina.blueprints import ChunkBlueprint, Parts
+from esper.kasmina.discovery import SitePlan
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.hooks import strip
 from esper.kasmina.isolation import undisturbed
@@ -44,17 +45,27 @@ def merged(model: nn.Module, kasmina: Kasmina) -> nn.Module:
     strip(plain)
     for name, plan in kasmina.plans.items():  # upstream spans come first: their tail is the next one's head
         annex = kasmina.sites[name].annex
-        if annex is None:
-            continue
-        norm = plain.get_submodule(plan.norm_name) if plan.norm_name is not None else None
-        assert norm is None or isinstance(norm, nn.BatchNorm2d)
-        parts = Parts(plain.get_submodule(plan.head_name), plain.get_submodule(plan.tail_name), norm)
-        wider = annex.plan.merge(parts, annex.params, annex.buffers, plan.geometry)
-        _replace(plain, plan.head_name, wider.head)
-        _replace(plain, plan.tail_name, wider.tail)
-        if plan.norm_name is not None and wider.norm is not None:
-            _replace(plain, plan.norm_name, wider.norm)
+        if annex is not None:
+            _put(plain, plan, annex.plan.merge(_parts(plain, plan), annex.params, annex.buffers, plan.geometry))
+    for name, plan in kasmina.plans.items():  # behind the whole layer, however wide it has become
+        for bank in kasmina.sites[name].fossils:
+            assert isinstance(bank.plan, ChunkBlueprint)
+            columns = torch.arange(bank.width)[None] if bank.columns is None else bank.columns
+            _put(plain, plan, bank.plan.merge_at(_parts(plain, plan), bank.params, columns))
     return plain
+
+
+def _parts(plain: nn.Module, plan: SitePlan) -> Parts:
+    norm = plain.get_submodule(plan.norm_name) if plan.norm_name is not None else None
+    assert norm is None or isinstance(norm, nn.BatchNorm2d)
+    return Parts(plain.get_submodule(plan.head_name), plain.get_submodule(plan.tail_name), norm)
+
+
+def _put(plain: nn.Module, plan: SitePlan, parts: Parts) -> None:
+    _replace(plain, plan.head_name, parts.head)
+    _replace(plain, plan.tail_name, parts.tail)
+    if plan.norm_name is not None and parts.norm is not None:
+        _replace(plain, plan.norm_name, parts.norm)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -91,7 +102,7 @@ def structure(plain: nn.Module, kasmina: Kasmina) -> dict[str, dict[str, int]]:
     """The layers that differ from the host's, with their new sizes: enough to rebuild the shape without Esper."""
     changed: dict[str, dict[str, int]] = {}
     for name, plan in kasmina.plans.items():
-        if kasmina.sites[name].annex is None:
+        if not kasmina.sites[name].permanent:
             continue
         for module_name in (plan.head_name, plan.tail_name, plan.norm_name):
             if module_name is not None:
@@ -102,6 +113,11 @@ def structure(plain: nn.Module, kasmina: Kasmina) -> dict[str, dict[str, int]]:
 def _sizes(module: nn.Module) -> dict[str, int]:
     if isinstance(module, nn.Linear):
         return {"in_features": module.in_features, "out_features": module.out_features}
+    if isinstance(module, fx.GraphModule):  # seeds behind a layer, perhaps behind seeds of another size
+        sizes = _sizes(module.get_submodule("layer"))
+        depth = sum(key.startswith("seeds") for key in sizes)
+        seeds, units, width = module.get_parameter("w1").shape
+        return sizes | {f"seeds{depth}": seeds, f"units{depth}": units, f"columns{depth}": width}
     if isinstance(module, nn.Conv2d):
         return {"in_channels": module.in_channels, "out_channels": module.out_channels}
     assert isinstance(module, nn.BatchNorm2d)

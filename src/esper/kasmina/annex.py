@@ -1,4 +1,4 @@
-"""The annex: a site's permanent growth as one dense bank that goes on learning."""
+"""Permanent growth, which goes on learning: one dense bank a site (its annex) and stacks of seeds on their chunks."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from esper.kasmina.bank import Bank, Moments
-from esper.kasmina.site import Site
+from esper.kasmina.site import Site, overlap
 
 
 @torch.no_grad()
 def fossilise(site: Site, cohort: int, slots: list[int], *, betas: tuple[float, float]) -> Bank:
-    """Move ``slots`` of a cohort's bank into the site's annex and return it.
+    """Move ``slots`` of a cohort's bank into the site's annex, or its stacks of seeds, and return the bank they are in.
 
     The output of the site does not change: alpha is multiplied into the output weights, columns a slot does not
     cover get zeros. Moments move along, rescaled to the annex's step count: the bias-corrected averages that Adam
     divides stay what they were for each unit. From there on all units share one count, so a young unit's averages
-    take up new gradients at the annex's (slower) pace.
+    take up new gradients at the annex's (slower) pace. Seeds that read their own chunks stay slots of a stack, with
+    their own counts.
 
     Parameters
     ----------
@@ -25,6 +26,8 @@ def fossilise(site: Site, cohort: int, slots: list[int], *, betas: tuple[float, 
     """
     bank = site.banks[cohort]
     bank.scale_output(bank.alpha)
+    if bank.reads_output:
+        return _stack(site, bank, slots)
     dense = [_dense_slot(bank, slot, site.geometry.out_features) for slot in slots]
     parts = dense if site.annex is None else [site.annex, *dense]
     merged = parts[0] if len(parts) == 1 else _concatenate(parts, betas)
@@ -33,10 +36,52 @@ def fossilise(site: Site, cohort: int, slots: list[int], *, betas: tuple[float, 
     return merged
 
 
+def _stack(site: Site, bank: Bank, slots: list[int]) -> Bank:
+    """Put slots behind those of a stack of the same size on other columns, or begin a new stack."""
+    fresh = bank.frozen_copy()
+    fresh.moments = Moments(dict(bank.moments.first), dict(bank.moments.second), bank.moments.steps)
+    fresh.alpha = torch.ones_like(bank.alpha)
+    _select(fresh, slots)
+    for stack in site.fossils:
+        same = (stack.blueprint, stack.units, stack.width) == (fresh.blueprint, fresh.units, fresh.width)
+        if same and not overlap([stack, fresh]):
+            _append(stack, fresh)
+            stack.set_learning(True)
+            return stack
+    fresh.set_learning(True)
+    site.fossils.append(fresh)
+    return fresh
+
+
+def _select(bank: Bank, slots: list[int]) -> None:
+    index = torch.tensor(slots, device=bank.device)
+    for store in (bank.params, bank.moments.first, bank.moments.second):
+        store.update({name: value.detach().index_select(0, index) for name, value in store.items()})
+    bank.moments.steps = bank.moments.steps[index]
+    bank.alpha = bank.alpha[index]
+    bank.set_columns(None if bank.columns is None else bank.columns[slots])
+
+
+def _append(stack: Bank, fresh: Bank) -> None:
+    assert stack.columns is not None and fresh.columns is not None  # a seed on all columns overlaps any other
+    zeros = [{name: torch.zeros_like(value) for name, value in bank.params.items()} for bank in (stack, fresh)]
+    for ours, theirs in (
+        (stack.moments.first, fresh.moments.first),
+        (stack.moments.second, fresh.moments.second),
+    ):
+        for name in list(ours.keys() | theirs.keys()):
+            ours[name] = torch.cat([ours.get(name, zeros[0][name]), theirs.get(name, zeros[1][name])])
+    for name, value in fresh.params.items():
+        stack.params[name] = torch.cat([stack.params[name].detach(), value.detach()])
+    stack.moments.steps = torch.cat([stack.moments.steps, fresh.moments.steps])
+    stack.alpha = torch.cat([stack.alpha, fresh.alpha])
+    stack.set_columns(torch.cat([stack.columns, fresh.columns]))
+
+
 def _dense_slot(bank: Bank, slot: int, out_features: int) -> Bank:
     """One slot as a bank of its own over all columns."""
     dense = bank.frozen_copy()
-    dense.columns, dense._flat_columns, dense.num_slots = None, None, 1  # type: ignore[reportPrivateUsage]
+    dense.set_columns(None)
     columns = None if bank.columns is None else bank.columns[slot].to(bank.alpha.device)
 
     def spread(name: str, value: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from esper.kasmina.blueprints import BLUEPRINTS, Blueprint
+from esper.kasmina.blueprints import BLUEPRINTS, Blueprint, ChunkBlueprint
 from esper.kasmina.geometry import Geometry
+from esper.kasmina.ops.graft import Seats
 
 Tensors = dict[str, Tensor]
 
@@ -60,18 +61,16 @@ class Bank:
         self.blueprint = blueprint
         self.geometry = geometry
         self.units = units
-        self.columns = columns
-        self.num_slots = 1 if columns is None else int(columns.shape[0])
-        width = geometry.out_features if columns is None else int(columns.shape[1])
+        self.device = device
+        self.set_columns(columns)
         params, buffers = self.plan.init(
-            geometry, num_slots=self.num_slots, units=units, columns=width, reads=reads, generator=generator
+            geometry, num_slots=self.num_slots, units=units, columns=self.width, reads=reads, generator=generator
         )
         self.params = {name: value.to(device) for name, value in params.items()}
         self.buffers = {name: value.to(device) for name, value in buffers.items()}
         self.alpha = torch.zeros(self.num_slots, device=device)
         self.moments = Moments(steps=torch.zeros(self.num_slots, device=device))
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)
-        self._flat_columns = None if columns is None else columns.reshape(-1).to(device)
         self.learning = False
         self.norm_momentum: float | None = None
 
@@ -80,9 +79,21 @@ class Bank:
         return BLUEPRINTS[self.blueprint]
 
     @property
+    def reads_output(self) -> bool:
+        """Whether the branches read their own columns of the site's output instead of the site's input."""
+        return isinstance(self.plan, ChunkBlueprint)
+
+    @property
     def reads(self) -> int:
+        if self.reads_output:
+            return self.width
         name, axis = next((n, a.read) for n, a in self.plan.axes.items() if a.read is not None)
         return int(self.params[name].shape[axis])
+
+    @property
+    def width(self) -> int:
+        """Columns a slot adds to."""
+        return self.geometry.out_features if self.columns is None else int(self.columns.shape[1])
 
     @property
     def num_params(self) -> int:
@@ -90,9 +101,15 @@ class Bank:
 
     @property
     def flops_per_row(self) -> float:
-        width = self.geometry.out_features if self.columns is None else int(self.columns.shape[1])
-        cost = self.plan.cost(self.geometry, units=self.units, columns=width, reads=self.reads)
+        cost = self.plan.cost(self.geometry, units=self.units, columns=self.width, reads=self.reads)
         return cost.flops_per_row * self.num_slots
+
+    def set_columns(self, columns: Tensor | None) -> None:
+        """Seat the slots on ``columns (S, K)`` (on the CPU), or one slot on all columns."""
+        self.columns = columns
+        self.num_slots = 1 if columns is None else int(columns.shape[0])
+        self._flat_columns = None if columns is None else columns.reshape(-1).to(self.device)
+        self._seats: Seats | None = None
 
     def set_learning(self, learning: bool) -> None:
         """Switch gradients of this bank's parameters on or off; stale gradients are dropped."""
@@ -102,7 +119,12 @@ class Bank:
             value.grad = None
 
     def hidden(self, x: Tensor, *, training: bool, generator: torch.Generator | None) -> Tensor:
-        """Activations of the hidden units, ``S * U`` features: what a downstream span may read."""
+        """Activations of the hidden units, ``S * U`` features: what a downstream span may read.
+
+        ``x`` is what the bank's blueprint reads: the site's input, or all of its output (see ``reads_output``).
+        """
+        if self.reads_output and self._flat_columns is not None:
+            x = x.index_select(self.geometry.feature_axis, self._flat_columns)
         return self.plan.hidden(
             self.params,
             self.buffers,
@@ -129,6 +151,14 @@ class Bank:
         if self._flat_columns is None:
             return y + delta
         return y.index_add(self.geometry.feature_axis, self._flat_columns, delta)
+
+    def graft(self, y: Tensor, *, writable: bool) -> Tensor:
+        """``y`` plus the branches of its columns, as one operation; ``writable``: the memory of ``y`` may be used."""
+        assert isinstance(self.plan, ChunkBlueprint)
+        if self._seats is None:
+            columns = torch.arange(self.geometry.out_features)[None] if self.columns is None else self.columns
+            self._seats = Seats.of(columns, self.geometry.out_features, self.device)
+        return self.plan.graft(self.params, y, self._seats, alpha=self.alpha, writable=writable)
 
     def scale_output(self, factor: float | Tensor) -> None:
         """Multiply the output weights in place; ``factor`` is a number or one value a slot ``(S,)``."""

@@ -19,6 +19,7 @@ from esper.kasmina.discovery import Discovery, SitePlan
 from esper.kasmina.germination import Nursery, Room
 from esper.kasmina.hooks import attach
 from esper.kasmina.lifecycle import Gate, learns_from_task
+from esper.kasmina.ops import dispatch
 from esper.kasmina.optim import Hyperparameters, SlotAdamW
 from esper.kasmina.seeds import SeedTable
 from esper.kasmina.site import Site
@@ -41,6 +42,7 @@ class Kasmina:
         self.plans: dict[str, SitePlan] = {plan.info.name: plan for plan in discovery.sites}
         self.host_params = sum(parameter.numel() for parameter in model.parameters())
         self.device = next(model.parameters()).device
+        dispatch.prepare(self.device)
         self.sites: dict[str, Site] = {}
         for name, plan in self.plans.items():
             self.sites[name] = Site(plan.info, plan.geometry, None)
@@ -91,8 +93,8 @@ class Kasmina:
     @property
     def params(self) -> int:
         """Host, annexes and live seeds."""
-        annexes = sum(site.annex.num_params for site in self.sites.values() if site.annex is not None)
-        return self.host_params + annexes + sum(bank.num_params for bank in self.live_banks)
+        grown = sum(bank.num_params for site in self.sites.values() for bank in site.all_banks)
+        return self.host_params + grown
 
     def added_flops_per_step(self, rows: dict[str, int] | None = None, *, waiting: bool = False) -> float:
         """Forward FLOPs a step of all that is in the forward pass now, annexes included.
@@ -103,8 +105,7 @@ class Kasmina:
         total = 0.0
         for name, site in self.sites.items():
             active = [bank for cohort, bank in site.banks.items() if waiting or cohort in site.grafted]
-            if site.annex is not None:
-                active.append(site.annex)
+            active += site.permanent
             total += rows[name] * sum(bank.flops_per_row for bank in active)
         return total
 
@@ -229,7 +230,7 @@ class Kasmina:
     def _widen_downstream(self, site: Site, extra: int) -> None:
         for other in self.sites.values():
             if other.upstream is site:
-                for bank in [*other.banks.values(), *([other.annex] if other.annex is not None else [])]:
+                for bank in other.all_banks:
                     bank.widen_reads(extra)
 
     # ---------------------------------------------------------------------------------------------- every step
@@ -237,7 +238,7 @@ class Kasmina:
     def learn(self, hosts: dict[str, Hyperparameters], *, inverse_scale: float) -> None:
         """One update of everything that learns, after a real host step."""
         for name, site in self.sites.items():
-            for bank in [*site.banks.values(), *([site.annex] if site.annex is not None else [])]:
+            for bank in site.all_banks:
                 if bank.learning:
                     self.optimizer.step(bank, hosts[name], inverse_scale=inverse_scale)
 
@@ -255,7 +256,7 @@ class Kasmina:
     def forget_gradients(self) -> None:
         """Drop accumulated gradients of everything that learns (the host skipped its step)."""
         for site in self.sites.values():
-            for bank in [*site.banks.values(), *([site.annex] if site.annex is not None else [])]:
+            for bank in site.all_banks:
                 for value in bank.params.values():
                     value.grad = None
 

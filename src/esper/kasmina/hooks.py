@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -43,7 +44,7 @@ class TailLeave:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
         if not self.site.engaged:
             return None
-        return self.site.leave(module, args[0] if args else kwargs["input"], y)
+        return self.site.leave(module, args[0] if args else kwargs["input"], y, writable=_is_ours_alone(module))
 
 
 def attach(plans: list[SitePlan], sites: dict[str, Site]) -> list[RemovableHandle]:
@@ -77,6 +78,11 @@ def strip(model: nn.Module) -> None:
 
 
 _OURS = (ParentEnter, HeadEnter, TailLeave)
+
+
+def _is_ours_alone(module: nn.Module) -> bool:
+    """Whether no other hook may have kept the output; a compiler keeps track of memory by itself."""
+    return not torch.compiler.is_compiling() and all(isinstance(hook, _OURS) for hook in _stores(module)[0].values())
 
 
 def _stores(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:

@@ -36,7 +36,7 @@ def fit(
     names = list(bank.params)
     optimizer = torch.optim.Adam([bank.params[name] for name in names], lr)
     ones = torch.ones_like(bank.alpha)
-    wanted = _columns(bank, target)
+    read, wanted = what_it_reads(bank, rows), _columns(bank, target)
     total = rows.x.shape[0]
     size = min(total, batch_rows)
     positions = max(1, rows.positions // max(1, total))
@@ -45,7 +45,7 @@ def fit(
     with torch.enable_grad():
         for _ in range(steps):
             index = torch.randint(total, (size,), generator=generator).to(rows.x.device)
-            out = bank.branch(rows.x[index].float(), alpha=ones, training=True, generator=None)
+            out = bank.branch(read[index].float(), alpha=ones, training=True, generator=None)
             loss = (out - wanted[index]).square().mean()
             gradients = torch.autograd.grad(loss, [bank.params[name] for name in names])
             for name, gradient in zip(names, gradients, strict=True):
@@ -59,14 +59,14 @@ def fit(
 def check(bank: Bank, rows: Rows, target: Tensor, *, batch_rows: int) -> FitReport:
     """Measure a fitted bank on rows of other batches than it was trained on."""
     ones = torch.ones_like(bank.alpha)
-    wanted = _columns(bank, target)
+    read, wanted = what_it_reads(bank, rows), _columns(bank, target)
     residual, energy = 0.0, 0.0
     products: list[Tensor] = []
     positions = max(1, rows.positions // max(1, rows.x.shape[0]))
     size = max(1, batch_rows // positions) if bank.geometry.kind.is_conv else batch_rows
     for start in range(0, rows.x.shape[0], size):
         part = slice(start, start + size)
-        out = bank.branch(rows.x[part].float(), alpha=ones, training=False, generator=None)
+        out = bank.branch(read[part].float(), alpha=ones, training=False, generator=None)
         residual += float((out - wanted[part]).square().sum())
         energy += float(wanted[part].square().sum())
         products.append((out * wanted[part]).flatten(1).sum(1))
@@ -87,6 +87,11 @@ def clustered_t(values: Tensor, cluster: Tensor) -> float:
     sums.index_add_(0, inverse, values.double())
     spread = sums.std() / unique.numel() ** 0.5
     return float(sums.mean() / spread) if float(spread) > 0 else float("nan")
+
+
+def what_it_reads(bank: Bank, rows: Rows) -> Tensor:
+    """The captured side a bank's branches read: the site's input, or its output."""
+    return rows.y if bank.reads_output else rows.x
 
 
 def _columns(bank: Bank, target: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from esper.kasmina.bank import Bank
+from esper.kasmina.ops.slot_adam import Rates, Stacks, step
 
 _ADAPTIVE = (
     torch.optim.Adam,
@@ -111,47 +112,30 @@ class SlotAdamW:
             value.grad = None
         if not gradients:
             return
-        finite = torch.isfinite(torch.stack([gradient.sum() for gradient in gradients.values()]).sum())
-        bank.bad_steps += ~finite
-        mask = finite.to(bank.alpha.dtype) * (torch.ones_like(bank.alpha) if learning is None else learning)
-        bank.moments.steps += mask
-        lr = self._learning_rates(bank, host) * mask
-        for name, gradient in gradients.items():
-            shape = (-1, *[1] * (gradient.dim() - 1))
-            gradient = torch.where(finite, gradient.float() * inverse_scale, 0.0)
-            self._update(bank, name, gradient, host, lr.view(shape), mask.view(shape), shape)
+        moments = bank.moments
+        for name in gradients:
+            moments.first.setdefault(name, torch.zeros_like(bank.params[name]))
+            if host.rule != "sgd":
+                moments.second.setdefault(name, torch.zeros_like(bank.params[name]))
+        stacks = Stacks(
+            values=[bank.params[name] for name in gradients],
+            gradients=list(gradients.values()),
+            firsts=[moments.first[name] for name in gradients],
+            seconds=[] if host.rule == "sgd" else [moments.second[name] for name in gradients],
+            steps=moments.steps,
+            bad_steps=bank.bad_steps,
+        )
+        step(stacks, self._rates(host), learning=learning, inverse_scale=inverse_scale)
 
-    def _learning_rates(self, bank: Bank, host: Hyperparameters) -> Tensor:
-        boost = self.lr_boost if host.rule != "sgd" else 1.0
-        warm = (bank.moments.steps / max(1, self.warmup_steps)).clamp(max=1.0)
-        return host.lr * warm * boost
-
-    def _update(
-        self,
-        bank: Bank,
-        name: str,
-        gradient: Tensor,
-        host: Hyperparameters,
-        lr: Tensor,
-        mask: Tensor,
-        shape: tuple[int, ...],
-    ) -> None:
-        value, moments = bank.params[name], bank.moments
-        first = moments.first.setdefault(name, torch.zeros_like(value))
-        if host.rule == "sgd":
-            gradient = gradient + host.weight_decay * value
-            first.copy_(torch.where(mask > 0, host.momentum * first + gradient, first))
-            direction = gradient + host.momentum * first if host.nesterov else first
-            value.sub_(lr * direction)
-            return
-        second = moments.second.setdefault(name, torch.zeros_like(value))
-        if host.rule == "adam":
-            gradient = gradient + host.weight_decay * value
-        else:
-            value.mul_(1.0 - lr * host.weight_decay)
-        beta1, beta2 = host.betas
-        first.add_((gradient - first) * ((1.0 - beta1) * mask))
-        second.add_((gradient.square() - second) * ((1.0 - beta2) * mask))
-        steps = moments.steps.view(shape).clamp(min=1.0)
-        root = (second / (1.0 - beta2**steps)).sqrt_().add_(host.eps)
-        value.sub_(lr / (1.0 - beta1**steps) * first / root)
+    def _rates(self, host: Hyperparameters) -> Rates:
+        return Rates(
+            rule=host.rule,
+            lr=host.lr,
+            boost=self.lr_boost if host.rule != "sgd" else 1.0,
+            weight_decay=host.weight_decay,
+            betas=host.betas,
+            eps=host.eps,
+            momentum=host.momentum,
+            nesterov=host.nesterov,
+            warmup_steps=self.warmup_steps,
+        )

@@ -54,6 +54,14 @@ def is_batched(tensor: Tensor) -> bool:
     return False
 
 
+def overlap(banks: list[Bank]) -> bool:
+    """Whether two of these banks add to the same column."""
+    if any(bank.columns is None for bank in banks):
+        return len(banks) > 1
+    flat = torch.cat([bank.columns.reshape(-1) for bank in banks if bank.columns is not None])
+    return len(torch.unique(flat)) < len(flat)
+
+
 class Probe(Protocol):
     """Takes a site's place in the forward pass while evidence is gathered."""
 
@@ -71,6 +79,8 @@ class Site:
         Live banks by cohort; those in ``grafted`` are in the forward pass.
     annex:
         What has become permanent (one dense bank), or ``None``.
+    fossils:
+        Permanent seeds that read the site's output: they stay stacked, a bank for each size of seed.
     engaged:
         Whether hooks have anything to do in this step; rewritten only between steps.
     refused:
@@ -84,6 +94,8 @@ class Site:
         self.banks: dict[int, Bank] = {}
         self.grafted: set[int] = set()
         self.annex: Bank | None = None
+        self.fossils: list[Bank] = []
+        self._overlapping = False
         self.capture: Capture | None = None
         self.telemetry: TelemetryBuffer | None = None
         self.generator: torch.Generator | None = None
@@ -109,14 +121,25 @@ class Site:
 
     def refresh(self) -> None:
         """Decide whether the hooks have work in the next step."""
-        adds = self.annex is not None or bool(self.grafted) or self.probe is not None
         records = self.recording and (self.capture is not None or self.telemetry_due)
-        self.engaged = adds or records
+        self.engaged = self.adds or self.probe is not None or records
+        chunks = [*self.fossils, *(self.banks[cohort] for cohort in self.grafted if self.banks[cohort].reads_output)]
+        self._overlapping = len(chunks) > 1 and overlap(chunks)
 
     @property
     def grown_units(self) -> int:
-        """Hidden units in the annex."""
-        return 0 if self.annex is None else self.annex.units
+        """Hidden units that have become permanent."""
+        return sum(bank.units * bank.num_slots for bank in self.permanent)
+
+    @property
+    def permanent(self) -> list[Bank]:
+        """The banks of what has become permanent."""
+        return [*([] if self.annex is None else [self.annex]), *self.fossils]
+
+    @property
+    def all_banks(self) -> list[Bank]:
+        """Live seeds, then what is permanent."""
+        return [*self.banks.values(), *self.permanent]
 
     @property
     def grown_hidden(self) -> Tensor | None:
@@ -130,7 +153,7 @@ class Site:
 
     def refuse(self, reason: str) -> None:
         """Give the site up. With something grafted on it this is an error: outputs would be wrong from here on."""
-        if self.grafted or self.annex is not None:
+        if self.adds:
             raise SiteError(
                 f"site {self.info.name!r} must run as it did when it was grown, but {reason}; "
                 "undo the change to the model's forward pass, or remove the site's branches first"
@@ -155,8 +178,11 @@ class Site:
         else:
             self._x, self._version = x, _version(x)
 
-    def leave(self, module: nn.Module, layer_input: Tensor, y: Tensor) -> Tensor | None:
-        """The tail has produced ``y``; returns what the host goes on with, or ``None`` for ``y`` itself."""
+    def leave(self, module: nn.Module, layer_input: Tensor, y: Tensor, *, writable: bool = False) -> Tensor | None:
+        """The tail has produced ``y``; returns what the host goes on with, or ``None`` for ``y`` itself.
+
+        ``writable``: nobody else holds ``y``, so its memory may be used.
+        """
         x = self._take(layer_input)
         if x is None:
             return None
@@ -171,26 +197,39 @@ class Site:
             return self.probe.leave(self, x, layer_input, y, training)
         if self.recording and not transformed and torch.is_grad_enabled() and y.requires_grad and self._is_first_look():
             self._record(x, y)
-        return self.compose(x, y, self.grafted, training=training) if self.adds else None
+        return self.compose(x, y, self.grafted, training=training, writable=writable) if self.adds else None
 
-    def compose(self, x: Tensor, y: Tensor, cohorts: Iterable[int], *, training: bool) -> Tensor:
-        """``y`` plus the annex and the branches of ``cohorts``; ``y`` itself is never written."""
+    def compose(
+        self, x: Tensor, y: Tensor, cohorts: Iterable[int], *, training: bool, writable: bool = False
+    ) -> Tensor:
+        """``y`` plus what is permanent and the branches of ``cohorts``; ``y`` is not written unless ``writable``."""
         read = self.read(x)
-        out = y
+        chosen = [self.banks[cohort] for cohort in cohorts]
+        out = self._add_chunks(y, [*self.fossils, *(bank for bank in chosen if bank.reads_output)], writable)
         if training and self.generator is not None:
             self._seed_masks(y)
         if self.annex is not None:
             h = self.annex.hidden(read, training=training, generator=self.generator)
             self._grown = h if self.downstream_reads or self.probe is not None else None
             out = self.annex.scatter(out, self.annex.project(h))
-        for cohort in cohorts:
-            delta = self.banks[cohort].branch(read, training=training, generator=self.generator)
-            out = self.banks[cohort].scatter(out, delta)
+        for bank in chosen:
+            if not bank.reads_output:
+                out = bank.scatter(out, bank.branch(read, training=training, generator=self.generator))
+        return out
+
+    def _add_chunks(self, y: Tensor, banks: list[Bank], writable: bool) -> Tensor:
+        """Add the banks that read ``y``: each the host's own output, whatever the others add."""
+        out = y
+        for bank in banks:
+            if self._overlapping:
+                out = bank.scatter(out, bank.branch(y, training=False, generator=None))
+            else:
+                out = bank.graft(out, writable=writable or out is not y)
         return out
 
     @property
     def adds(self) -> bool:
-        return self.annex is not None or bool(self.grafted)
+        return self.annex is not None or bool(self.fossils) or bool(self.grafted)
 
     def read(self, x: Tensor) -> Tensor:
         """What branches read: the host's input and, on a chain of spans, what the upstream annex computed."""
@@ -262,6 +301,7 @@ class Site:
             banks={cohort: self.banks[cohort].frozen_copy() for cohort in self.grafted},
             grafted=set(self.grafted),
             annex=None if self.annex is None else self.annex.frozen_copy(),
+            fossils=[bank.frozen_copy() for bank in self.fossils],
             capture=None,
             telemetry=None,
             generator=None,

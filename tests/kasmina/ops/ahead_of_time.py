@@ -52,9 +52,7 @@ class Launch:
             return name
 
         for position, parameter in enumerate(self.kernel.params):
-            signature[parameter.name] = describe(
-                self.arguments[parameter.name], (position,), parameter.is_constexpr
-            )
+            signature[parameter.name] = describe(self.arguments[parameter.name], (position,), parameter.is_constexpr)
         return ASTSource(self.kernel, signature, constants, attributes)
 
     def compile(self, capability: int) -> Any:

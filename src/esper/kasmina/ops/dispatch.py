@@ -110,7 +110,9 @@ def _works(operation: str, device: torch.device) -> bool:
     except (TritonError, DisagreementError, *_BUILD_FAULTS) as error:
         # its last line: a compiler's message may print the kernel
         last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        return _refuse(operation, f"the {operation} kernels do not work here ({type(error).__name__}: {last})", choice, error)
+        return _refuse(
+            operation, f"the {operation} kernels do not work here ({type(error).__name__}: {last})", choice, error
+        )
     return True
 
 

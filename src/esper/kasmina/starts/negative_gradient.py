@@ -13,7 +13,7 @@ import torch
 from esper.config import FitConfig
 from esper.kasmina.bank import Bank
 from esper.kasmina.capture import Rows
-from esper.kasmina.incubator import check, fit
+from esper.kasmina.incubator import check, fit, what_it_reads
 from esper.kasmina.starts.start import STARTS, Start, StartReport, fit_and_check_rows
 
 
@@ -40,7 +40,7 @@ class NegativeGradient(Start):
         """Output RMS of the branch = ``base_scale`` times the RMS of the site's output."""
         part = slice(0, 512)
         ones = torch.ones_like(bank.alpha)
-        out = bank.branch(rows.x[part].float(), alpha=ones, training=False, generator=None)
+        out = bank.branch(what_it_reads(bank, rows)[part].float(), alpha=ones, training=False, generator=None)
         size = float(out.square().mean().sqrt())
         if size > 0 and math.isfinite(size):
             bank.scale_output(config.base_scale * float(rows.y[part].square().mean().sqrt()) / size)

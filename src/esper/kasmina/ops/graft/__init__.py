@@ -154,13 +154,12 @@ class _Graft(torch.autograd.Function):
         ctx.seats = seats
         if out is y:
             # the same memory as a tensor of its own: a view made here could not be edited in place by what follows
-            out = torch.empty(0, dtype=y.dtype, device=y.device).set_(y)
+            out = torch.empty(0, dtype=y.dtype, device=y.device).set_(y)  # type: ignore[reportArgumentType]
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = grads
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[reportIncompatibleMethodOverride]
         read, w1, b1, w2, alpha = ctx.saved_tensors
         weights = any(ctx.needs_input_grad[1:5])
         gy, g1, gb, g2 = _backward(g, read, w1, b1, w2, alpha, ctx.seats, weights)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def hidden(x: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
     """``silu(W1_s x_s + b1_s)`` of all seeds: ``(..., S*K)`` to ``(..., S*H)``."""
-    seeds, units, width = w1.shape
+    seeds, _, width = w1.shape
     if seeds == 1:
         return F.silu(F.linear(x, w1[0].to(x.dtype), b1[0].to(x.dtype)))
     z = torch.einsum("...sk,shk->...sh", x.unflatten(-1, (seeds, width)), w1.to(x.dtype))

@@ -1,5 +1,6 @@
-# Kernel arguments have no types that Python knows.
-# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# Kernel arguments have no types that Python knows, and a launch takes options that the kernel does not name.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 """Thousands of small seeds in one launch: each reads its own columns of y and adds its branch to them.
 
     y[:, c_s] += alpha_s * W2_s silu(W1_s y[:, c_s] + b1_s)
@@ -20,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from esper.kasmina.ops.sizes import power_above
 
 _UNITS = 64
 """Most hidden units of a group of several seeds."""
@@ -71,7 +74,10 @@ def forward_kernel(
     K: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GK: tl.constexpr, GH: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, DENSE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Read columns of ``y (N, F)``, write them to ``out`` (may be ``y``); ``KEEP``: what was read to ``kept (N, S*K)``."""
+    """Read columns of ``y (N, F)`` and write them to ``out`` (may be ``y``).
+
+    ``KEEP``: write what was read to ``kept (N, S*K)``.
+    """
     pid = tl.program_id(0)
     group, block = pid % groups, pid // groups
     column, real = _group_columns(columns, group, seeds, K, G, GK, DENSE)
@@ -176,8 +182,8 @@ def grouping(columns: int, units: int, dtype: torch.dtype, *, backward: bool = F
     holds three more, and fp32 products run without the matrix units, whose fragments are smaller.
     """
     together = max(1, min(16 // columns, _UNITS // units))
-    wide = max(16, triton.next_power_of_2(together * columns))
-    high = max(16, triton.next_power_of_2(together * units))
+    wide = max(16, power_above(together * columns))
+    high = max(16, power_above(together * units))
     large = max(wide, high)
     if dtype == torch.float32:
         rows, warps = (32, 4) if large <= 32 else (16, 8) if backward else (32, 8)
@@ -241,7 +247,8 @@ def backward(
         g_NF, y, gy_NF, part1, part_bias, part2, w1, b1, w2, alpha, columns, read_columns,
         rows, features, y.shape[1], seeds, groups,
         K=width, H=units, G=plan.seeds, GK=plan.columns, GH=plan.units, ROWS=plan.rows, TILES=tiles,
-        DENSE=runs and plan.is_full(width), READ_DENSE=read_runs and plan.is_full(width), WEIGHTS=weights, num_warps=plan.warps, num_stages=plan.stages,
+        DENSE=runs and plan.is_full(width), READ_DENSE=read_runs and plan.is_full(width), WEIGHTS=weights,
+        num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     if not weights:
         return stack, stack, stack

@@ -1,5 +1,5 @@
-# Kernel arguments have no types that Python knows.
-# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# Kernel arguments have no types that Python knows, and a launch takes options that the kernel does not name.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportCallIssue=false
 """One optimizer step over all slots and all parameters of a bank, in three launches however many there are.
 
 The rule is that of :class:`esper.kasmina.optim.SlotAdamW`; for slot s with t_s steps of its own and the host's lr:
@@ -34,7 +34,7 @@ def check_kernel(gradients, sizes, starts, flags, BLOCK: tl.constexpr):
     """``flags (blocks,)`` int32: how many values of a block are not finite."""
     pid = tl.program_id(0)
     bad = tl.zeros([BLOCK], tl.int32)
-    for number in tl.static_range(len(gradients)):
+    for number in tl.static_range(len(gradients)):  # pyright: ignore[reportGeneralTypeIssues]
         offset = (pid - starts[number]) * BLOCK + tl.arange(0, BLOCK)
         mask = (offset >= 0) & (offset < sizes[number])
         gradient = tl.load(gradients[number] + offset, mask=mask, other=0.0).to(tl.float32)
@@ -52,7 +52,7 @@ def slot_kernel(
     for begin in range(0, num_flags, FLAGS):
         place = begin + tl.arange(0, FLAGS)
         bad += tl.sum(tl.load(flags + place, mask=place < num_flags, other=0), 0)
-    finite = (bad == 0).to(tl.float32)
+    finite = tl.where(bad == 0, 1.0, 0.0)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = slot < slots
     moves = tl.zeros([BLOCK], tl.float32) + finite
@@ -78,7 +78,7 @@ def update_kernel(
 ):  # fmt: skip
     """Change ``values``, ``firsts`` and ``seconds`` in place; ``widths``: elements a slot of each parameter."""
     pid = tl.program_id(0)
-    for number in tl.static_range(len(values)):
+    for number in tl.static_range(len(values)):  # pyright: ignore[reportGeneralTypeIssues]
         offset = (pid - starts[number]) * BLOCK + tl.arange(0, BLOCK)
         mask = (offset >= 0) & (offset < sizes[number])
         slot = offset // widths[number]
@@ -135,7 +135,8 @@ def step(stacks: Stacks, rates: Rates, learning: Tensor | None, inverse_scale: f
     check_kernel[(blocks,)](gradients, sizes, starts, flags, BLOCK=_BLOCK, num_warps=4)
     slot_kernel[(-(-slots // _BLOCK),)](
         flags, table if learning is None else learning.to(torch.float32), stacks.steps, stacks.bad_steps, table,
-        blocks, slots, rates.lr * rates.boost, float(max(1, rates.warmup_steps)), _log(rates.betas[0]), _log(rates.betas[1]),
+        blocks, slots, rates.lr * rates.boost, float(max(1, rates.warmup_steps)),
+        _log(rates.betas[0]), _log(rates.betas[1]),
         MASKED=learning is not None, BLOCK=_BLOCK, FLAGS=1024, num_warps=4,
     )  # fmt: skip
     update_kernel[(blocks,)](

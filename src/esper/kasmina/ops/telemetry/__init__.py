@@ -44,9 +44,7 @@ def _sampled_reference(
     out.copy_(chunk_statistics(rows[::stride][:max_rows], chunk_of, chunk_sizes))
 
 
-def _record(
-    out: Tensor, y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor
-) -> None:
+def _record(out: Tensor, y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor) -> None:
     if dispatch.runs_triton("telemetry", y):
         from esper.kasmina.ops.telemetry import triton
 

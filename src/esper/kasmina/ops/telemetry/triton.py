@@ -9,8 +9,8 @@ A few sampled rows of small chunks fit one tile and need no second launch.
 Shapes: N rows read, F features, C chunks, P partial results a chunk (row blocks times column pieces).
 """
 
-# Kernel arguments have no types that Python knows.
-# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# Kernel arguments have no types that Python knows, and a launch takes options that the kernel does not name.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportCallIssue=false
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from esper.kasmina.ops.sizes import power_above, power_below
 
 _TILE = 16384
 """Elements of a tile: 64 a thread, 8 warps."""
@@ -164,17 +166,13 @@ def tiling(rows: int, features: int, chunks: int, *, width: int | None = None) -
         size = 0
     else:
         pieces = 1
-        together = min(_power_below(width // largest), triton.next_power_of_2(chunks))
+        together = min(power_below(width // largest), power_above(chunks))
         size = largest if regular else 0
-        width = together * largest if regular else triton.next_power_of_2(together * largest + _VECTOR - 1)
-    height = max(16, triton.next_power_of_2(rows))
+        width = together * largest if regular else power_above(together * largest + _VECTOR - 1)
+    height = max(16, power_above(rows))
     if height * width > 2 * _TILE or pieces > 1:
         height = min(height, max(16, _TILE // width))
     return Tiling(together, pieces, width, height, size, max(1, min(16, width * height // 2048)))
-
-
-def _power_below(number: int) -> int:
-    return 1 << (number.bit_length() - 1)
 
 
 @dataclass(frozen=True)
@@ -249,5 +247,5 @@ def chunk_statistics_into(
         merge_kernel[(-(-chunks // block),)](
             partial[0], partial[1], out[0], out[1], rows, chunks, size, longer, parts,
             PIECES=plan.pieces, WIDTH=plan.width, ROWS=plan.rows, BLOCK=block,
-            PARTS=min(128, triton.next_power_of_2(parts)), num_warps=4,
+            PARTS=min(128, power_above(parts)), num_warps=4,
         )  # fmt: skip
