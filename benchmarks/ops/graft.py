@@ -21,13 +21,13 @@ from esper.kasmina.ops.graft import triton as kernels
 CASES = (
     # rows, features, seeds, columns, hidden units, whether the columns are neighbours
     (5, 123, 7, 3, 5, False),
-    (130, 64, 16, 4, 8, True),
-    (257, 96, 20, 1, 8, False),
+    (70, 64, 16, 4, 8, True),
+    (40, 96, 20, 1, 8, False),
     (40, 64, 8, 4, 8, True),
-    (300, 70, 1, 40, 20, False),
+    (70, 70, 1, 40, 20, False),
     (33, 64, 1, 64, 64, True),
-    (70, 33, 11, 3, 64, False),
-    (200, 128, 8, 16, 16, True),
+    (9, 33, 11, 3, 64, False),
+    (33, 128, 8, 16, 16, True),
     (1, 5, 1, 1, 1, False),
 )
 
@@ -62,7 +62,9 @@ def _gradients(y: Tensor, g: Tensor, params: dict[str, Tensor], seats: Seats, *,
 def check(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[dict[str, Any]]:
     """Value and every gradient in a new tensor and in place; on a GPU twice, for the same bits."""
     for dtype in dtypes:
-        for case in CASES:
+        yield _several_tiles(device, dtype)
+        for rows, *sizes in CASES:
+            case = (rows * measure.growth(device), *sizes)
             y, g, params, seats = _problem(*case, device, dtype)
             exactly = {name: value.double() for name, value in params.items()}
             wanted = _gradients(y.double(), g.double(), exactly, seats, mode="exact")
@@ -71,6 +73,22 @@ def check(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[dic
                 again = _gradients(y, g, params, seats, mode=mode) if device.type == "cuda" else got
                 line = measure.compare(f"{case}, {mode}", dtype, {name: (got[name], wanted[name]) for name in wanted})
                 yield line | {"equal": line["equal"] and all(torch.equal(got[n], again[n]) for n in got)}
+
+
+def _several_tiles(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Three tiles a program, as on large outputs, against one."""
+    y, g, params, seats = _problem(70 * measure.growth(device), 40, 6, 4, 8, False, device, dtype)
+    results: list[dict[str, Tensor]] = []
+    for tiles in (1, 3):
+        out, gy, read = y.clone(), g.clone(), y.new_empty(y.shape[0], seats.flat.numel())
+        values = [*params.values(), seats.columns]
+        kernels.forward(y, out, read, *values, runs=seats.runs, tiles=tiles)
+        found = kernels.backward(
+            g, read, gy, *values, seats.own, runs=seats.runs, read_runs=seats.own_runs, weights=True, tiles=tiles
+        )
+        results.append(dict(zip(("value", "read", "y", "w1", "b1", "w2"), (out, read, gy, *found), strict=True)))
+    one, several = results
+    return measure.compare("three tiles a program", dtype, {name: (several[name], one[name]) for name in one})
 
 
 def vectorised(y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, flat: Tensor) -> Tensor:

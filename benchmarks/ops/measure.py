@@ -44,6 +44,11 @@ def poisoned_memory() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = was[1]
 
 
+def growth(device: torch.device) -> int:
+    """Factor on the sizes of parity cases: on a GPU they fill several tiles, in the interpreter minutes count."""
+    return 7 if device.type == "cuda" else 1
+
+
 def difference(got: Tensor, wanted: Tensor) -> float:
     """Norm of the difference over the norm of what is wanted; infinite for NaN."""
     value = float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))

@@ -194,15 +194,15 @@ def grouping(columns: int, units: int, dtype: torch.dtype, *, backward: bool = F
     return Grouping(together, wide, high, rows, warps)
 
 
-def _tiles(rows: int, height: int, groups: int, wanted: int) -> int:
+def _tiles(rows: int, height: int, groups: int, most: int) -> int:
     """Tiles a program: weights are loaded once for all of them, but the chip must stay full."""
     blocks = -(-rows // height)
-    return max(1, min(wanted, blocks * groups // 1024))
+    return max(1, min(most, blocks * groups // 1024))
 
 
 def forward(
     y_NF: Tensor, out_NF: Tensor, kept: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor,
-    columns: Tensor, *, runs: bool, plan: Grouping | None = None, tiles: int = 4,
+    columns: Tensor, *, runs: bool, plan: Grouping | None = None, tiles: int | None = None,
 ) -> None:  # fmt: skip
     """Write the seeds' columns of ``out_NF`` (may be ``y_NF``) and, if given, what they read to ``kept (N, S*K)``.
 
@@ -212,7 +212,7 @@ def forward(
     seeds, units, width = w1.shape
     plan = grouping(width, units, y_NF.dtype) if plan is None else plan
     groups = -(-seeds // plan.seeds)
-    tiles = _tiles(rows, plan.rows, groups, tiles)
+    tiles = _tiles(rows, plan.rows, groups, 4) if tiles is None else tiles
     blocks = -(-rows // (plan.rows * tiles))
     if blocks == 0:
         return
@@ -226,7 +226,7 @@ def forward(
 def backward(
     g_NF: Tensor, y: Tensor, gy_NF: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor,
     read_columns: Tensor, *, runs: bool, read_runs: bool, weights: bool, plan: Grouping | None = None,
-    tiles: int = 8,
+    tiles: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Write the seeds' columns of ``gy_NF``; return gradients of w1, b1 and ``w2 / alpha`` (empty without ``weights``).
 
@@ -236,7 +236,7 @@ def backward(
     seeds, units, width = w1.shape
     plan = grouping(width, units, y.dtype, backward=True) if plan is None else plan
     groups = -(-seeds // plan.seeds)
-    tiles = _tiles(rows, plan.rows, groups, tiles)
+    tiles = _tiles(rows, plan.rows, groups, 8) if tiles is None else tiles
     blocks = max(1, -(-rows // (plan.rows * tiles)))
     size = seeds * units * width
     stack = torch.empty(blocks * (2 * size + seeds * units) if weights else 0, device=g_NF.device)

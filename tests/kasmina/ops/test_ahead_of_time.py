@@ -1,0 +1,119 @@
+"""Every kernel compiles for an A100 (sm_80) and an H100 (sm_90), whether or not a GPU is here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'esper-morph[triton]'")
+
+from benchmarks.ops import slot_adam as optimizer_problems
+from tests.kasmina.ops.ahead_of_time import Launch, recorded
+
+from esper.kasmina.ops.graft import Seats
+from esper.kasmina.ops.graft import triton as graft_kernels
+from esper.kasmina.ops.slot_adam import Rates
+from esper.kasmina.ops.slot_adam import triton as optimizer_kernels
+from esper.kasmina.ops.telemetry import triton as telemetry_kernels
+
+pytestmark = pytest.mark.component
+
+CPU = torch.device("cpu")
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
+"""Shared memory a program may have."""
+
+
+def _telemetry(rows: int, features: int, chunks: int, read: int, dtype: torch.dtype) -> Callable[[], list[Launch]]:
+    def launches() -> list[Launch]:
+        out, y = torch.empty(2, chunks), torch.empty(rows, features, dtype=dtype)
+        with recorded(telemetry_kernels) as found:
+            telemetry_kernels.chunk_statistics_into(out, y, -1, read)
+        return found
+
+    return launches
+
+
+def _images() -> list[Launch]:
+    with recorded(telemetry_kernels) as found:
+        telemetry_kernels.chunk_statistics_into(torch.empty(2, 8), torch.empty(4, 24, 6, 6), 1, 50)
+    return found
+
+
+def _graft(
+    rows: int, features: int, seeds: int, width: int, units: int, near: bool, dtype: torch.dtype
+) -> Callable[[], list[Launch]]:
+    def launches() -> list[Launch]:
+        columns = torch.arange(seeds * width) if near else torch.randperm(features)[: seeds * width]
+        seats = Seats.of(columns.view(seeds, width), features, CPU)
+        y, kept = torch.empty(rows, features, dtype=dtype), torch.empty(rows, seeds * width, dtype=dtype)
+        weights = [torch.empty(seeds, units, width), torch.empty(seeds, units), torch.empty(seeds, width, units)]
+        alpha = torch.empty(seeds)
+        with recorded(graft_kernels) as found:
+            graft_kernels.forward(y, y, kept, *weights, alpha, seats.columns, runs=seats.runs)
+            graft_kernels.backward(
+                y, kept, y, *weights, alpha, seats.columns, seats.own,
+                runs=seats.runs, read_runs=seats.own_runs, weights=True,
+            )  # fmt: skip
+        return found
+
+    return launches
+
+
+def _optimizer(slots: int, rule: str) -> Callable[[], list[Launch]]:
+    def launches() -> list[Launch]:
+        bank = optimizer_problems.stacks(slots, 4, 8, CPU, rule=rule)
+        learning = torch.ones(slots, dtype=torch.bool) if rule == "adam" else None
+        with recorded(optimizer_kernels) as found:
+            optimizer_kernels.step(bank, Rates(rule, 0.01, 1.0, 0.1, nesterov=True), learning, 1.0)
+        return found
+
+    return launches
+
+
+CASES = {
+    "telemetry-sampled": _telemetry(8192, 4096, 1024, 1024, torch.bfloat16),
+    "telemetry-all-rows": _telemetry(8192, 4096, 1024, 8192, torch.bfloat16),
+    "telemetry-uneven": _telemetry(8192, 2304, 1024, 1024, torch.float16),
+    "telemetry-large-chunks": _telemetry(8192, 4096, 8, 8192, torch.float32),
+    "telemetry-smallest": _telemetry(1, 1, 1, 1, torch.float32),
+    "telemetry-images": _images,
+    "graft-64-scattered": _graft(8192, 4096, 64, 4, 8, False, torch.bfloat16),
+    "graft-1024-of-1024": _graft(8192, 4096, 1024, 4, 8, True, torch.bfloat16),
+    "graft-large": _graft(8192, 4096, 64, 64, 64, True, torch.float16),
+    "graft-fp32": _graft(8192, 4096, 64, 4, 8, False, torch.float32),
+    "graft-smallest": _graft(1, 1, 1, 1, 1, False, torch.bfloat16),
+    "optimizer-adamw": _optimizer(1024, "adamw"),
+    "optimizer-one-slot": _optimizer(1, "adam"),
+    "optimizer-sgd": _optimizer(64, "sgd"),
+}
+WIDE = ("telemetry-sampled", "telemetry-all-rows", "telemetry-uneven", "graft-1024-of-1024")
+
+
+OLDER = ("telemetry-sampled", "telemetry-all-rows", "graft-64-scattered", "graft-large", "optimizer-adamw")
+"""Every kernel once for sm_80 too."""
+
+
+@pytest.mark.parametrize(("capability", "case"), [(90, case) for case in CASES] + [(80, case) for case in OLDER])
+def test_compiles(case: str, capability: int) -> None:
+    for launch in CASES[case]():
+        compiled = launch.compile(capability)
+        assert compiled.asm["cubin"] and f".target sm_{capability}" in compiled.asm["ptx"]
+        assert compiled.metadata.shared <= SHARED_BYTES[capability]
+
+
+@pytest.mark.parametrize("case", WIDE)
+def test_reads_sixteen_bytes_at_a_time(case: str) -> None:
+    """Rows of a site are read in the widest loads there are: the kernels are as fast as their bytes."""
+    ptx = CASES[case]()[0].compile(90).asm["ptx"]
+    assert "ld.global.v4.b32" in ptx or "cp.async.cg.shared.global" in ptx
+    assert "ld.global.b16" not in ptx
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("telemetry")])
+def test_statistics_use_no_atomics(case: str) -> None:
+    for launch in CASES[case]():
+        ptx = launch.compile(90).asm["ptx"]
+        assert re.search(r"\b(atom|red)\.", ptx) is None
