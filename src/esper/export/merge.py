@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from esper.errors import ExportError
-from esper.kasmina.blueprints import ChunkBlueprint, Parts
+from esper.kasmina.bank import Bank
+from esper.kasmina.blueprints import ChunkBlueprint, Parts, with_seeds
 from esper.kasmina.discovery import SitePlan
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.hooks import strip
@@ -48,11 +49,16 @@ def merged(model: nn.Module, kasmina: Kasmina) -> nn.Module:
         if annex is not None:
             _put(plain, plan, annex.plan.merge(_parts(plain, plan), annex.params, annex.buffers, plan.geometry))
     for name, plan in kasmina.plans.items():  # behind the whole layer, however wide it has become
-        for bank in kasmina.sites[name].fossils:
-            assert isinstance(bank.plan, ChunkBlueprint)
-            columns = torch.arange(bank.width)[None] if bank.columns is None else bank.columns
-            _put(plain, plan, bank.plan.merge_at(_parts(plain, plan), bank.params, columns))
+        fossils = kasmina.sites[name].fossils
+        if fossils:
+            layer = plain.get_submodule(plan.tail_name)
+            _set(plain, plan.tail_name, with_seeds(layer, [*map(_stack, fossils)]).train(layer.training))
     return plain
+
+
+def _stack(bank: Bank) -> tuple[ChunkBlueprint, dict[str, Tensor], Tensor]:
+    assert isinstance(bank.plan, ChunkBlueprint)
+    return bank.plan, bank.params, torch.arange(bank.width)[None] if bank.columns is None else bank.columns
 
 
 def _parts(plain: nn.Module, plan: SitePlan) -> Parts:
@@ -69,11 +75,15 @@ def _put(plain: nn.Module, plan: SitePlan, parts: Parts) -> None:
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
     old = model.get_submodule(name)
     module.train(old.training)
     for parameter, before in zip(module.parameters(recurse=False), old.parameters(recurse=False), strict=False):
         parameter.requires_grad_(before.requires_grad)
+    _set(model, name, module)
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
 
@@ -113,11 +123,12 @@ def structure(plain: nn.Module, kasmina: Kasmina) -> dict[str, dict[str, int]]:
 def _sizes(module: nn.Module) -> dict[str, int]:
     if isinstance(module, nn.Linear):
         return {"in_features": module.in_features, "out_features": module.out_features}
-    if isinstance(module, fx.GraphModule):  # seeds behind a layer, perhaps behind seeds of another size
+    if isinstance(module, fx.GraphModule):  # a layer with seeds behind it
         sizes = _sizes(module.get_submodule("layer"))
-        depth = sum(key.startswith("seeds") for key in sizes)
-        seeds, units, width = module.get_parameter("w1").shape
-        return sizes | {f"seeds{depth}": seeds, f"units{depth}": units, f"columns{depth}": width}
+        stacks = [value.shape for name, value in module.named_parameters(recurse=False) if name.startswith("w1_")]
+        for number, (seeds, units, width) in enumerate(stacks):
+            sizes |= {f"seeds_{number}": seeds, f"units_{number}": units, f"columns_{number}": width}
+        return sizes
     if isinstance(module, nn.Conv2d):
         return {"in_channels": module.in_channels, "out_channels": module.out_channels}
     assert isinstance(module, nn.BatchNorm2d)

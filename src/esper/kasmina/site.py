@@ -205,7 +205,7 @@ class Site:
         """``y`` plus what is permanent and the branches of ``cohorts``; ``y`` is not written unless ``writable``."""
         read = self.read(x)
         chosen = [self.banks[cohort] for cohort in cohorts]
-        out = self._add_chunks(y, [*self.fossils, *(bank for bank in chosen if bank.reads_output)], writable)
+        out = y
         if training and self.generator is not None:
             self._seed_masks(y)
         if self.annex is not None:
@@ -215,10 +215,11 @@ class Site:
         for bank in chosen:
             if not bank.reads_output:
                 out = bank.scatter(out, bank.branch(read, training=training, generator=self.generator))
-        return out
+        behind = [*self.fossils, *(bank for bank in chosen if bank.reads_output)]
+        return self._add_chunks(out, behind, writable or out is not y)
 
     def _add_chunks(self, y: Tensor, banks: list[Bank], writable: bool) -> Tensor:
-        """Add the banks that read ``y``: each the host's own output, whatever the others add."""
+        """Add the banks that read ``y``: all of them the same, whatever the others add."""
         out = y
         for bank in banks:
             if self._overlapping:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from esper.kasmina.geometry import Geometry
-from esper.kasmina.ops.graft import Seats
 from esper.kasmina.registry import Registry
 from esper.protocol import SiteKind
 
@@ -101,25 +100,6 @@ class Blueprint(ABC):
 
     def output_names(self) -> tuple[str, ...]:
         return tuple(name for name, axes in self.axes.items() if axes.column is not None)
-
-
-class ChunkBlueprint(Blueprint):
-    """A family that reads and writes its own columns of a site's output: thousands of small seeds run as one op.
-
-    ``hidden`` takes the seeds' columns of the host's output ``(..., S*K)``. What becomes permanent stays stacked, slot
-    by slot: a dense branch over all columns would cost as much as a layer.
-    """
-
-    @abstractmethod
-    def graft(self, params: Tensors, y: Tensor, seats: Seats, *, alpha: Tensor, writable: bool) -> Tensor:
-        """``y (..., F)`` plus the branches at ``seats``; ``writable``: the memory of ``y`` may be used for it."""
-
-    @abstractmethod
-    def merge_at(self, parts: Parts, params: Tensors, columns: Tensor) -> Parts:
-        """As :meth:`merge` for seeds that sit on ``columns (S, K)``, alpha being in the output weights already."""
-
-    def merge(self, parts: Parts, params: Tensors, buffers: Tensors, geometry: Geometry) -> Parts:
-        return self.merge_at(parts, params, torch.arange(geometry.out_features)[None])
 
 
 BLUEPRINTS: Registry[Blueprint] = Registry("blueprint")

@@ -9,17 +9,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from esper.kasmina.blueprints.blueprint import (
-    BLUEPRINTS,
-    Axes,
-    ChunkBlueprint,
-    Cost,
-    Parts,
-    Tensors,
-    normal,
-)
+from esper.kasmina.blueprints.blueprint import BLUEPRINTS, Axes, Cost, Tensors, normal
+from esper.kasmina.blueprints.chunk import ChunkBlueprint
 from esper.kasmina.geometry import Geometry
 from esper.kasmina.ops.graft import Seats, graft, reference
 from esper.protocol import SiteKind
@@ -63,30 +56,7 @@ class ChunkMLP(ChunkBlueprint):
     def cost(self, geometry: Geometry, *, units: int, columns: int, reads: int) -> Cost:
         return Cost(units * (2 * columns + 1), 4.0 * units * columns)
 
-    def merge_at(self, parts: Parts, params: Tensors, columns: Tensor) -> Parts:
-        layer = _with_seeds(parts.head, params, columns)
-        return Parts(layer, layer, parts.norm)
-
-
-def _with_seeds(layer: nn.Module, params: Tensors, columns: Tensor) -> fx.GraphModule:
-    """``layer`` and the seeds behind it as one plain module: its code is generated, its class is PyTorch's own."""
-    device = next(layer.parameters()).device
-    root = nn.Module()
-    root.add_module("layer", layer)
-    for name in ("w1", "b1", "w2"):
-        root.register_parameter(name, nn.Parameter(params[name].detach().clone().to(device)))
-    root.register_buffer("columns", columns.reshape(-1).to(device))
-    seeds, _, width = params["w1"].shape
-    graph = fx.Graph()
-    y = graph.call_module("layer", (graph.placeholder("input"),))
-    flat = graph.get_attr("columns")
-    # as the host computes: in the type of the layer's output, under autocast too
-    w1, b1, w2 = (graph.call_method("to", (graph.get_attr(name), y)) for name in ("w1", "b1", "w2"))
-    x = graph.call_function(torch.index_select, (y, -1, flat))
-    x = graph.call_method("unflatten", (x, -1, (seeds, width)))
-    z = graph.call_function(torch.einsum, ("...sk,shk->...sh", x, w1))
-    h = graph.call_function(F.silu, (graph.call_function(torch.add, (z, b1)),))
-    delta = graph.call_method("flatten", (graph.call_function(torch.einsum, ("...sh,skh->...sk", h, w2)), -2))
-    delta = graph.call_method("to", (delta, y))
-    graph.output(graph.call_function(torch.index_add, (y, -1, flat, delta)))
-    return fx.GraphModule(root, graph, class_name=f"{type(layer).__name__}WithSeeds")
+    def emit(self, graph: fx.Graph, x: fx.Node, weights: dict[str, fx.Node]) -> fx.Node:
+        z = graph.call_function(torch.einsum, ("...sk,shk->...sh", x, weights["w1"]))
+        h = graph.call_function(F.silu, (graph.call_function(torch.add, (z, weights["b1"])),))
+        return graph.call_function(torch.einsum, ("...sh,skh->...sk", h, weights["w2"]))
