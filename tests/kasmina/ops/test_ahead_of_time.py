@@ -78,6 +78,7 @@ CASES = {
     "telemetry-all-rows": _telemetry(8192, 4096, 1024, 8192, torch.bfloat16),
     "telemetry-uneven": _telemetry(8192, 2304, 1024, 1024, torch.float16),
     "telemetry-large-chunks": _telemetry(8192, 4096, 8, 8192, torch.float32),
+    "telemetry-many-rounds": _telemetry(300_000, 64, 8, 300_000, torch.bfloat16),
     "telemetry-smallest": _telemetry(1, 1, 1, 1, torch.float32),
     "telemetry-images": _images,
     "graft-64-scattered": _graft(8192, 4096, 64, 4, 8, False, torch.bfloat16),

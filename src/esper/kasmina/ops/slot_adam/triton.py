@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esper.kasmina.ops.sizes import power_above
+
 if TYPE_CHECKING:
     from esper.kasmina.ops.slot_adam import Rates, Stacks
 
@@ -45,12 +47,12 @@ def check_kernel(gradients, sizes, starts, flags, BLOCK: tl.constexpr):
 @triton.jit
 def slot_kernel(
     flags, learning, steps, bad_steps, table, num_flags, slots, lr, warmup, log_beta1, log_beta2,
-    MASKED: tl.constexpr, BLOCK: tl.constexpr, FLAGS: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Count the step; ``table (4, S)``: whether a slot moves, its learning rate, its two bias corrections."""
     bad = 0
-    for begin in range(0, num_flags, FLAGS):
-        place = begin + tl.arange(0, FLAGS)
+    for round_ in range(ROUNDS):
+        place = round_ * BLOCK + tl.arange(0, BLOCK)
         bad += tl.sum(tl.load(flags + place, mask=place < num_flags, other=0), 0)
     finite = tl.where(bad == 0, 1.0, 0.0)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -137,7 +139,7 @@ def step(stacks: Stacks, rates: Rates, learning: Tensor | None, inverse_scale: f
         flags, table if learning is None else learning.to(torch.float32), stacks.steps, stacks.bad_steps, table,
         blocks, slots, rates.lr * rates.boost, float(max(1, rates.warmup_steps)),
         _log(rates.betas[0]), _log(rates.betas[1]),
-        MASKED=learning is not None, BLOCK=_BLOCK, FLAGS=1024, num_warps=4,
+        MASKED=learning is not None, BLOCK=_BLOCK, ROUNDS=power_above(-(-blocks // _BLOCK)), num_warps=4,
     )  # fmt: skip
     update_kernel[(blocks,)](
         tuple(stacks.values), gradients, tuple(stacks.firsts), tuple(stacks.seconds or stacks.firsts), sizes,

@@ -107,8 +107,9 @@ def _part_count(
 def merge_kernel(
     means, spreads, mean_out, variance_out, rows, chunks, size, longer,
     parts, PIECES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Merge ``parts`` partial results a chunk, always in the same order."""
+    """Merge ``parts`` partial results a chunk, ``PARTS`` of them a round, always in the same order."""
     chunk = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = chunk < chunks
     low = _first_column(chunk, size, longer)
@@ -117,8 +118,8 @@ def merge_kernel(
     # deviations from the first part's mean, so that a large common mean costs no digits
     shift = tl.load(means + chunk, mask=real, other=0.0)
     total = tl.zeros([BLOCK], tl.float32)
-    for begin in range(0, parts, PARTS):
-        part = begin + tl.arange(0, PARTS)
+    for round_ in range(ROUNDS):
+        part = round_ * PARTS + tl.arange(0, PARTS)
         known = (part < parts)[:, None] & real[None, :]
         mean = tl.load(means + part[:, None] * chunks + chunk[None, :], mask=known, other=0.0)
         count = _part_count(part, low, high, base, rows, PIECES, WIDTH, ROWS)
@@ -126,8 +127,8 @@ def merge_kernel(
     number = rows * (high - low).to(tl.float32)
     whole = shift + total / number
     squares = tl.zeros([BLOCK], tl.float32)
-    for begin in range(0, parts, PARTS):
-        part = begin + tl.arange(0, PARTS)
+    for round_ in range(ROUNDS):
+        part = round_ * PARTS + tl.arange(0, PARTS)
         known = (part < parts)[:, None] & real[None, :]
         place = part[:, None] * chunks + chunk[None, :]
         mean = tl.load(means + place, mask=known, other=0.0)
@@ -243,9 +244,9 @@ def chunk_statistics_into(
         NESTED=layout.outer > 1, LAST=parts == 1, num_warps=plan.warps,
     )  # fmt: skip
     if parts > 1:
-        block = 16
+        block, together = 16, min(128, power_above(parts))
         merge_kernel[(-(-chunks // block),)](
             partial[0], partial[1], out[0], out[1], rows, chunks, size, longer, parts,
             PIECES=plan.pieces, WIDTH=plan.width, ROWS=plan.rows, BLOCK=block,
-            PARTS=min(128, power_above(parts)), num_warps=4,
+            PARTS=together, ROUNDS=power_above(-(-parts // together)), num_warps=4,
         )  # fmt: skip
