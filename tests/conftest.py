@@ -134,6 +134,19 @@ def deterministic() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = was[1]
 
 
+@pytest.fixture
+def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test registers is gone after it."""
+    from esper.kasmina.blueprints import BLUEPRINTS
+    from esper.kasmina.starts import STARTS
+    from esper.kasmina.strategies import STRATEGIES
+    from esper.tamiyo import registry as controllers
+
+    for registry in (STRATEGIES, STARTS, BLUEPRINTS):
+        monkeypatch.setattr(registry, "_items", dict(registry._items))
+    monkeypatch.setattr(controllers, "_FACTORIES", dict(controllers._FACTORIES))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Other processes
 

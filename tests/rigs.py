@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import esper
 from esper.commands import apply
 from esper.export.merge import strip
+from esper.guard import expel_damage
 from esper.kasmina.cohort import Cohort
 from esper.protocol import AnyEvent, Command, Germinate, Lifecycle, Observation, SeedPlan
 
@@ -113,6 +114,8 @@ def attach(
     loss: Callable[..., Tensor] = mse,
     track: Sequence[Any] = (),
     controller: Any = None,
+    train_step: Any = None,
+    audit: Any = None,
     **settings: Any,
 ) -> Rig:
     """A rig with quick settings and an idle controller; ``settings`` are those of ``Config``."""
@@ -124,6 +127,8 @@ def attach(
         loss=loss,
         evaluate=rows(16, seed=7) if held_out is None else held_out,
         track=track,
+        train_step=train_step,
+        audit=audit,
         config=esper.Config(**{**QUICK, **settings}),
         controller=controller or Idle(),
         on_event=events.append,
@@ -259,6 +264,24 @@ def make_visible(bank: Any) -> None:
             value.copy_(0.5 * torch.randn(value.shape, generator=source))
 
 
+def keep_visible(rig: Rig, site: str, width: int) -> None:
+    """Make a visible branch at a site permanent, without its gates."""
+    kasmina = rig.grower.kasmina
+    cohort = rig.germinate(site, width=width)
+    step = rig.grower.clock.steps
+    kasmina.move(cohort, S.GRAFTING, step)
+    kasmina.graft(cohort)
+    make_visible(rig.bank(cohort, site))
+    kasmina.set_alpha(cohort, 1.0)
+    for state in (S.STABILIZATION, S.EVALUATING, S.FINE_TUNING):
+        kasmina.move(cohort, state, step)
+    x = rig.batches[4][0]
+    with torch.no_grad():
+        before = rig.model(x)
+        kasmina.fossilise(cohort, step, rig.grower.clock.hosts)
+        torch.testing.assert_close(rig.model(x), before, rtol=1e-4, atol=1e-5)
+
+
 def host_of(model: nn.Module) -> nn.Module:
     """A copy without any hook."""
     plain = copy.deepcopy(model)
@@ -325,3 +348,8 @@ def assert_gone(rig: Rig, cohort: Cohort) -> None:
     assert not gate.passed
     later = step + QUICK["graft"].embargo + 1  # type: ignore[attr-defined]
     assert len(kasmina.table.free_chunks(0, later)) == kasmina.table.owner.size
+
+
+def guard(grower: esper.Grower) -> None:
+    """What a decision point does about numbers that are not finite, now."""
+    expel_damage(grower.kasmina, grower.stages, grower._losses, grower.journal, grower.clock.steps)

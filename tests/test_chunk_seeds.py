@@ -15,7 +15,6 @@ import esper
 from esper.export import merged, structure
 from esper.kasmina.bank import Bank
 from esper.kasmina.cohort import Cohort
-from esper.kasmina.optim import SlotAdamW
 from esper.protocol import Germinate, Lifecycle, SeedPlan
 
 pytestmark = pytest.mark.integration
@@ -75,7 +74,7 @@ def _by_hand(model: nn.Module, x: Tensor, banks: list[tuple[Bank, float]]) -> Te
 
 def test_a_cohort_of_chunks_lives_its_whole_life() -> None:
     rig = _rig()
-    cohort = _germinate(rig, [0, 2, 3], start="negative_gradient")
+    cohort = _germinate(rig, [0, 2, 3])
     bank = rig.bank(cohort, SITE)
     assert bank.num_slots == 3 and bank.width == 1
     rig.until(cohort, S.GRAFTING)
@@ -107,7 +106,7 @@ def test_host_and_seeds_get_their_gradients() -> None:
     host = host_of(rig.model)
     copied.set_learning(True)
     y = host.fc1(x)  # type: ignore[operator]
-    out = copied.scatter(y, copied.branch(y, alpha=bank.alpha, training=True, generator=None))
+    out = copied.scatter(y, copied.branch(copied.pick(y, y), alpha=bank.alpha, training=True, generator=None))
     host.fc2(host.act(out)).square().sum().backward()  # type: ignore[operator]
     for name, value in bank.params.items():
         torch.testing.assert_close(value.grad, copied.params[name].grad)
@@ -115,7 +114,7 @@ def test_host_and_seeds_get_their_gradients() -> None:
         torch.testing.assert_close(one.grad, two.grad)
 
 
-def test_what_becomes_permanent_stays_what_it_was_and_stays_stacked() -> None:
+def test_what_becomes_permanent_stays_what_it_was_and_goes_on_learning() -> None:
     rig = _rig()
     kasmina, x = rig.grower.kasmina, rig.batches[0][0]
     first, second = _graft(rig, [4, 0]), _graft(rig, [5, 1, 2], alpha=0.7)
@@ -126,38 +125,13 @@ def test_what_becomes_permanent_stays_what_it_was_and_stays_stacked() -> None:
         _fossilise(rig, cohort)
     site = kasmina.sites[SITE]
     torch.testing.assert_close(rig.model(x).detach(), before, atol=1e-6, rtol=1e-5)
-    assert site.annex is None and len(site.fossils) == 1 and not site.banks
-    assert site.fossils[0].num_slots == 5 and site.fossils[0].columns is not None
-    assert site.fossils[0].columns.flatten().tolist() == [4, 0, 5, 1, 2]
-    assert kasmina.params == params and site.grown_units == 15
-    now, taken = site.fossils[0].params["w1"].clone(), site.fossils[0].moments.steps.tolist()
+    assert site.annex is None and [bank.num_slots for bank in site.beside] == [2, 3] and not site.banks
+    assert [bank.columns.flatten().tolist() for bank in site.beside if bank.columns is not None] == [[4, 0], [5, 1, 2]]
+    assert kasmina.params == params
+    now, taken = site.beside[1].params["w1"].clone(), site.beside[1].moments.steps.tolist()
     rig.train(3)
-    assert not torch.equal(now, site.fossils[0].params["w1"]), "permanent seeds go on learning"
-    assert site.fossils[0].moments.steps.tolist() == [steps + 3.0 for steps in taken]
-
-
-def test_moments_move_along_slot_by_slot() -> None:
-    rig = _rig()
-    first = _graft(rig, [4])
-    kasmina = rig.grower.kasmina
-    optimizer = SlotAdamW(lr_boost=1.0, warmup_steps=1)
-    bank = rig.bank(first, SITE)
-    bank.set_learning(True)
-    host = next(iter(rig.grower.clock.hosts.values()))
-    for _ in range(3):
-        for value in bank.params.values():
-            value.grad = torch.ones_like(value)
-        optimizer.step(bank, host)
-    moments = bank.moments.first["w1"].clone()
-    kasmina.set_paused(first, False, rig.grower.clock.steps)
-    _fossilise(rig, first)
-    second = _graft(rig, [1])
-    kasmina.set_paused(second, False, rig.grower.clock.steps)
-    taken = kasmina.sites[SITE].fossils[0].moments.steps.clone()
-    _fossilise(rig, second)
-    stack = kasmina.sites[SITE].fossils[0]
-    assert stack.moments.steps[0] == taken[0] and stack.moments.steps.shape == (2,)
-    assert stack.moments.first["w1"].shape[0] == 2 and moments.shape[0] == 1
+    assert not torch.equal(now, site.beside[1].params["w1"]), "permanent seeds go on learning"
+    assert site.beside[1].moments.steps.tolist() == [steps + 3.0 for steps in taken]
 
 
 def test_a_second_generation_reads_the_hosts_own_output() -> None:
@@ -172,12 +146,12 @@ def test_a_second_generation_reads_the_hosts_own_output() -> None:
     with torch.no_grad():
         for value in rig.bank(second, SITE).params.values():
             value.mul_(-0.7)
-    wanted = _by_hand(rig.model, x, [(site.fossils[0], 1.0), (rig.bank(second, SITE), 0.5)])
+    wanted = _by_hand(rig.model, x, [(site.beside[0], 1.0), (rig.bank(second, SITE), 0.5)])
     torch.testing.assert_close(rig.model(x), wanted)
     before = rig.model(x).detach()
     kasmina.set_paused(second, False, rig.grower.clock.steps)
     _fossilise(rig, second)
-    assert [bank.num_slots for bank in site.fossils] == [2, 2]
+    assert [bank.num_slots for bank in site.beside] == [2, 2]
     torch.testing.assert_close(rig.model(x).detach(), before, atol=1e-6, rtol=1e-5)
 
 
@@ -207,10 +181,7 @@ def test_the_exported_model_computes_the_same_without_esper() -> None:
     plain = merged(rig.model, kasmina)
     torch.testing.assert_close(plain(x).detach(), wanted, atol=1e-5, rtol=1e-4)
     assert all(type(module).__module__.split(".")[0] in ("torch", "tests") for module in plain.modules())
-    assert structure(plain, kasmina)["fc1"] == {
-        "in_features": 8, "out_features": 8, "seeds_0": 2, "units_0": 3, "columns_0": 1, "seeds_1": 2, "units_1": 3,
-        "columns_1": 1, "seeds_2": 1, "units_2": 2, "columns_2": 1,
-    }  # fmt: skip
+    assert structure(plain, kasmina)["fc1"] == {"branches": 4}, "the low-rank one, and one for each cohort of seeds"
     file = io.BytesIO()
     torch.save(plain.fc1, file)
     assert b"esper" not in file.getvalue()
@@ -237,7 +208,7 @@ def test_copies_carry_their_seeds_along() -> None:
     cohort = _graft(rig, [1])
     twin = copy.deepcopy(rig.model)
     wanted = rig.model(x).detach()
-    for bank in (*rig.grower.kasmina.sites[SITE].fossils, rig.bank(cohort, SITE)):
+    for bank in (*rig.grower.kasmina.sites[SITE].beside, rig.bank(cohort, SITE)):
         for value in bank.params.values():
             value.detach().zero_()
     assert same_bits(twin(x).detach(), wanted) and not same_bits(rig.model(x).detach(), wanted)

@@ -16,6 +16,7 @@ from tests.rigs import Rig, attach
 
 import esper
 from esper.kasmina.lifecycle import LEGAL, TABLE
+from esper.kasmina.strategies import STRATEGIES
 from esper.protocol import (
     Cancel,
     Command,
@@ -124,7 +125,7 @@ class AnyOrder(RuleBasedStateMachine):
     def pause(self, cohort: int, kind: Any) -> None:
         self.send(kind(cohort=cohort))
 
-    @rule(cohort=cohorts, strategy=st.sampled_from(["fixed_ramp", "drift_controlled", "none"]))
+    @rule(cohort=cohorts, strategy=st.sampled_from([*STRATEGIES, "none"]))
     def change(self, cohort: int, strategy: str) -> None:
         self.send(SetStrategy(cohort=cohort, strategy=strategy))
 

@@ -68,6 +68,7 @@ def test_the_readme_example_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("own_registries")
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page.name != "README.md" and python_blocks(page).strip()], ids=name_of
 )
@@ -176,3 +177,34 @@ def test_a_table_replaces_the_one_before_and_nothing_else() -> None:
     once = generator._insert(page, "x", "new")
     assert once == "above\n<!-- x:begin -->\nnew\n<!-- x:end -->\nbelow"
     assert generator._insert(once, "x", "new") == once
+
+
+@pytest.mark.unit
+def test_the_overview_marks_what_the_interval_settles_and_says_what_diverged() -> None:
+    generator = script("generate_results")
+
+    def difference(score: float | None, low: float | None, high: float | None) -> str:
+        return generator._difference({"score": score, "score_interval": [low, high], "flops_ratio": 2.345})
+
+    assert generator._difference(None) == ""
+    assert difference(0.02, 0.01, 0.03) == "**+0.020** at 2.3x"
+    assert difference(-0.02, -0.03, -0.01) == "**-0.020** at 2.3x"
+    assert difference(0.02, -0.01, 0.05) == difference(0.02, None, None) == "+0.020 at 2.3x"
+    assert difference(None, None, None) == "diverged"
+
+
+@pytest.mark.unit
+def test_a_picture_leaves_marks_in_place_and_names_what_it_cannot_draw() -> None:
+    generator = script("generate_results")
+    arm = {"score": 0.5, "score_interval": [0.4, 0.6], "flops": 1e9, "title": "x"}
+    arms = {"grown": arm, "static_final": arm, "static_small": arm | {"score": 0.1, "score_interval": [0.0, 0.2]}}
+    arms["always"] = arm | {"score": None, "score_interval": [None, None]}
+    text = generator._picture("t", {"title": "T < U", "score_name": "accuracy", "arms": arms})
+    root = ET.fromstring(text)
+    name = "{http://www.w3.org/2000/svg}"
+    dots = [(dot.get("cx"), dot.get("cy")) for dot in root.iter(f"{name}circle")]
+    assert len(dots) == 3 and dots[1] == dots[2] != dots[0], "what costs and scores the same lies on one spot"
+    spots = {(t.get("x"), t.get("y")) for t in root.iter(f"{name}text") if t.get("class") == "num"}
+    assert len(spots) == 3, "their numbers do not"
+    words = [t.text for t in root.iter(f"{name}text")]
+    assert "3  small, no growth (0.100)" in words and "4  grown, every cohort kept (diverged)" in words

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.models import Pair, assert_same_state, mse, snapshot
-from tests.rigs import Rig, attach, graft
+from tests.rigs import Rig, attach, graft, guard
 from torch import Tensor
 
 from esper.kasmina.cohort import Cohort
@@ -121,7 +121,7 @@ def scaled(order: str, scaler: torch.amp.GradScaler) -> Callable[[Rig, Cohort], 
         assert rig.grower.clock.steps == start + 6, "the skipped step was not to count"
         # an update() after the grower's step tells of the overflow when the next gradients are already mixed in
         assert float(rig.bank(cohort).moments.steps[0]) == 6 - (order == "late update"), "nor for the branch"
-        rig.grower._guard(rig.grower.clock.steps)
+        guard(rig.grower)
         assert cohort.state is S.GRAFTING and not rig.grower.verdicts, "an overflow is ordinary, not a fault"
 
     return loop

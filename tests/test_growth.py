@@ -7,14 +7,12 @@ import itertools
 import pytest
 import torch
 from tests.models import MLP, Mlp, Pair, assert_same_state, mse, rows, same_bits, snapshot
-from tests.rigs import Rig, attach, hold, make_visible
+from tests.rigs import Rig, attach, hold, keep_visible, make_visible
 from torch import nn
 
 import esper
-from esper.protocol import (
-    Lifecycle,
-    Transitioned,
-)
+from esper.kasmina.strategies import STRATEGIES
+from esper.protocol import Lifecycle, Transitioned
 
 pytestmark = pytest.mark.integration
 
@@ -60,26 +58,43 @@ def test_a_whole_life_through_the_real_gates() -> None:
     torch.testing.assert_close(plain(x), rig.model(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.e2e
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_a_whole_life_under_every_strategy(strategy: str) -> None:
+    """A fitted branch, whose alpha has to rise, is blended in, proves itself and becomes permanent."""
+    torch.manual_seed(2)
+    model = Pair(hidden=2)
+    rig = attach(
+        model, torch.optim.AdamW(model.parameters(), 1e-2), batches=rows(20, size=64),
+        held_out=rows(32, seed=7, size=64), fit=esper.FitConfig(steps=60, batch_rows=128),
+        graft=esper.GraftConfig(
+            strategy=strategy, ramp_steps=20, pause_duration=5, stabilize_steps=10, fine_tune_steps=20,
+            warmup_steps=10,
+        ),
+    )  # fmt: skip
+    rig.train(60)
+    cohort = rig.until(rig.germinate(start="negative_gradient", width=24), S.GRAFTING)
+    alphas, held = [cohort.alpha], 0
+    while cohort.state is S.GRAFTING:
+        rig.train()
+        alphas.append(cohort.alpha)
+        held += cohort.held_by is not None and cohort.state is S.GRAFTING
+        assert (alphas[-1] == alphas[-2]) == (cohort.held_by is not None or alphas[-2] == 1.0)
+    assert alphas == sorted(alphas) and alphas[0] == 0.0 and alphas[-1] == 1.0
+    assert len(set(alphas)) == 21, "twenty moves, whatever held them up"
+    assert strategy != "fixed_ramp" or held == 0
+    assert strategy != "drift_controlled" or held > 5, "a host that learns this fast drifts"
+    rig.until(cohort, S.FINE_TUNING)
+    rig.train(25)
+    (verdict,) = rig.grower.verdicts
+    assert verdict.state is S.FOSSILIZED and verdict.gain_low > 0, verdict
+    plain = rig.grower.export()
+    x = rig.batches[0][0]
+    torch.testing.assert_close(plain(x), rig.model(x), rtol=1e-5, atol=1e-6)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Chained spans
-
-
-def keep(rig: Rig, site: str, width: int) -> None:
-    """Make a visible branch at a site permanent, without its gates."""
-    kasmina = rig.grower.kasmina
-    cohort = rig.germinate(site, width=width)
-    step = rig.grower.clock.steps
-    kasmina.move(cohort, S.GRAFTING, step)
-    kasmina.graft(cohort)
-    make_visible(rig.bank(cohort, site))
-    kasmina.set_alpha(cohort, 1.0)
-    for state in (S.STABILIZATION, S.EVALUATING, S.FINE_TUNING):
-        kasmina.move(cohort, state, step)
-    x = rig.batches[4][0]
-    with torch.no_grad():
-        before = rig.model(x)
-        kasmina.fossilise(cohort, step, rig.grower.clock.hosts)
-        torch.testing.assert_close(rig.model(x), before, rtol=1e-5, atol=1e-6)
 
 
 ORDERS = [("fc1-fc2", "fc2-fc3"), ("fc2-fc3", "fc1-fc2"), ("fc1-fc2", "fc2-fc3", "fc1-fc2", "fc2-fc3")]
@@ -90,7 +105,7 @@ def test_downstream_reads_what_upstream_has_grown(order: tuple[str, ...]) -> Non
     rig = attach(MLP.build())
     rig.train(2)
     for site in order:
-        keep(rig, site, 3)
+        keep_visible(rig, site, 3)
         rig.train(3)
     up, down = (rig.grower.kasmina.sites[name] for name in ("fc1-fc2", "fc2-fc3"))
     assert up.annex is not None and down.annex is not None
@@ -125,7 +140,7 @@ def test_an_upstream_that_grows_while_downstream_captures(batches: int) -> None:
     rig.train(2)
     assert waiting.state is (S.GERMINATED if batches == 6 else S.TRAINING)
     rig.grower.kasmina.set_paused(waiting, True, rig.grower.clock.steps)
-    keep(rig, "fc1-fc2", 3)
+    keep_visible(rig, "fc1-fc2", 3)
     rig.grower.kasmina.set_paused(waiting, False, rig.grower.clock.steps)
     rig.until(waiting, S.GRAFTING)
     assert rig.bank(waiting).reads == 13

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests.models import MLP, Pair, same_bits, snapshot
-from tests.rigs import Rig, assert_gone, attach, hold
+from tests.rigs import Rig, assert_gone, attach, guard, hold
 
 import esper
 from esper.commands import apply
@@ -67,7 +67,7 @@ ALWAYS_REFUSED: list[tuple[Command, str]] = [
     (plan("fc9-fc2"), "no site is called 'fc9-fc2'; known: fc1-fc2"),
     (plan(blueprint="bottelneck"), "did you mean 'bottleneck'"),
     (plan(blueprint="low_rank"), "sits on"),
-    (plan(start="random"), "known: negative_gradient, random_zero, reconstruction"),
+    (plan(start="random"), "known: copy, gradient_svd, gradmax, negative_gradient, random_zero, reconstruction, tiny"),
     (plan(strategy="jump"), "known: drift_controlled, fixed_ramp"),
     (plan(chunks=(0, 4)), "between 0 and 3, got 4"),
     (plan(chunks=(-1,)), "between 0 and 3, got -1"),
@@ -176,7 +176,7 @@ def test_a_branch_that_turns_non_finite_leaves_at_once() -> None:
     assert cohort is not None
     rig.bank(cohort).params["w1"].data[0, 0, 0] = float("nan")
     rig.grower._losses.append(torch.tensor(1.0))
-    rig.grower._guard(rig.grower.clock.steps)
+    guard(rig.grower)
     assert [v.state for v in rig.grower.verdicts] == [S.ROLLED_BACK]
     assert_gone(rig, cohort)
 
@@ -186,7 +186,7 @@ def test_a_fading_branch_that_turns_non_finite_leaves_at_once() -> None:
     assert cohort is not None
     rig.bank(cohort).params["w1"].data[0, 0, 0] = float("nan")
     rig.grower._losses.append(torch.tensor(1.0))
-    rig.grower._guard(rig.grower.clock.steps)
+    guard(rig.grower)
     assert_gone(rig, cohort)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.models import Mlp, Pair
-from tests.rigs import Rig, attach
+from tests.models import Mlp, Pair, rows
+from tests.rigs import Rig, attach, make_visible
 
 import esper
 from esper.evidence.judge import Judgement
@@ -86,6 +86,26 @@ def test_a_host_that_drifts_for_ever_lets_the_ramp_run_out_of_time() -> None:
     rig = attach(Pair(), graft=graft)
     ramping(rig)
     rig.train(20)
+    (verdict,) = rig.grower.verdicts
+    assert verdict.state is Lifecycle.CULLED and verdict.reason.startswith("out of time: ")
+
+
+def test_a_branch_that_harms_is_held_near_zero_until_it_runs_out_of_time() -> None:
+    graft = esper.GraftConfig(strategy="performance_linked", ramp_steps=10, pause_duration=1000, timeout=80)
+    model = Pair()
+    still = torch.optim.SGD(model.parameters(), 0.0)  # neither host nor branch can learn the harm away
+    rig = attach(model, still, batches=rows(10, size=64), graft=graft)
+    rig.train(40)
+    cohort = rig.until(rig.germinate(), Lifecycle.GRAFTING)
+    make_visible(rig.bank(cohort))
+    rig.bank(cohort).scale_output(8.0)
+    rig.grower.kasmina.set_alpha(cohort, 0.0)
+    rig.train(20)
+    assert 0 < cohort.alpha < 0.5 and cohort.held_by is not None and cohort.held_by.startswith("training loss ")
+    alpha = cohort.alpha
+    rig.train(20)
+    assert cohort.alpha == alpha, "a pause holds, it does not go back"
+    rig.train(80)
     (verdict,) = rig.grower.verdicts
     assert verdict.state is Lifecycle.CULLED and verdict.reason.startswith("out of time: ")
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 from tests.models import Pair, rows, same_bits, snapshot
 from tests.rigs import ALPHA, PATH, QUICK, Rig, assert_gone, attach, delta, hold, host_of, make_visible
+from tests.seed_tables import states
 from torch import Tensor
 
 import esper
 from esper.commands import apply
 from esper.kasmina.lifecycle import TABLE
+from esper.kasmina.strategies import STRATEGIES
 from esper.protocol import (
     Cancel,
     Cull,
@@ -107,7 +109,7 @@ def test_who_moves_in_a_step(state: Lifecycle) -> None:
 def test_the_table_of_seeds_says_the_same(state: Lifecycle) -> None:
     rig, cohort = hold(state)
     table = rig.grower.kasmina.table
-    codes = set(table.state_tensor(0)[:, 0].tolist())
+    codes = set(states(table, 0)[:, 0].tolist())
     gone = state in (S.DORMANT, S.FOSSILIZED, S.ROLLED_BACK)
     assert codes == {0 if gone else int(state)}
     assert (table.owner >= 0).all() == (not gone) and (table.owner < 0).all() == gone
@@ -193,9 +195,15 @@ def test_captures_that_never_fill_are_cancelled() -> None:
 # Pauses
 
 
-@pytest.mark.parametrize("strategy", ["fixed_ramp", "drift_controlled"])
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_a_pause_holds_alpha_and_timers_and_a_resume_goes_on(strategy: str) -> None:
-    graft = esper.GraftConfig(ramp_steps=10, timeout=40, warmup_steps=1, drift_threshold=1e9, embargo=20)
+    graft = esper.GraftConfig(
+        ramp_steps=10,
+        timeout=40,
+        warmup_steps=1,
+        embargo=20,
+        pause_duration=0,  # the strategies' own pauses are off
+    )
     rig = attach(Pair(), graft=graft, fit=esper.FitConfig(steps=10, batch_rows=32, min_t=-1e9, scales=(1e-3,)))
     cohort = rig.germinate(start="negative_gradient", strategy=strategy)
     rig.until(cohort, S.GRAFTING)

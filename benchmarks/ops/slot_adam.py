@@ -70,7 +70,7 @@ def check(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[dic
         for rule in RULES:
             start = stacks(*case, device, rule=rule)
             learning = torch.arange(case[0], device=device) % 3 != 1
-            rates = Rates(rule, 0.01, 2.0, 0.1, momentum=0.9, nesterov=True, warmup_steps=7)
+            rates = Rates(rule, 0.02, 0.1, momentum=0.9, nesterov=True, warmup_steps=7)
             got, wanted = _copy(start, torch.float32), _copy(start, torch.float64)
             for _ in range(3):
                 kernels.step(got, rates, learning, 0.5)
@@ -91,7 +91,7 @@ def time_rows(clock: measure.Clock, sweep: bool) -> list[dict[str, Any]]:
 
 def _time(clock: measure.Clock, slots: int, width: int, units: int) -> dict[str, Any]:
     bank = stacks(slots, width, units, torch.device("cuda"), rule="adamw")
-    rates = Rates("adamw", 1e-4, 1.0, 0.1, warmup_steps=50)
+    rates = Rates("adamw", 1e-4, 0.1, warmup_steps=50)
     params = [value.clone().requires_grad_() for value in bank.values]
     for parameter, gradient in zip(params, bank.gradients, strict=True):
         parameter.grad = gradient

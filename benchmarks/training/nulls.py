@@ -1,6 +1,6 @@
 """How often are cohorts accepted that can add nothing? Counts for both controls, and the power against real help.
 
-Run from the repository root (about two minutes on one core)::
+Run from the repository root (a few minutes on one core)::
 
     PYTHONPATH=src:. python benchmarks/training/nulls.py
 
@@ -14,29 +14,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.training.intervals import upper_bound
 from tests.evidence.cohorts import NULLS, useful
 
 from esper.evidence.judge import Judgement
 
 RESULT = Path(__file__).parents[1] / "results" / "nulls.json"
 CONTROLS = ("projected", "plain")
-
-
-def upper_bound(accepted: int, judged: int, level: float = 0.05) -> float:
-    """One-sided Clopper-Pearson bound: the rate at which so few acceptances have probability ``level``."""
-    low, high = accepted / judged, 1.0
-    for _ in range(60):
-        rate = (low + high) / 2
-        below = sum(math.comb(judged, k) * rate**k * (1 - rate) ** (judged - k) for k in range(accepted + 1))
-        low, high = (rate, high) if below > level else (low, rate)
-    return high
 
 
 def summarise(judged: list[Judgement]) -> dict[str, Any]:
@@ -53,7 +43,7 @@ def summarise(judged: list[Judgement]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cohorts", type=int, default=100, help="cohorts a kind")
+    parser.add_argument("--cohorts", type=int, default=170, help="cohorts a kind (170 make 1,020 null cohorts)")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         TelemetryConfig,
     )
     from esper.errors import (
+        AbsorbError,
         AttachError,
         ConfigError,
         DataError,
@@ -35,11 +36,19 @@ if TYPE_CHECKING:
         UnknownNameError,
     )
     from esper.grower import Grower
+    from esper.plugins import (
+        register_blueprint,
+        register_controller,
+        register_module,
+        register_start,
+        register_strategy,
+    )
     from esper.protocol import Lifecycle
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AbsorbError",
     "AttachError",
     "BudgetConfig",
     "CaptureConfig",
@@ -63,6 +72,11 @@ __all__ = [
     "TransitionError",
     "UnknownNameError",
     "__version__",
+    "register_blueprint",
+    "register_controller",
+    "register_module",
+    "register_start",
+    "register_strategy",
 ]
 
 
@@ -72,6 +86,8 @@ def _home(name: str) -> str:
         return "esper.grower"
     if name == "Lifecycle":
         return "esper.protocol"
+    if name.startswith("register_"):
+        return "esper.plugins"
     return "esper.config" if name.endswith("Config") else "esper.errors"
 
 

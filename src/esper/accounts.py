@@ -60,8 +60,13 @@ class Accounts:
         """Most forward FLOPs a step may have; ``None`` without a ceiling."""
         return None if self.budget.flops_share is None else self.budget.flops_share * self.host_flops_per_step
 
+    @property
+    def training_flops(self) -> float:
+        """FLOPs of one training step of the network as it is now: a forward, and a backward at twice its cost."""
+        return 3.0 * (self.host_flops_per_step + self._kasmina.added_flops_per_step())
+
     def count_step(self) -> None:
-        """Book one training step: a forward, and a backward at twice its cost."""
+        """Book one training step."""
         self.ledger.add("host", 3.0 * self.host_flops_per_step)
         self.ledger.add("branches", 3.0 * self._kasmina.added_flops_per_step())
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from itertools import chain, repeat
+from typing import Any, Protocol, TypeVar
 
 from esper.accounts import Accounts
 from esper.errors import EsperError
@@ -29,6 +30,8 @@ from esper.protocol import (
     Transitioned,
 )
 from esper.stages import Stages
+
+T = TypeVar("T")
 
 
 class Run(Protocol):
@@ -74,14 +77,20 @@ def _germinate(run: Run, command: Germinate, step: int) -> Gate:
 
 
 def _announce(run: Run, cohort: Cohort, reason: str, step: int) -> None:
-    per_seed = [(name, member, slot) for name, member in cohort.members.items() for slot in member.slots]
     banks = {name: run.kasmina.sites[name].banks[cohort.number] for name in cohort.sites}
+
+    def per_seed(values: Iterable[T]) -> tuple[T, ...]:
+        counts = [len(member.slots) for member in cohort.members.values()]
+        return tuple(chain.from_iterable(repeat(value, count) for value, count in zip(values, counts, strict=True)))
+
     run.journal.emit(
         Germinated(
-            step=step, cohort=cohort.number, seeds=cohort.seed_ids, sites=tuple(name for name, _, _ in per_seed),
-            blueprints=tuple(banks[name].blueprint for name, _, _ in per_seed),
-            starts=tuple(member.start for _, member, _ in per_seed),
-            widths=tuple(banks[name].units for name, _, _ in per_seed), added_params=cohort.added_params, reason=reason,
+            step=step, cohort=cohort.number, seeds=cohort.seed_ids, sites=per_seed(cohort.sites),
+            blueprints=per_seed(bank.blueprint for bank in banks.values()),
+            starts=per_seed(member.start for member in cohort.members.values()),
+            widths=per_seed(bank.units for bank in banks.values()), added_params=cohort.added_params,
+            reason="; ".join([reason, *cohort.notes]),
+            chunks=tuple(run.kasmina.table.num_chunks[cohort.slots].tolist()),
         )
     )  # fmt: skip
     run.journal.emit(

@@ -24,7 +24,7 @@ class SitesConfig:
     exclude: tuple[str, ...] = ()
     """Patterns of sites to leave out, applied after ``include``."""
     layers: bool = False
-    """Also offer single Linear and Conv2d layers (rank-limited branches), not only spans."""
+    """Also offer single layers (Linear, convolutions, norms, embeddings, attention, recurrent), not only spans."""
     chunks: int | None = None
     """Chunks a site; ``None`` takes one a feature up to 1,024. Never more than a site's output features."""
 
@@ -86,6 +86,9 @@ class FitConfig:
     """Multiples of ``base_scale`` tried with real forward losses."""
     base_scale: float = 0.1
     """First size of a fitted branch: its RMS as a share of the site's output RMS."""
+    max_share: float | None = 0.1
+    """Most FLOPs a cohort's fits may take, as a share of the training that is left: fits get fewer steps, or none and
+    an output of zero. ``None``, or an unknown ``total_steps``, sets no limit."""
     min_t: float = 2.0
     """The fit must predict a gain on other batches with at least this clustered t statistic."""
     unproven: str = "zero"
@@ -98,6 +101,12 @@ class FitConfig:
         _check(self.steps >= 1, "fit.steps must be at least 1", self.steps, "use 150")
         _check(self.unproven in ("zero", "cull"), "fit.unproven must be zero or cull", self.unproven, "use 'zero'")
         _check(self.lr > 0, "fit.lr must be positive", self.lr, "use 3e-3")
+        _check(
+            self.max_share is None or self.max_share >= 0,
+            "fit.max_share must not be negative",
+            self.max_share,
+            "use 0.1",
+        )
         _check(len(self.scales) > 0 and min(self.scales) > 0, "fit.scales must be positive", self.scales, "use (1.0,)")
 
 
@@ -106,7 +115,9 @@ class GraftConfig:
     """How a branch is blended in and how it learns."""
 
     strategy: str = "fixed_ramp"
-    """How alpha moves: ``fixed_ramp``, or ``drift_controlled``, which waits while the host's weights drift."""
+    """How alpha moves: ``fixed_ramp``; the others wait now and then: ``performance_linked`` while the training loss is
+    worse than before the graft, ``drift_controlled`` while the host's weights drift, ``grad_norm_gated`` while the
+    gradient's size is unusual; or any name given to ``esper.register_strategy``."""
     ramp: str = "linear"
     """Shape of ``fixed_ramp``: linear, cosine or sigmoid."""
     ramp_steps: int = 50
@@ -114,7 +125,15 @@ class GraftConfig:
     drift_threshold: float = 0.05
     """Relative distance of the host's weights from their running average above which ``drift_controlled`` waits."""
     pause_duration: int = 50
-    """Longest pause ``drift_controlled`` may make at a stretch."""
+    """Longest pause a strategy may make at a stretch; 0 for none."""
+    performance_window: int = 16
+    """Training losses since the graft began over whose mean ``performance_linked`` judges."""
+    performance_band: float = 2.0
+    """Standard errors by which that mean may exceed the level before the graft."""
+    grad_norm_window: int = 50
+    """Steps behind the running median of ``grad_norm_gated``."""
+    grad_norm_band: tuple[float, float] = (0.5, 2.0)
+    """Gradient norms that ``grad_norm_gated`` finds usual, as multiples of the running median."""
     timeout: int = 400
     """Longest stay in GRAFTING, and in STABILIZATION; a cohort that needs more is culled."""
     settle_steps: int = 0
@@ -129,6 +148,8 @@ class GraftConfig:
     """Steps over which a culled branch's alpha ramps to zero."""
     lr_boost: float = 2.0
     """Learning rate of new units over the host's."""
+    lr_ceiling: float | None = 1.0
+    """Ceiling on the boosted learning rate, as a multiple of the largest the host has had (``None``: no ceiling)."""
     warmup_steps: int = 50
     """Steps over which the learning rate of new units rises from zero."""
     embargo: int = 100
@@ -142,6 +163,7 @@ class GraftConfig:
             "use 'linear'",
         )
         _check(self.ramp_steps >= 1, "graft.ramp_steps must be at least 1", self.ramp_steps, "use 50")
+        self._check_pauses()
         _check(
             self.timeout > self.ramp_steps + self.settle_steps,
             "graft.timeout must exceed graft.ramp_steps + graft.settle_steps",
@@ -149,7 +171,27 @@ class GraftConfig:
             "raise it",
         )
         _check(self.lr_boost > 0, "graft.lr_boost must be positive", self.lr_boost, "use 2.0")
+        _check(
+            self.lr_ceiling is None or self.lr_ceiling > 0,
+            "graft.lr_ceiling must be positive",
+            self.lr_ceiling,
+            "use 1.0, or None for no ceiling",
+        )
         _check(self.embargo >= 0, "graft.embargo must not be negative", self.embargo, "use 100")
+
+    def _check_pauses(self) -> None:
+        _check(self.drift_threshold > 0, "graft.drift_threshold must be positive", self.drift_threshold, "use 0.05")
+        _check(self.pause_duration >= 0, "graft.pause_duration must not be negative", self.pause_duration, "use 50")
+        window, band = self.performance_window, self.performance_band
+        _check(window >= 1, "graft.performance_window must be at least 1", window, "use 16")
+        _check(band >= 0, "graft.performance_band must not be negative", band, "use 2.0")
+        _check(self.grad_norm_window >= 1, "graft.grad_norm_window must be at least 1", self.grad_norm_window, "use 50")
+        _check(
+            len(self.grad_norm_band) == 2 and 0 <= self.grad_norm_band[0] < 1 < self.grad_norm_band[1],
+            "graft.grad_norm_band must hold a low end in [0, 1) and a high end above 1",
+            self.grad_norm_band,
+            "use (0.5, 2.0)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +209,8 @@ class EvidenceConfig:
     min_gain: float = 0.0
     """Smallest gain (loss units) that counts as one."""
     control: str = "projected"
-    """What the branch is compared with: ``projected`` lets the host's own layer take over what it can express
-    (see docs/decisions), ``plain`` just switches the branch off."""
+    """What the branch is compared with: ``projected`` lets the host's own layer take over what it can express, or
+    asks an earlier host where that is all of it (see docs/decisions), ``plain`` just switches the branch off."""
     accept: str = "evidence"
     """``evidence`` judges every cohort; ``always`` keeps whatever reaches judgement (a control arm, not for use)."""
     projection_rows: int = 8192
@@ -177,8 +219,18 @@ class EvidenceConfig:
     """Smallest relative gain per relative FLOPs at which a branch may become permanent."""
     held_out_batches: int = 4
     """Gate batches behind the held-out curve."""
+    twin_share: float = 0.0
+    """Share of grafted cohorts that get a twin: the network trained on the same batches without them (needs
+    ``grower.step(loss, batch=...)``; costs a second training while it lasts)."""
+    twin_steps: int = 100
+    """Steps a twin trains before it is compared with the host."""
+    withhold_share: float = 0.0
+    """Share of the cohorts ready for grafting that are not grafted, by a draw: what grafting does is the difference."""
+    withhold_steps: int = 100
+    """Steps a withheld cohort keeps its place, and after which the held-out loss of either kind is read."""
 
     def __post_init__(self) -> None:
+        self._check_trials()
         _check(0 < self.fdr < 1, "evidence.fdr must lie between 0 and 1", self.fdr, "use 0.05")
         _check(
             0 < self.confirm_level < 1, "evidence.confirm_level must lie between 0 and 1", self.confirm_level, "0.05"
@@ -201,6 +253,12 @@ class EvidenceConfig:
             self.control,
             "use 'projected'",
         )
+
+    def _check_trials(self) -> None:
+        for name in ("twin", "withhold"):
+            share, steps = getattr(self, f"{name}_share"), getattr(self, f"{name}_steps")
+            _check(0 <= share <= 1, f"evidence.{name}_share must lie between 0 and 1", share, "use 0.15")
+            _check(steps >= 1, f"evidence.{name}_steps must be at least 1", steps, "use 100")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +296,11 @@ class TamiyoConfig:
     """Units a cohort adds to a span, as a multiple of the host's inner width."""
     compound: bool = False
     """Take ``growth`` as a multiple of the present inner width, grown units included."""
+    seeds_per_site: int = 1
+    """Seeds that a cohort's units on a site are shared out to, each on a share of its chunks (at most one a unit)."""
+    keep_share: float = 1.0
+    """Share of a site's seeds that are grafted after their isolated training: those with the largest first-order gain
+    on held-out batches."""
     last_share: float = 0.6
     """No germination after this share of ``total_steps``: what starts too late cannot pay back."""
     min_gain_per_cost: float = 0.02
@@ -254,6 +317,8 @@ class TamiyoConfig:
         )
         _check(self.growth > 0, "tamiyo.growth must be positive", self.growth, "use 1.0")
         _check(self.patience >= 1, "tamiyo.patience must be at least 1", self.patience, "use 2")
+        _check(self.seeds_per_site >= 1, "tamiyo.seeds_per_site must be at least 1", self.seeds_per_site, "use 1")
+        _check(0 < self.keep_share <= 1, "tamiyo.keep_share must lie in (0, 1]", self.keep_share, "use 1.0")
         _check(0 < self.last_share <= 1, "tamiyo.last_share must lie in (0, 1]", self.last_share, "use 0.6")
 
 

@@ -38,6 +38,10 @@ class ExportError(EsperError, RuntimeError):
     """An exported model would not equal the grown one."""
 
 
+class AbsorbError(EsperError, RuntimeError):
+    """Growth cannot move into the host's own tensors now."""
+
+
 class DataError(EsperError, ValueError):
     """A data set is missing or has the wrong shape."""
 

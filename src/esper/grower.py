@@ -22,30 +22,42 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper import export as exporting
+from esper.absorption import absorb_growth
 from esper.accounts import Accounts
 from esper.commands import apply
 from esper.config import BudgetConfig, Config
-from esper.errors import AttachError, SilentSiteError
 from esper.evidence.evaluator import Evaluator, Loss
 from esper.evidence.judge import Judge
+from esper.evidence.twins import as_given, plain_step
+from esper.guard import check_reports, expel_damage, warn_if_misplaced, warn_if_stuck
 from esper.journal import Journal
 from esper.kasmina.discovery import discover
 from esper.kasmina.execution import Kasmina
-from esper.kasmina.host import HostClock
+from esper.kasmina.host import HostClock, read_loss
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import Ledger, forward_flops
-from esper.kasmina.lifecycle import in_slot
 from esper.kasmina.preconditions import check_choices, check_host
 from esper.observation import observe
-from esper.protocol import AnyEvent, Attached, Command, HeldOut, Lifecycle, Observation, SiteInfo, Stopped, Verdict
+from esper.protocol import (
+    Absorbed,
+    AnyEvent,
+    Attached,
+    Command,
+    HeldOut,
+    Lifecycle,
+    Observation,
+    SiteInfo,
+    Stopped,
+    Verdict,
+)
 from esper.stages import Stages
 from esper.summary import Report, describe
 from esper.tamiyo import Controller, make_controller
+from esper.trials import Trials
 
 
 class Grower:
@@ -54,8 +66,8 @@ class Grower:
     Parameters
     ----------
     model:
-        Any ``nn.Module`` with Linear-activation-Linear or Conv2d-activation-Conv2d paths. Its parameters, state_dict
-        keys and forward signature stay as they are.
+        Any ``nn.Module`` with Linear-activation-Linear, gated or conv-activation-conv paths. Its parameters,
+        state_dict keys and forward signature stay as they are.
     optimizer:
         The optimizer, or several; the first one's steps are the clock.
     loss:
@@ -64,6 +76,13 @@ class Grower:
         Held-out batches (a list or a DataLoader), enough that a branch can be accepted at all (fourteen with default
         settings, the error says how many); never batches that are trained on. They decide what is kept, so score the
         result on other data.
+    train_step:
+        ``train_step(model, optimizer, batch)`` takes one training step as your loop does; only for twins
+        (``EvidenceConfig.twin_share``) of loops that do more than forward, backward and step. ``optimizer`` comes as
+        it was given here, one or several.
+    audit:
+        Further batches, read once in :meth:`finish`: every accepted cohort is scored on them, for the report. Keeps a
+        copy of the model for each accepted cohort until then.
     track:
         Schedulers, a GradScaler, whatever belongs to the training state.
     controller:
@@ -84,6 +103,8 @@ class Grower:
         *,
         loss: Loss,
         evaluate: Iterable[Any],
+        train_step: Callable[[nn.Module, Any, Any], object] | None = None,
+        audit: Iterable[Any] | None = None,
         track: Iterable[Any] = (),
         config: Config | None = None,
         controller: Controller | None = None,
@@ -96,6 +117,9 @@ class Grower:
         self.controller = controller or make_controller(
             self.config.tamiyo.controller, self.config.tamiyo, seed=self.config.seed
         )
+        single = isinstance(optimizer, Optimizer)
+        self._train_step = plain_step(loss) if train_step is None else as_given(train_step, single=single)
+        self._audit = audit
         self._evaluator = Evaluator.of(model, loss, evaluate, self.config.evidence, seed=self.config.seed)
         with undisturbed(model):
             self.discovery = discover(model, self._evaluator.run_one, self.config.sites)
@@ -131,8 +155,13 @@ class Grower:
         self._last_step = 0
         self._held_out_initial = math.nan
         self.stopped: str | None = None
+        self.export_difference: exporting.Difference | None = None
+        self.trials = Trials(
+            model, self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit, self.journal.warn,
+            self._train_step, self._audit, lambda: self.accounts.training_flops,
+        )  # fmt: skip
         self.stages = Stages(
-            self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit, self._losses
+            self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit, self.trials, self._losses
         )
         self.kasmina.watch(True)  # the first step tells whether every site reports
         self._announce()
@@ -150,29 +179,32 @@ class Grower:
 
     # ---------------------------------------------------------------------------------------------- the step
 
-    def step(self, loss: Tensor | float) -> None:
+    def step(self, loss: Tensor | float, batch: Any = None) -> None:
         """Call once after each ``optimizer.step()`` (or once a micro-batch: only real steps count).
 
-        ``loss`` is the user's training loss; it is read, never differentiated.
+        ``loss`` is the user's training loss; it is read, never differentiated. ``batch`` is what was trained on, for
+        twins; nothing else reads it.
         """
         if self.clock.steps == self._last_step:
             self._without_host_step()
             return
-        self._warn_if_misplaced()
+        warn_if_misplaced(self.clock, self.journal, self._last_step)
         self._last_step, self._calls_without_step = self.clock.steps, 0
         step = self._last_step
-        self._losses.append(_kept(loss))
+        self._losses.append(read_loss(loss))
         self.kasmina.note_rows(step)
         with self.journal.timed("learn"):
             self.accounts.count_step()
             if self.clock.overflowed(stepped=True):
                 self.kasmina.forget_gradients()  # they hold those of a step that the scaler has skipped
             self.kasmina.learn(self.clock.hosts, inverse_scale=self.clock.inverse_scale)
+        with self.journal.timed("evidence"):
+            self.trials.follow(batch, step)
         if step == 1:
-            self._check_reports()
+            check_reports(self.kasmina, self.clock)
         at_decision = step % self.config.interval == 0
         if at_decision:
-            self._guard(step)
+            expel_damage(self.kasmina, self.stages, self._losses, self.journal, step)
         self._obey(step)
         with self.journal.timed("advance"):
             self.stages.advance(step)
@@ -212,6 +244,7 @@ class Grower:
         for cohort in list(self.kasmina.cohorts.values()):
             self.stages.expel(cohort, step, "training ended before it was judged")
         self._measure_held_out(step)
+        self.trials.finish(step, self.stages.verdicts)
         self.journal.report_overhead(step)
 
     # ---------------------------------------------------------------------------------------------- what users read
@@ -247,6 +280,8 @@ class Grower:
     def export(self, *, tolerance: float | None = None) -> nn.Module:
         """A plain copy of the grown model: wider layers, no Esper inside, checked equal on a held-out batch.
 
+        ``export_difference`` then holds how much the loss, and the output of each grown layer, differ (relative).
+
         Raises
         ------
         ExportError
@@ -254,13 +289,49 @@ class Grower:
         """
         plain = exporting.merged(self.model, self.kasmina)
         allowed = exporting.default_tolerance(self.accounts.dtypes) if tolerance is None else tolerance
-        batch = self._evaluator.batches[0]
-        exporting.check_equal(self.model, plain, self._evaluator.loss, batch, tolerance=allowed)
+        self.export_difference = exporting.check_equal(
+            self.model, plain, self._evaluator.loss, self._evaluator.batches[0], tolerance=allowed,
+            plans=exporting.grown_sites(self.kasmina),
+        )  # fmt: skip
         return plain
 
     def export_structure(self) -> dict[str, dict[str, int]]:
         """The layers that :meth:`export` has widened, with their sizes."""
         return exporting.structure(exporting.merged(self.model, self.kasmina), self.kasmina)
+
+    def absorb(self, *, tolerance: float | None = None) -> Absorbed:
+        """Move what was grown into the model's own layers, in place: wider tensors, the optimizer's state with them.
+
+        For those who want one model and one optimizer: from here on grown units learn by the optimizer itself, at its
+        learning rate, and the state_dict holds them (its shapes change, its keys do not). Parameters become *new
+        objects* in the modules and in the optimizer's groups: whoever keeps a list of the old ones (a clipping list,
+        an averaged copy, a wrapper) must make it anew. Growth goes on afterwards.
+
+        Raises
+        ------
+        AbsorbError
+            While cohorts are on trial, gradients or hooks are on the tensors, the optimizer is not Adam, AdamW or
+            SGD, or processes share the model. Nothing was changed.
+        ExportError
+            When the wider layers would not compute the same (relative difference of the loss above ``tolerance``).
+        """
+        return absorb_growth(self, tolerance=tolerance)
+
+    def rediscover(self) -> None:
+        """Find the sites anew after the model's own layers have changed. Every chunk is dormant; counts go on."""
+        old = self.kasmina
+        old.detach()
+        with undisturbed(self.model):
+            self.discovery = discover(self.model, self._evaluator.run_one, self.config.sites)
+            probe_flops = forward_flops(self.model, self._evaluator.run_one)
+        self.kasmina = Kasmina(self.model, self.discovery, self.config, adaptive=self.clock.adaptive)
+        self.kasmina.go_on_from(old)
+        self.accounts = Accounts(
+            self.model, self._evaluator, self.discovery, self.kasmina, probe_flops=probe_flops,
+            budget=self.accounts.budget,
+        )  # fmt: skip
+        self.judge.sites, self.stages.kasmina, self.trials.kasmina = self.kasmina.sites, self.kasmina, self.kasmina
+        self.kasmina.watch(True)
 
     def detach(self) -> None:
         """Remove every hook. Call :meth:`export` first to keep what was grown."""
@@ -318,70 +389,10 @@ class Grower:
             self._held_out_initial = loss
         self.journal.emit(HeldOut(step=step, loss=loss, params=self.kasmina.params, flops=self.ledger.total))
 
-    # ---------------------------------------------------------------------------------------------- guards
-
-    def _guard(self, step: int) -> None:
-        """Non-finite losses or gradients: what is on trial leaves at once, the newest first."""
-        damaged = self.kasmina.damaged()
-        recent = torch.stack([value.float() for value in self._losses])
-        suspects = [c for c in self.kasmina.cohorts.values() if bool(in_slot(int(c.state), c.alpha))]
-        if not bool(torch.isfinite(recent).all()):
-            self._losses.clear()  # one incident has one culprit: the window must not accuse the next cohort
-            damaged = damaged or sorted(suspects, key=lambda cohort: -cohort.born)[:1]
-            if not damaged:
-                self.journal.warn(
-                    "loss", "the training loss is not finite and nothing of Esper is on trial: it is the host's", step
-                )
-        for cohort in damaged:
-            self.stages.expel(cohort, step, "guard: a non-finite loss, gradient or parameter")
-
-    def _check_reports(self) -> None:
-        """A site whose weight got a gradient but whose hook never ran is an error, not a healthy silence."""
-        silent = [
-            name
-            for name, site in self.kasmina.sites.items()
-            if site.refused is None
-            and self.kasmina.rows_per_step[name] == 0
-            and self.clock.gradients_live(name)
-            and site.telemetry is not None
-            and not site.telemetry.reported
-        ]
-        if silent:
-            raise SilentSiteError(
-                f"every site must report in a step in which its weights get gradients, {len(silent)} of "
-                f"{len(self.kasmina.sites)} are silent ({', '.join(silent[:3])}); the model was probably compiled "
-                "before the Grower was attached: build the Grower first and call torch.compile(model) afterwards "
-                "(torch._dynamo.reset() clears an earlier compilation)"
-            )
+    # ---------------------------------------------------------------------------------------------- misuse
 
     def _without_host_step(self) -> None:
         self._calls_without_step += 1
         if self.clock.overflowed(stepped=False):
             self.kasmina.forget_gradients()
-        if self._calls_without_step == 1000:
-            self.journal.warn(
-                "no step",
-                "grower.step was called 1000 times without an optimizer step; call it after optimizer.step(), and "
-                "pass the optimizer that is stepped",
-                self._last_step,
-            )
-
-    def _warn_if_misplaced(self) -> None:
-        if self.clock.backwards_since_step > 0:
-            self.journal.warn(
-                "misplaced",
-                "grower.step(loss) was called between backward() and optimizer.step(); call it after "
-                "optimizer.step(), so that grown units learn from the same gradients as the host",
-                self._last_step,
-            )
-
-
-def _kept(loss: Tensor | float) -> Tensor:
-    """A copy of the user's loss: a static buffer is overwritten by the next step."""
-    if not isinstance(loss, Tensor):
-        return torch.tensor(float(loss))
-    if loss.numel() != 1:
-        raise AttachError(
-            f"grower.step(loss) takes one number, got a tensor of shape {tuple(loss.shape)}; pass the mean loss"
-        )
-    return loss.detach().clone().reshape(())
+        warn_if_stuck(self._calls_without_step, self.journal, self._last_step)

@@ -33,8 +33,6 @@ def observe(
     """Build the observation. Synchronises with the device once a site (telemetry)."""
     names = tuple(kasmina.sites)
     free = kasmina.table.num_free_chunks(step)
-    live = np.zeros(len(names), dtype=bool)
-    live[kasmina.table.site[kasmina.table.occupied()]] = True
     refused = np.array([site.refused is not None for site in kasmina.sites.values()])
     chunks = np.array([site.info.num_chunks for site in kasmina.sites.values()])
     grown = np.array([kasmina.units(name) for name in names], dtype=np.int64)
@@ -56,7 +54,7 @@ def observe(
         sites=rows,
         hidden=np.array([site.info.hidden_features for site in kasmina.sites.values()], dtype=np.int64),
         grown=grown,
-        eligible=(free == chunks) & ~live & ~refused,
+        eligible=(free == chunks) & ~kasmina.table.has_seeds() & ~refused,
         chunk_site=pressing[0],
         chunk_index=pressing[1],
         chunk_pressure=pressing[2],
@@ -81,7 +79,7 @@ def _view(kasmina: Kasmina, number: int, step: int) -> CohortView:
         state=cohort.state,
         steps_in_state=cohort.entered if cohort.paused else step - cohort.entered,
         sites=cohort.sites,
-        num_seeds=len(cohort.slots),
+        num_seeds=cohort.num_seeds,
         alpha=cohort.alpha,
         added_params=cohort.added_params,
     )
@@ -93,6 +91,7 @@ def _site_rows(
     table = np.full((len(kasmina.sites), len(SITE_FEATURES)), np.nan)
     column = {name: index for index, name in enumerate(SITE_FEATURES)}
     energies: list[np.ndarray] = []
+    sensors = [column[name] for name in ("activation_mean", "activation_var", "gradient_energy")]
     for row, (name, site) in enumerate(kasmina.sites.items()):
         info = site.info
         table[row, column["is_span"]] = info.kind.is_span
@@ -106,8 +105,7 @@ def _site_rows(
         assert site.telemetry is not None
         snapshot = site.telemetry.snapshot()
         energies.append(snapshot[2])
-        for feature, values in zip(("activation_mean", "activation_var", "gradient_energy"), snapshot, strict=True):
-            table[row, column[feature]] = values.mean()
+        table[row, sensors] = snapshot.mean(axis=1)
         past = [verdict for verdict in verdicts if name in verdict.sites]
         if past:
             table[row, column["last_gain"]] = past[-1].gain
@@ -118,10 +116,17 @@ def _site_rows(
 
 
 def _pressing(energies: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The chunks with the highest gradient energy, strongest first; silent chunks (NaN) are left out."""
+    """The chunks with the highest gradient energy, strongest first; silent chunks (NaN) are left out.
+
+    A million chunks are ordinary: the cut is found without sorting them.
+    """
     flat = np.concatenate(energies)
-    site = np.repeat(np.arange(len(energies)), [len(energy) for energy in energies])
-    index = np.concatenate([np.arange(len(energy)) for energy in energies])
-    known = np.flatnonzero(np.isfinite(flat))
-    order = known[np.argsort(-flat[known], kind="stable")][:NUM_PRESSING]
-    return site[order].astype(np.int64), index[order].astype(np.int64), flat[order].astype(np.float64)
+    known = np.isfinite(flat)
+    if flat.size > NUM_PRESSING:
+        cut = np.partition(np.where(known, flat, -np.inf), -NUM_PRESSING)[-NUM_PRESSING]
+        known &= flat >= cut
+    candidates = np.flatnonzero(known)
+    order = candidates[np.argsort(-flat[candidates], kind="stable")][:NUM_PRESSING]
+    offsets = np.concatenate(([0], np.cumsum([len(energy) for energy in energies])))
+    site = np.searchsorted(offsets, order, side="right") - 1
+    return site.astype(np.int64), (order - offsets[site]).astype(np.int64), flat[order].astype(np.float64)

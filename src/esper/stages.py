@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from esper.config import Config
 from esper.evidence.judge import Judge
 from esper.evidence.paired import PairedResult
+from esper.evidence.ranking import best
 from esper.evidence.shrinkage import shrink_gains
+from esper.fitting import Fitting
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.host import HostClock
 from esper.kasmina.ledger import Ledger
-from esper.kasmina.lifecycle import Gate, capture_gate, in_slot, is_active, ramp_gate, sanity_gate, stability_gate
-from esper.kasmina.starts import STARTS
+from esper.kasmina.lifecycle import Gate, capture_gate, in_slot, is_active, ramp_gate, stability_gate
 from esper.kasmina.strategies import STRATEGIES, GraftContext, Move
-from esper.protocol import AnyEvent, Fitted, Judged, Lifecycle, Transitioned, Verdict, Warned
+from esper.protocol import AnyEvent, Judged, Lifecycle, Transitioned, Verdict
+from esper.trials import WITHHELD, Trials
 
 NAN = float("nan")
 
@@ -35,6 +39,7 @@ class Stages:
     ledger: Ledger
     config: Config
     emit: Callable[[AnyEvent], None]
+    trials: Trials
     losses: deque[torch.Tensor]
     """Detached task losses of the last steps, oldest first."""
     held_out: float = NAN
@@ -42,16 +47,28 @@ class Stages:
     looks: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
     """Gain and standard error of every judged cohort that has ended: reported gains are shrunk towards this pool."""
 
+    @property
+    def fitting(self) -> Fitting:
+        """The isolated training, on the sites as they are now."""
+        return Fitting(self.kasmina, self.ledger, self.config, self.emit, self.trials.step_flops)
+
     # ---------------------------------------------------------------------------------------------- the step
 
     def advance(self, step: int) -> None:
         """Give every cohort its turn; paused ones stand still (alpha as it is, timers stopped)."""
         running = [cohort for cohort in list(self.kasmina.cohorts.values()) if not cohort.paused]
-        if not running:
-            return
-        self.kasmina.table.tick()
+        if running:
+            self.kasmina.table.tick()
         for cohort in running:
             self._STAGES[cohort.state](self, cohort, step)
+        self.clock.measure_gradients(
+            {
+                name
+                for cohort in self.kasmina.cohorts.values()
+                if cohort.state is Lifecycle.GRAFTING and STRATEGIES[cohort.strategy].needs_gradients
+                for name in cohort.sites
+            }
+        )
 
     def _germinated(self, cohort: Cohort, step: int) -> None:
         sites = [self.kasmina.sites[name] for name in cohort.sites]
@@ -64,13 +81,11 @@ class Stages:
             self._move(cohort, Lifecycle.TRAINING, step, reason)
         elif step - cohort.entered >= self.config.capture.timeout:
             filled = min(site.capture.filled for site in sites if site.capture is not None)
-            self.end(
-                cohort,
-                Lifecycle.CANCELLED,
-                step,
+            reason = (
                 f"capture: {filled} of {self.config.capture.batches} batches after {step - cohort.entered} steps "
-                "(no gradient reaches the site?); raise capture.timeout or exclude it",
+                "(no gradient reaches the site?); raise capture.timeout or exclude it"
             )
+            self.end(cohort, Lifecycle.CANCELLED, step, reason)
 
     def _given_up(self, cohort: Cohort, step: int) -> bool:
         """Whether one of the sites turned out unusable; the cohort is cancelled then."""
@@ -82,22 +97,35 @@ class Stages:
         return False
 
     def _training(self, cohort: Cohort, step: int) -> None:
-        if self._given_up(cohort, step):
+        if self._given_up(cohort, step) or self._still_withheld(cohort, step):
             return
         for name in list(cohort.sites):
-            gate = self._fit(cohort, name, step)
+            gate = self.fitting.fit(cohort, name, step)
             if not gate.passed:
                 self._drop(cohort, name, step, gate)
+        if cohort.members:
+            self._thin(cohort, step)
         if not cohort.members:
             return
         self.kasmina.drop_captures(cohort)
+        if self.trials.withholds(cohort, step):
+            return
+        self.trials.grafting(cohort, step)
         preserving = all(member.preserves_function for member in cohort.members.values())
         self._move(cohort, Lifecycle.GRAFTING, step, "sanity: the branches may be grafted")
+        self.judge.note_graft(cohort.number)
         self.kasmina.graft(cohort)
         if preserving:
             self.kasmina.set_alpha(cohort, 1.0)  # a zero branch has nothing to ramp
         else:
             self._choose_scale(cohort)
+
+    def _still_withheld(self, cohort: Cohort, step: int) -> bool:
+        """Whether a draw has held the cohort back; after its time it gives its place free."""
+        since = cohort.withheld_since
+        if since is not None and step - since >= self.config.evidence.withhold_steps:
+            self.end(cohort, Lifecycle.CANCELLED, step, WITHHELD)
+        return since is not None
 
     def _grafting(self, cohort: Cohort, step: int) -> None:
         gate = ramp_gate(alpha=cohort.alpha, target=1.0)
@@ -120,12 +148,12 @@ class Stages:
     def _evaluating(self, cohort: Cohort, step: int) -> None:
         before = self.ledger.spent["evidence"]
         judged = self.judge.evaluate(cohort.number, cohort.sites)
-        shrunken = self._shrunken(judged.result)
+        cohort.gain_shrunken = self._shrunken(judged.result)
         self._note_gain(cohort, judged.result)
         self.emit(
             Judged(
                 step=step, cohort=cohort.number, stage="evaluate", sites=cohort.sites, gain=judged.result.mean,
-                gain_low=judged.result.low, gain_high=judged.result.high, gain_shrunken=shrunken,
+                gain_low=judged.result.low, gain_high=judged.result.high, gain_shrunken=cohort.gain_shrunken,
                 e_value=judged.e_value, e_threshold=judged.threshold, confirm_p=judged.confirm_p,
                 num_batches=judged.num_batches, accepted=judged.gate.passed, added_params=cohort.added_params,
                 added_flops_share=cohort.added_flops_share, flops=self.ledger.spent["evidence"] - before,
@@ -189,12 +217,15 @@ class Stages:
         self._conclude(cohort, target, step, reason)  # raises for an illegal end, before anything has changed
         cohort.paused = False
         cohort.fading_from = cohort.alpha
+        self.trials.ending(cohort, step)
         if target is Lifecycle.ROLLED_BACK or not in_forward:
             self.kasmina.remove(cohort, step, self.config.graft.embargo)
 
     def expel(self, cohort: Cohort, step: int, reason: str) -> None:
         """Take a cohort out at once, whatever its state: roll it back, or cut short the fading of one that ended."""
-        if bool(is_active(int(cohort.state))):
+        if cohort.withheld_since is not None:
+            self.end(cohort, Lifecycle.CANCELLED, step, WITHHELD)
+        elif bool(is_active(int(cohort.state))):
             self.end(cohort, Lifecycle.ROLLED_BACK, step, reason)
         else:
             self.kasmina.remove(cohort, step, self.config.graft.embargo)
@@ -202,11 +233,14 @@ class Stages:
     def _finish(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
         self._report_move(cohort, target, step, reason)
         self._add_verdict(cohort, target, step, reason)
+        self.judge.forget(cohort.number)
+        self.trials.keeping(cohort)
         self.kasmina.fossilise(cohort, step, self.clock.hosts)
 
     def _conclude(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
         self._move(cohort, target, step, reason)
         self._add_verdict(cohort, target, step, reason)
+        self.judge.forget(cohort.number)
         self.kasmina.drop_captures(cohort)
 
     def _add_verdict(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
@@ -217,55 +251,28 @@ class Stages:
             Verdict(
                 cohort=cohort.number, step=step, state=target, sites=cohort.sites, gain=gain, gain_low=low,
                 gain_high=high, added_params=cohort.added_params, added_flops_share=cohort.added_flops_share,
-                reason=reason,
+                reason=reason, gain_shrunken=cohort.gain_shrunken,
             )
         )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------- how
 
-    def _fit(self, cohort: Cohort, name: str, step: int) -> Gate:
-        site, member = self.kasmina.sites[name], cohort.members[name]
-        start, bank = STARTS[member.start], site.banks[cohort.number]
-        capture = site.capture if start.needs_rows else None
-        completed = capture.completed_at if capture is not None else None
-        rows = capture.rows(bank.reads) if capture is not None else None
-        if rows is not None and site.telemetry is not None and rows.g.numel():
-            site.telemetry.record_gradient(rows.g, site.geometry.feature_axis)
-        if capture is not None and capture.dropped_batches:
-            self.emit(
-                Warned(
-                    step=step,
-                    message=f"{name}: {capture.dropped_batches} of {capture.num_batches} captured batches held no "
-                    "gradient or non-finite values and were left out of the fit",
-                )
-            )
-        member.report = start.prepare(bank, rows, self.config.fit, self.kasmina.generator)
-        self.ledger.add("fit", member.report.flops)
-        report = member.report
-        self.emit(
-            Fitted(
-                step=step, cohort=cohort.number, seed_id=int(self.kasmina.table.seed_id[member.slots[0]]), site=name,
-                start=member.start, explained=report.explained, t_statistic=report.t_statistic, scale=NAN,
-                flops=report.flops,
-            )
-        )  # fmt: skip
-        member.preserves_function = start.preserves_function
-        gate = sanity_gate(
-            start.sanity,
-            t_statistic=report.t_statistic,
-            explained=report.explained,
-            min_t=self.config.fit.min_t,
-            max_unexplained=self.config.fit.reconstruction_threshold,
-            capture_age=0 if completed is None else step - completed,
-            max_age=self.config.capture.max_age,
-        )
-        if gate.passed or start.sanity != "gradient" or self.config.fit.unproven == "cull":
-            return gate
-        if not math.isfinite(report.t_statistic):
-            return gate
-        bank.scale_output(0.0)
-        member.preserves_function = True
-        return Gate("sanity", True, f"{gate.reason}: the fit is not used, the branch starts from zero output")
+    def _thin(self, cohort: Cohort, step: int) -> None:
+        """Of the seeds on each site, keep those with the largest first-order gain, where the plan asked for fewer."""
+        crowded = [name for name, m in cohort.members.items() if m.keep is not None and m.keep < len(m.slots)]
+        if not crowded:
+            return
+        ranking = self.judge.rank(cohort.number, {n: cohort.members[n].preserves_function for n in crowded})
+        for name in crowded:
+            keep, total = cohort.members[name].keep, len(cohort.members[name].slots)
+            kept = best(ranking.scores.get(name), keep)
+            if not kept.size:
+                reason = f"rank: no first-order gain known, {ranking.reason}"
+                self._drop(cohort, name, step, Gate("rank", False, reason))
+                continue
+            leaving = self.kasmina.thin(cohort, name, kept, step, self.config.graft.embargo)
+            reason = f"{name}: rank: not among the best {len(kept)} of {total} by {ranking.measures[name]}"
+            self._emit(cohort, tuple(leaving.tolist()), cohort.state, Lifecycle.CULLED, step, reason)
 
     def _drop(self, cohort: Cohort, name: str, step: int, gate: Gate) -> None:
         """One site's seeds fail the sanity test: they are culled, the others go on."""
@@ -296,12 +303,15 @@ class Stages:
     def _ramp(self, cohort: Cohort) -> None:
         strategy = STRATEGIES[cohort.strategy]
         moves: list[Move] = []
+        losses = tuple(torch.stack(list(self.losses)).tolist()) if strategy.needs_losses and self.losses else ()
         for name in cohort.sites:
             context = GraftContext(
                 alpha=cohort.alpha,
                 ramped=cohort.ramped,
                 weights=self.clock.weights(name),
                 memory=cohort.memory.setdefault(name, {}),
+                losses=losses,
+                gradient_norm=self.clock.gradient_norm(name) if strategy.needs_gradients else None,
             )
             moves.append(strategy.advance(context, self.config.graft))
         cohort.held_by = next((move.held_by for move in moves if move.held_by is not None), None)
@@ -332,8 +342,10 @@ class Stages:
     def _report_move(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
         self._emit(cohort, cohort.seed_ids, cohort.state, target, step, reason)
 
-    def _emit_move(self, cohort: Cohort, slots: Iterable[int], target: Lifecycle, step: int, reason: str) -> None:
-        ids = tuple(int(self.kasmina.table.seed_id[slot]) for slot in slots)
+    def _emit_move(
+        self, cohort: Cohort, slots: npt.NDArray[np.int64], target: Lifecycle, step: int, reason: str
+    ) -> None:
+        ids = tuple(self.kasmina.table.seed_id[slots].tolist())
         self._emit(cohort, ids, cohort.state, target, step, reason)
 
     def _emit(

@@ -9,7 +9,9 @@ from typing import Protocol
 from esper.kasmina.discovery import Discovery
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.ledger import Ledger
-from esper.protocol import Lifecycle, SiteInfo, Verdict
+from esper.observe.credit import grafting_effect
+from esper.protocol import Audited, EffectScored, Lifecycle, SiteInfo, TwinScored, Verdict
+from esper.trials import Scored, Trials
 
 
 class Run(Protocol):
@@ -18,6 +20,8 @@ class Run(Protocol):
     kasmina: Kasmina
     discovery: Discovery
     stopped: str | None
+
+    trials: Trials
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]: ...
@@ -69,6 +73,8 @@ class Report:
     held_out: float
     flops: dict[str, float]
     stopped: str | None
+    scored: tuple[Scored, ...] = ()
+    """What twins, withholding and the audit found, oldest first."""
 
     @classmethod
     def of(cls, run: Run) -> Report:
@@ -86,6 +92,7 @@ class Report:
             held_out=run.held_out,
             flops=dict(run.ledger.spent),
             stopped=run.stopped,
+            scored=tuple(run.trials.scored),
         )
 
     def __str__(self) -> str:
@@ -98,7 +105,34 @@ class Report:
         for verdict in self.verdicts:
             word = {Lifecycle.FOSSILIZED: "KEPT", Lifecycle.CULLED: "REJECTED"}.get(verdict.state, verdict.state.name)
             gain = f"{-verdict.gain:+.4f}" if math.isfinite(verdict.gain) else "not measured"
+            if math.isfinite(verdict.gain_shrunken):
+                gain += f" (shrunken {-verdict.gain_shrunken:+.4f})"
             sites = ", ".join(verdict.sites)
             lines.append(f"step {verdict.step}: {word} {sites}: {gain} for {verdict.added_params:,} parameters")
+            lines += [f"  {_found(event)}" for event in self._scores_of(verdict.cohort)]
+        lines += self._effect()
         lines.append(f"stopped: {self.stopped}" if self.stopped else "growth has not stopped")
         return "\n".join(lines)
+
+    def _scores_of(self, cohort: int) -> list[TwinScored | Audited]:
+        found = [event for event in self.scored if not isinstance(event, EffectScored)]
+        return [event for event in found if event.cohort == cohort]
+
+    def _effect(self) -> list[str]:
+        effect = grafting_effect(event for event in self.scored if isinstance(event, EffectScored))
+        if effect is None:
+            return []
+        counts = f"{effect.num_grafted} grafted, {effect.num_withheld} withheld by a draw"
+        known = math.isfinite(effect.gain)
+        change = f"{-effect.gain:+.4f} ({-effect.high:+.4f} to {-effect.low:+.4f})" if known else "not known"
+        return [f"effect of grafting on the held-out loss: {change}; {counts}"]
+
+
+def _found(event: TwinScored | Audited) -> str:
+    if isinstance(event, TwinScored):
+        change, bounds = -event.credit, (-event.credit_high, -event.credit_low)
+        what = f"against its twin after {event.num_steps} steps"
+    else:
+        change, bounds = -event.gain, (-event.gain_high, -event.gain_low)
+        what = "audit against its twin" if event.source == "twin" else "audit, on against off"
+    return f"{what}: {change:+.4f} ({bounds[0]:+.4f} to {bounds[1]:+.4f})"

@@ -16,7 +16,7 @@ from esper.cli.command import Context, UsageError
 from esper.cli.doctor import Doctor
 from esper.cli.sites import near_patterns, select
 from esper.errors import EsperError
-from esper.protocol import SiteInfo, Skipped
+from esper.protocol import SiteInfo, SiteKind, Skipped
 
 pytestmark = pytest.mark.component
 
@@ -107,12 +107,19 @@ def test_export_shows_what_was_checked(
 # ----------------------------------------------------------------------------------------------------------------------
 # sites
 
+LAYER = SiteInfo(
+    name="norm", kind=SiteKind.NORM_LAYER, in_features=8, out_features=8, hidden_features=0, num_chunks=8, weights=16
+)
 SKIPPED = Skipped(name="head", reason="tied to embed")
 
 
 @pytest.fixture
 def _fake_sites(monkeypatch: pytest.MonkeyPatch) -> None:
-    def preset_sites(preset: str, size: str, data: Path | None) -> tuple[tuple[SiteInfo, ...], tuple[Skipped, ...]]:
+    def preset_sites(
+        preset: str, size: str, data: Path | None, *, layers: bool
+    ) -> tuple[tuple[SiteInfo, ...], tuple[Skipped, ...]]:
+        if layers:
+            return (LAYER,), ()
         return (SITE,), (SKIPPED if data is None else Skipped(name="head", reason=str(data)),)
 
     monkeypatch.setattr("esper.runs.preset_sites", preset_sites, raising=False)
@@ -131,6 +138,12 @@ def test_sites_lists_what_grows_and_why_the_rest_does_not(capsys: pytest.Capture
     result = json.loads(capsys.readouterr().out)
     assert result["sites"][0]["kind"] == "linear_span"
     assert result["skipped"] == [{"name": "head", "reason": "tied to embed"}]
+
+
+@pytest.mark.usefixtures("_fake_sites")
+def test_sites_lists_layers_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sites", "--layers"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["norm", "norm", "layer", "8", "-", "8", "8", "16"]
 
 
 @pytest.mark.usefixtures("_fake_sites")

@@ -31,20 +31,26 @@ def test_every_option_reaches_the_library() -> None:
     words = (
         "vision --seeds 2 --steps 50 --lr 1e-3 3e-3 --no-controls --device cpu --size cpu --data x.npz --run-dir d "
         "--temper balanced --controller heuristic --start random_zero --growth 0.5 --budget-params 900 --seed 3 "
-        "--jobs 2 --json -"
+        "--jobs 2 --json - --set graft.lr_boost=1.5 tamiyo.first=20"
     )
     command = parse(Run, "run", words.split())
     assert command.json == "-"
     assert command.options() == RunOptions(
         preset="vision", seeds=2, steps=50, lr=(1e-3, 3e-3), controls=False, device="cpu", size="cpu",
         data=Path("x.npz"), run_dir=Path("d"), temper="balanced", controller="heuristic", start="random_zero",
-        growth=0.5, budget_params=900, seed=3, jobs=2,
+        growth=0.5, budget_params=900, seed=3, jobs=2, settings=("graft.lr_boost=1.5", "tamiyo.first=20"),
     )  # fmt: skip
 
 
 def test_without_options_the_librarys_defaults_hold() -> None:
     assert parse(Run, "run", []).options() == RunOptions()
     assert {f.name for f in dataclasses.fields(Run)} == {f.name for f in dataclasses.fields(RunOptions)} | {"json"}
+
+
+def test_a_list_may_be_said_at_once_or_one_by_one() -> None:
+    at_once = parse(Run, "run", ["--set", "a.b=1", "c.d=2", "--lr", "1e-3", "2e-3"])
+    assert at_once == parse(Run, "run", ["--set", "a.b=1", "--lr", "1e-3", "--set", "c.d=2", "--lr", "2e-3"])
+    assert at_once.settings == ("a.b=1", "c.d=2") and at_once.lr == (1e-3, 2e-3)
 
 
 def test_patterns_are_read() -> None:

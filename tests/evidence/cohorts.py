@@ -15,6 +15,7 @@ from tests.example_sites import attached, plant, settle
 from torch import Tensor, nn
 
 from esper.config import EvidenceConfig
+from esper.evidence.before import HostBefore, only_folds
 from esper.evidence.evaluator import Evaluator
 from esper.evidence.judge import Judge, Judgement
 from esper.kasmina.bank import Bank
@@ -33,17 +34,26 @@ class Trial:
     kasmina: Kasmina
     site: str
     held_out: list[Batch]
+    before: HostBefore | None = None
+    """The host from before the branch, where the branch folds into the host's layer."""
 
     @property
     def bank(self) -> Bank:
         return self.kasmina.sites[self.site].banks[COHORT]
 
     def judge(self, *, control: str = "projected", seed: int = 0) -> Judge:
-        """A judge of its own, with nothing accepted or refused before: the lowest threshold there is."""
+        """A judge of its own, with nothing accepted or refused before: the lowest threshold there is.
+
+        ``control="before"``: as in a run, which keeps the host from before the graft of a branch that folds.
+        """
         evaluator = Evaluator(
             self.model, mean_squared_error, self.held_out, calibration_share=0.2, confirm_share=0.3, seed=seed
         )
-        return Judge(evaluator, self.kasmina.sites, EvidenceConfig(control=control), seed=seed)
+        settings = EvidenceConfig(control="projected" if control == "before" else control)
+        judge = Judge(evaluator, self.kasmina.sites, settings, seed=seed)
+        if control == "before" and self.before is not None:
+            judge._before[COHORT] = self.before
+        return judge
 
     def judgement(self, *, control: str = "projected", seed: int = 0) -> Judgement:
         return self.judge(control=control, seed=seed).evaluate(COHORT, [self.site])
@@ -115,6 +125,7 @@ def grown_trial(
         train(model, [*learned, *bank.params.values()], batches, alone, lr)
         learned += settle(kasmina, site).params.values()
     bank = plant(kasmina, site, blueprint, units=units, cohort=COHORT)
+    before = HostBefore(model, kasmina.sites, COHORT) if only_folds(kasmina.sites, COHORT) else None
     bank.scale_output(0.0)
     bank.set_learning(True)
 
@@ -126,7 +137,7 @@ def grown_trial(
     train(model, [*learned, *bank.params.values()], batches, together, lr, keep)
     bank.set_learning(False)
     model.eval()
-    return Trial(model, kasmina, site, task.batches(48, 32, generator, teacher))
+    return Trial(model, kasmina, site, task.batches(48, 32, generator, teacher), before)
 
 
 def train(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.evidence.cohorts import COHORT, NULLS, Trial, useful
 from tests.example_sites import attached, plant, settle
+from tests.span_hosts import FUSED, GATED, FusedGatedFfn, GatedFfn, SpanHost
 from torch import Tensor, nn
 
 from esper.evidence.control import Recorder, WithoutCohort, fit_stand_in, probing, recalibrated
@@ -111,6 +112,48 @@ def test_copies_of_channels_are_taken_over_permanent_ones_too(norm: bool, grown:
     present, without, plain = _with_and_without(model, kasmina, site, _stand_in(model, kasmina, site, xs[:3]), xs[3])
     torch.testing.assert_close(without, present, atol=1e-4, rtol=1e-3)
     assert float((plain - present).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_convolutions_of_other_dimensions_are_taken_over_too(dims: int) -> None:
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    kernel, stride, dilation = (3, 1, 2)[:dims], (2, 1, 1)[:dims], (1, 1, 2)[:dims]
+    tail = conv(5, 4, kernel, stride, (1, 0, 1)[:dims], dilation)  # type: ignore[arg-type]
+    model = nn.Sequential(conv(3, 5, 3, padding=1), nn.ReLU(), tail)
+    xs = [torch.randn(8, 3, *(5, 4, 6)[:dims]) for _ in range(6)]
+    kasmina = attached(model, xs[0], layers=True)
+    plant(kasmina, "2", "low_rank", units=2)
+    present, without, plain = _with_and_without(model, kasmina, "2", _stand_in(model, kasmina, "2", xs[:5]), xs[5])
+    torch.testing.assert_close(without, present, atol=1e-4, rtol=1e-3)
+    assert float((plain - present).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("host", [GATED, FUSED], ids=lambda host: host.name)
+@pytest.mark.parametrize("grown", [0, 3])
+def test_copies_of_gated_units_are_taken_over_permanent_ones_too(host: SpanHost, grown: int) -> None:
+    torch.manual_seed(0)
+    model, xs, (site,) = host.build(5), [torch.randn(64, *host.x_shape) for _ in range(5)], host.spans
+    kasmina = attached(model, xs[0])
+    source = _gated_units(model)
+    if grown:
+        plant(kasmina, site, "gated", units=grown, cohort=5)
+        source = {name: value[0] for name, value in settle(kasmina, site, cohort=5).params.items()}
+    bank = plant(kasmina, site, "gated", units=3)
+    with torch.no_grad():
+        for name in bank.params.keys() - {"wd"}:
+            bank.params[name][0].copy_(source[name][:3])
+    present, without, plain = _with_and_without(model, kasmina, site, _stand_in(model, kasmina, site, xs[:4]), xs[4])
+    torch.testing.assert_close(without, present, atol=1e-4, rtol=1e-3)
+    assert float((plain - present).abs().max()) > 0.01
+
+
+def _gated_units(model: nn.Module) -> dict[str, Tensor]:
+    """Input weights of the host's own gated units, under the names of the blueprint."""
+    if isinstance(model, GatedFfn):
+        return {"wg": model.gate_proj.weight, "wu": model.up_proj.weight}
+    assert isinstance(model, FusedGatedFfn)
+    (wu, wg), (bu, bg) = model.proj.weight.chunk(2), model.proj.bias.chunk(2)
+    return {"wg": wg, "wu": wu, "bg": bg, "bu": bu}
 
 
 def test_rows_of_sequences_and_low_precision_hosts() -> None:

@@ -156,6 +156,21 @@ def test_holding_asks_for_a_gain_that_is_worth_its_cost(trial: Trial) -> None:
     assert not judge.hold(COHORT, [trial.site], held_out=math.nan, flops_share=0.5)[1].passed
 
 
+def test_holding_looks_at_all_gate_batches_where_half_leave_it_open(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = trial.judge()
+    blocks = [[0.02, -0.01, 0.02, -0.01], [0.02, 0.03, 0.02, 0.03]]
+    monkeypatch.setattr(judge, "_gate_batches", lambda: tuple(range(16)))
+    monkeypatch.setattr(judge, "_differences", lambda control, indices: blocks[int(indices[0] > 0)])
+    result, gate = judge.hold(COHORT, [trial.site], held_out=1.0, flops_share=0.1)
+    assert result.num == 8 and gate.passed
+    blocks[1] = [-0.02, -0.03, -0.02, -0.03]
+    assert not judge.hold(COHORT, [trial.site], held_out=1.0, flops_share=0.1)[1].passed
+    blocks[0] = [0.02, 0.03, 0.02, 0.03]  # decided at once: the second half is not spent
+    assert judge.hold(COHORT, [trial.site], held_out=1.0, flops_share=0.1)[0].num == 4
+
+
 def test_min_gain_is_the_bar(trial: Trial) -> None:
     config = EvidenceConfig(min_gain=1e3)
     judge = Judge(trial.judge().evaluator, trial.kasmina.sites, config, seed=0)

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.errors import EvidenceError
-from esper.evidence.paired import PairedResult, cluster_t_statistic, paired_difference
+from esper.evidence.paired import PairedResult, paired_difference
 
 pytestmark = pytest.mark.unit
 
@@ -74,42 +73,3 @@ def test_result_is_frozen() -> None:
     result = PairedResult(mean=0.0, low=0.0, high=0.0, p_one_sided=1.0, num=3)
     with pytest.raises(AttributeError):
         result.mean = 1.0  # type: ignore[misc]
-
-
-def test_cluster_statistic_by_hand() -> None:
-    # Cluster sums 3, 1, 2: mean 2, standard error 1 / sqrt(3).
-    values, clusters = [1.0, 1.0, 2.0, 0.5, 1.5], [7, 2, 7, 9, 9]
-    assert cluster_t_statistic(values, clusters) == pytest.approx(2 * math.sqrt(3), rel=1e-12)
-
-
-def test_repeated_rows_do_not_inflate_the_cluster_statistic() -> None:
-    rng = np.random.default_rng(0)
-    values, clusters = rng.normal(0.3, 1.0, 20), np.arange(20)
-    once = cluster_t_statistic(values, clusters)
-    assert cluster_t_statistic(np.repeat(values, 50), np.repeat(clusters, 50)) == pytest.approx(once)
-
-
-@given(st.permutations(range(8)))
-def test_cluster_statistic_ignores_order(order: list[int]) -> None:
-    values, clusters = np.array([1.0, 2, -1, 4, 0, 3, 2, 2]), np.array([0, 0, 1, 1, 2, 2, 3, 3])
-    shuffled = cluster_t_statistic(values[order], clusters[order])
-    assert shuffled == pytest.approx(cluster_t_statistic(values, clusters))
-
-
-@pytest.mark.parametrize(
-    ("values", "clusters"),
-    [
-        ([], []),
-        ([1.0, 2.0], [0, 0]),
-        ([1.0, math.nan], [0, 1]),
-        ([1.0, 1.0], [0, 1]),
-        ([5e-324, 1e-323], [0, 1]),
-    ],
-)
-def test_cluster_statistic_unknown(values: list[float], clusters: list[int]) -> None:
-    assert math.isnan(cluster_t_statistic(values, clusters))
-
-
-def test_cluster_lengths_must_match() -> None:
-    with pytest.raises(EvidenceError, match="same length, got 2 and 1"):
-        cluster_t_statistic([1.0, 2.0], [0])

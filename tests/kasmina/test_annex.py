@@ -186,3 +186,22 @@ def test_a_chain_of_spans_reads_on_what_has_grown_before_it() -> None:
 def _moments_of(bank: Bank) -> Moments:
     clone = {name: value.clone() for name, value in bank.moments.first.items()}
     return Moments(clone, {n: v.clone() for n, v in bank.moments.second.items()}, bank.moments.steps.clone())
+
+
+def test_parameters_without_units_are_put_at_their_own_columns_moments_included() -> None:
+    model, x = nn.Sequential(nn.LayerNorm(6)), torch.randn(9, 6)
+    kasmina = attached(model, x, layers=True)
+    bank = plant(kasmina, "0", "affine", columns=PARTIAL, alpha=0.5)
+    _learn(bank, 4, seed=1)
+    before, first = model(x).detach(), dict(bank.moments.first)
+    annex = settle(kasmina, "0")
+    torch.testing.assert_close(model(x).detach(), before, atol=1e-6, rtol=1e-5)
+    assert annex.num_slots == 1 and annex.columns is None and set(annex.params) == {"scale", "shift"}
+    for name in ("scale", "shift"):
+        assert torch.equal(annex.moments.first[name][0, PARTIAL], first[name])
+        assert not annex.moments.first[name][0, [1, 4]].any() and not annex.params[name][0, [1, 4]].any()
+    plant(kasmina, "0", "affine", cohort=2, columns=PARTIAL.flip(0))
+    before = model(x).detach()
+    again = settle(kasmina, "0", cohort=2)
+    torch.testing.assert_close(model(x).detach(), before, atol=1e-6, rtol=1e-5)
+    assert again is kasmina.sites["0"].annex and again.num_params == 12, "scales and shifts of two generations add up"

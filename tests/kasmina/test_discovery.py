@@ -305,7 +305,7 @@ def test_chunks_are_checked_against_the_features() -> None:
 
 
 def test_nothing_to_grow_says_why() -> None:
-    with pytest.raises(SiteError, match="no Linear or Conv2d layers"):
+    with pytest.raises(SiteError, match="no Linear or convolution layers"):
         _find(nn.Sequential(nn.Embedding(3, 4)), torch.tensor([1]))
     with pytest.raises(SiteError, match=r"0: its output is read 0 times.*SitesConfig\(layers=True\)"):
         _find(nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 3))

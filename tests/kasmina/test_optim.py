@@ -183,6 +183,31 @@ def test_warm_up_rises_linearly_from_each_slots_own_first_step() -> None:
     assert [s[1] for s in sizes] == pytest.approx([0, 0, 0.005, 0.01, 0.015, 0.02], rel=1e-3)
 
 
+def _first_step(optimizer: SlotAdamW, host: Hyperparameters) -> float:
+    bank = _bank()
+    before = bank.params["w2"].detach().clone()
+    for value in bank.params.values():
+        value.grad = torch.ones_like(value)
+    optimizer.step(bank, host)
+    return float((before - bank.params["w2"].detach()).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "lr", "peak", "expected"),
+    [
+        (None, 0.01, 0.01, 0.04),  # no ceiling: the whole boost
+        (1.0, 0.01, 0.01, 0.01),  # at the host's peak: no boost
+        (1.0, 0.01, 0.02, 0.02),  # later: as fast as the host ever was
+        (1.0, 0.001, 0.02, 0.004),  # late: the whole boost again
+        (0.5, 0.02, 0.02, 0.02),  # never slower than the host
+    ],
+)
+def test_the_boost_stops_at_the_hosts_peak(ceiling: float | None, lr: float, peak: float, expected: float) -> None:
+    optimizer = SlotAdamW(lr_boost=4.0, warmup_steps=1, lr_ceiling=ceiling)
+    host = Hyperparameters("adamw", lr, 0.0, peak_lr=peak)
+    assert _first_step(optimizer, host) == pytest.approx(expected, rel=1e-3)
+
+
 def test_only_adaptive_rules_are_boosted() -> None:
     bank = _bank()
     before = bank.params["w2"].detach().clone()

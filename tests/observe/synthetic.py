@@ -168,6 +168,18 @@ def _cohort(run: _Arm, number: int, fate: str, start: int) -> Iterator[p.AnyEven
     step += 40
     kept = fate == "kept"
     yield _judged(run, step, number, sites, "hold", gain * (0.95 if kept else 0.1), kept, added)
+    found = gain * 1.1
+    ends = {"credit_low": found - 0.003, "credit_high": found + 0.003}
+    yield p.TwinScored(
+        **run.tag(step), cohort=number, sites=sites, num_steps=100, credit=found, **ends, loss=0.4, num_batches=8,
+        flops=3e9, reason="100 steps after the graft",
+    )  # fmt: skip
+    if kept:
+        yield p.Audited(
+            **run.tag(TOTAL_STEPS), cohort=number, sites=sites, source="twin", claimed=gain,
+            claimed_shrunken=gain * 0.82, gain=found, gain_low=found - 0.001, gain_high=found + 0.001, loss=0.4,
+            num_batches=40, flops=1e9,
+        )  # fmt: skip
     reason = "gain held, worth its cost" if kept else "gain faded below its cost"
     yield move(step, S.FINE_TUNING, _END[fate], 1.0, reason)
 

@@ -31,7 +31,8 @@ def test_everything_varies() -> None:
     draws = [draw_variation(8, 0, cohort) for cohort in range(60)]
     assert {draw.growth for draw in draws} == {0.5, 1.0, 1.5}
     assert {draw.start for draw in draws} == {None, "random_zero", "negative_gradient"}
-    assert {draw.strategy for draw in draws} == {None, "fixed_ramp", "drift_controlled"}
+    strategies = {"fixed_ramp", "performance_linked", "drift_controlled", "grad_norm_gated"}
+    assert {draw.strategy for draw in draws} == {None, *strategies}
     assert 0.1 < np.mean([draw.pressing_only for draw in draws]) < 0.4
     assert 0.35 < np.mean([draw.keep.mean() for draw in draws]) < 0.65
 

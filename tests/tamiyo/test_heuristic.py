@@ -63,7 +63,7 @@ def test_only_eligible_spans(observe: Observe) -> None:
 
 def test_layers_when_there_is_no_span(observe: Observe) -> None:
     command = germinate(controller(), observe(spans=0, layers=1))
-    assert [(plan.blueprint, plan.width) for plan in command.seeds] == [("low_rank", 8)]
+    assert [(plan.blueprint, plan.width) for plan in command.seeds] == [(None, 8)]
     assert command.reason == "even growth over 1 site: +8 ranks each"
 
 

@@ -10,14 +10,8 @@ from esper.config import TamiyoConfig
 from esper.errors import ConfigError, UnknownNameError
 from esper.protocol import Command, Observation
 from esper.tamiyo import HeuristicController, known_controllers, make_controller, register_controller
-from esper.tamiyo import registry as registry_module
 
-pytestmark = pytest.mark.unit
-
-
-@pytest.fixture(autouse=True)
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry_module, "_FACTORIES", dict(registry_module._FACTORIES))
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("own_registries")]
 
 
 def test_makes_the_configured_controller() -> None:

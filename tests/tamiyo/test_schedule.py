@@ -58,6 +58,20 @@ def test_replay_takes_another_start(observe: Observe) -> None:
     ]
 
 
+def test_replay_of_many_seeds_takes_one_plan_a_site(observe: Observe) -> None:
+    event = Germinated(
+        step=100, cohort=0, seeds=(0, 1, 2, 3), sites=("blocks.0",) * 3 + ("blocks.2",),
+        blueprints=("bottleneck",) * 4, starts=("tiny",) * 4, widths=(2, 2, 2, 8), added_params=1, reason="",
+        chunks=(4, 4, 4, 64),
+    )  # fmt: skip
+    (command,) = ScheduleController.replay([event]).decide(observe())
+    assert isinstance(command, Germinate)
+    assert [(p.site, p.width, p.seeds, p.chunks) for p in command.seeds] == [
+        ("blocks.0", 2, 3, tuple(range(12))),
+        ("blocks.2", 8, 1, tuple(range(64))),
+    ]
+
+
 def test_empty_schedule_and_one_entry(observe: Observe) -> None:
     assert ScheduleController([]).decide(observe()) == (Stop(reason="schedule finished: 0 cohorts germinated"),)
     one = ScheduleController([entry(0, "blocks.0")])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from esper.cli.command import UsageError
+from esper.files import replace_text
 
 STANDARD_OUTPUT = "-"
 
@@ -46,16 +45,7 @@ def write_file(result: dict[str, Any], target: str) -> None:
     if path.exists() and not path.is_file():  # a device or a pipe must not be replaced by a file
         path.write_text(text, encoding="utf-8")
         return
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    replace_text(path, text)
 
 
 def _plain(value: Any) -> Any:

@@ -38,6 +38,8 @@ class Option:
     """What stands for the value; the members of a ``Literal`` stand for themselves."""
     short: str | None = None
     """A second name such as ``-o``."""
+    name: str | None = None
+    """The long name such as ``--set``, where it is not the field's own."""
     is_positional: bool = False
     default: str | None = None
     """The default in words; ``None`` shows the field's own, an empty text nothing."""
@@ -136,7 +138,9 @@ def add_options(
             if field.option.is_positional:
                 settings["nargs"] = None if field.is_required else "?"
             else:
-                settings.update(required=field.is_required, nargs="+" if field.is_list else None)
+                settings.update(required=field.is_required, dest=field.name)
+                if field.is_list:  # --set A B and --set A --set B say the same
+                    settings.update(nargs="+", action="extend")
             action = parser.add_argument(*names, type=_reader(field), metavar=field.metavar, **settings)
         added.append((action, field.option.completes or field.words))
     return added
@@ -186,7 +190,7 @@ class _Field:
     def names(self) -> list[str]:
         if self.option.is_positional:
             return [self.name]
-        long = f"--{self.name.replace('_', '-')}"
+        long = self.option.name or f"--{self.name.replace('_', '-')}"
         return [long] if self.option.short is None else [self.option.short, long]
 
     @property

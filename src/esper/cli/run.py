@@ -74,6 +74,13 @@ class Run:
     budget_params: Annotated[
         int | None, Option(metavar="N", help="Most parameters the grown model may have.", default="no ceiling")
     ] = None
+    settings: Annotated[
+        tuple[str, ...],
+        Option(
+            metavar="NAME=VALUE", name="--set", help="Any setting of docs/configuration.md: graft.lr_boost=1.5.",
+            default="",
+        ),
+    ] = ()  # fmt: skip
     seed: Annotated[int, Option(metavar="N", help="First seed.")] = 0
     jobs: Annotated[int, Option(metavar="N", help="Trainings at a time, each in a process of its own.")] = 1
     json: JsonPath = None

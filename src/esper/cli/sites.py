@@ -37,6 +37,7 @@ class Sites:
             completes="file",
         ),
     ] = None  # fmt: skip
+    layers: Annotated[bool, Option(help="List single layers too (SitesConfig(layers=True)).", default="no")] = False
     match: Annotated[
         tuple[str, ...], Option(metavar="GLOB", help="Only names that match one of these patterns.", default="")
     ] = ()
@@ -48,7 +49,7 @@ class Sites:
             raise unknown_name("preset", self.preset, PRESET_NAMES)
         from esper.runs import preset_sites  # imports torch
 
-        sites, skipped = preset_sites(self.preset, self.size, self.data)
+        sites, skipped = preset_sites(self.preset, self.size, self.data, layers=self.layers)
         sites, skipped = select(sites, skipped, self.match)
         result = {
             "preset": self.preset,

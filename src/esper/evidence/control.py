@@ -5,11 +5,12 @@ too. ``projected`` first lets the host's own layer take over what it can express
 layer reads (what the site has grown for good included) to what the branch adds, fitted by ridge regression on
 calibration batches, runs in the branch's place. A branch whose function the host could have had for nothing (any
 linear branch on a linear layer, a copy of existing hidden units, a constant) then shows no gain at all.
+
+Cohorts whose branches would all fold into their host's weights have another control (``before``).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper.kasmina.geometry import ConvGeometry
+from esper.kasmina.geometry import ConvGeometry, convolve
 from esper.kasmina.site import Site
+from esper.protocol import SiteKind
 
 RIDGES = tuple(10.0**power for power in range(-9, 3))
 """Ridge penalties relative to the mean feature energy. The smallest must be tiny: at 1e-4 the penalty's own bias left
@@ -38,18 +40,23 @@ class WithoutCohort:
     weight: Tensor | None = None
     bias: Tensor | None = None
 
+    @property
+    def stands_in(self) -> bool:
+        """Whether anything runs in the cohort's place."""
+        return self.weight is not None
+
     def leave(self, site: Site, x: Tensor, layer_input: Tensor, y: Tensor, training: bool) -> Tensor:
         out = site.compose(x, y, site.grafted - {self.cohort}, training=training)
         if self.weight is None:
             return out
-        read = _layer_reads(site, layer_input)
+        read = _layer_reads(site, layer_input, y)
         conv = site.geometry.tail_conv
         # fp32 whatever the host computes in: rounding must not make the stand-in worse than the branch
         with torch.autocast(y.device.type, enabled=False):
             if conv is None:
-                stand_in = F.linear(read, self.weight, self.bias)
+                stand_in = F.linear(read, self.weight, self.bias).movedim(-1, site.geometry.feature_axis)
             else:
-                stand_in = F.conv2d(read, self.weight, self.bias, conv.stride, conv.padding, conv.dilation)
+                stand_in = convolve(read, self.weight, self.bias, conv)
         return (out.float() + stand_in).to(out.dtype) if out.dtype != torch.float64 else out + stand_in.double()
 
 
@@ -73,7 +80,7 @@ class Recorder:
         delta = (out.float() - without.float()).movedim(site.geometry.feature_axis, -1)
         flat = delta.reshape(-1, delta.shape[-1])
         index = torch.randperm(flat.shape[0], generator=self.generator)[: self.rows_per_call].sort().values
-        rows_of = _layer_rows(site, _layer_reads(site, layer_input))
+        rows_of = _layer_rows(site, _layer_reads(site, layer_input, y))
         for part in index.split(max(1, _BLOCK_BYTES // (8 * _num_features(site)))):
             here = part.to(flat.device)
             self._add(rows_of(here).double(), flat[here].double())
@@ -85,8 +92,18 @@ class Recorder:
         self.sums = [old + new for old, new in zip(self.sums, sums, strict=True)] if self.sums else sums
 
 
-def _layer_reads(site: Site, layer_input: Tensor) -> Tensor:
-    """What the site's last layer reads, fp32: its input and, on a span, the hidden units that became permanent."""
+_LINEAR = (SiteKind.LINEAR_LAYER, SiteKind.CONV_LAYER)
+"""Layers that are linear in what they read. The others are granted any linear map of what they compute: all that a
+norm or an attention's output weights could change about it, and more."""
+
+
+def _layer_reads(site: Site, layer_input: Tensor, y: Tensor) -> Tensor:
+    """What the site's last layer reads, fp32: its input and, on a span, the hidden units that became permanent.
+
+    Of a layer that is not linear: its output, features last.
+    """
+    if not site.info.kind.is_span and site.info.kind not in _LINEAR:
+        return y.float().movedim(site.geometry.feature_axis, -1)
     if site.annex is None or not site.info.kind.is_span:
         return layer_input.float()
     assert site.grown_hidden is not None  # composed before
@@ -95,6 +112,8 @@ def _layer_reads(site: Site, layer_input: Tensor) -> Tensor:
 
 def _num_features(site: Site) -> int:
     conv = site.geometry.tail_conv
+    if not site.info.kind.is_span and site.info.kind not in _LINEAR:
+        return site.geometry.out_features
     inputs = (site.geometry.hidden_features or site.geometry.in_features) + site.grown_units
     return inputs * (1 if conv is None else conv.taps)
 
@@ -106,24 +125,23 @@ def _layer_rows(site: Site, read: Tensor) -> Callable[[Tensor], Tensor]:
         flat = read.reshape(-1, read.shape[-1])
         return lambda index: flat[index]
 
+    windows = _windows(read, conv)
+    dims = len(conv.kernel)
+
     def patches(index: Tensor) -> Tensor:
-        positions = _positions(read, conv)
-        images, inverse = torch.unique(index // positions, return_inverse=True)
-        columns = F.unfold(read[images], conv.kernel, conv.dilation, conv.padding, conv.stride)
-        return columns.transpose(1, 2)[inverse, index % positions]
+        positions = torch.unravel_index(index, (windows.shape[0], *windows.shape[2 : 2 + dims]))
+        return windows.movedim(1, 1 + dims)[positions].flatten(1)
 
     return patches
 
 
-def _positions(images: Tensor, conv: ConvGeometry) -> int:
-    """Output positions of one image."""
-    sides = (
-        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-        for size, pad, dilation, kernel, stride in zip(
-            images.shape[-2:], conv.padding, conv.dilation, conv.kernel, conv.stride, strict=True
-        )
-    )
-    return math.prod(sides)
+def _windows(images: Tensor, conv: ConvGeometry) -> Tensor:
+    """A view ``(N, I, *positions, *kernel)`` of what each output position of a convolution sees."""
+    sides = [side for pad in reversed(conv.padding) for side in (pad, pad)]
+    windows = F.pad(images, sides)
+    for axis, (kernel, stride, dilation) in enumerate(zip(conv.kernel, conv.stride, conv.dilation, strict=True), 2):
+        windows = windows.unfold(axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    return windows
 
 
 def fit_stand_in(recorder: Recorder, site: Site) -> WithoutCohort:
@@ -191,7 +209,7 @@ def recalibrated(
     if not norms:
         yield
         return
-    banks = [bank for site in sites.values() for bank in site.all_banks if bank.buffers]
+    banks = [b for s in sites.values() for b in [*s.banks.values(), *s.permanent] if b.buffers]
     kept = [(m, m.momentum, m.running_mean, m.running_var, m.num_batches_tracked, m.training) for m in norms]
     kept_banks = [(bank, bank.buffers) for bank in banks]
     try:

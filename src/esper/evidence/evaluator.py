@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from esper.config import EvidenceConfig
 from esper.errors import AttachError
 from esper.evidence.eprocess import fewest_differences
 from esper.evidence.fdr import OnlineFDR
-from esper.evidence.splits import MIN_PART, split_batches
+from esper.evidence.splits import MIN_PART, Splits, split_batches
 from esper.kasmina.isolation import preserved_rng, undisturbed
 from esper.kasmina.ledger import Ledger
 
@@ -82,14 +83,28 @@ class Evaluator:
             min_gate=fewest_differences(OnlineFDR(config.fdr).threshold()) if judged else MIN_PART,
         )
 
+    def over(self, model: nn.Module, fresh: Sequence[Any]) -> Evaluator:
+        """Another network over this one's calibration batches and ``fresh`` ones, which are its gate; one ledger."""
+        other = copy.copy(self)
+        calibration = [self.batches[index] for index in self.splits.calibration]
+        num, total = len(calibration), len(calibration) + len(fresh)
+        other.model, other.batches = model, [*calibration, *fresh]
+        rest = tuple(range(num, total))
+        other.splits = Splits(calibration=tuple(range(num)), gate=rest, confirm=rest)
+        return other
+
     def run_one(self) -> Tensor:
         """The loss of the first batch, in whatever mode the caller has set."""
         return self.loss(self.model, self.batches[0])
 
-    def losses(self, indices: Sequence[int]) -> list[float]:
-        """Loss of each batch in evaluation mode; NaN where the loss is not a scalar tensor or number."""
-        with undisturbed(self.model):
-            values = [self._value(self.loss(self.model, self.batches[index])) for index in indices]
+    def losses(self, indices: Sequence[int], model: nn.Module | None = None) -> list[float]:
+        """Loss of each batch in evaluation mode; NaN where the loss is not a scalar tensor or number.
+
+        ``model`` is another network to score (a twin); it is booked at the host's present cost.
+        """
+        scored = self.model if model is None else model
+        with undisturbed(scored):
+            values = [self._value(self.loss(scored, self.batches[index])) for index in indices]
         self.ledger.add("evidence", self.forward_cost(len(indices)))
         return values
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -10,12 +10,15 @@ import numpy as np
 import torch
 
 from esper.config import EvidenceConfig
-from esper.evidence.control import Recorder, WithoutCohort, fit_stand_in, probing, recalibrated
+from esper.evidence.before import HostBefore, only_folds, smaller
+from esper.evidence.control import Recorder, WithoutCohort, probing, recalibrated
 from esper.evidence.eprocess import PairedEProcess, robust_scale
 from esper.evidence.evaluator import Evaluator
 from esper.evidence.fdr import OnlineFDR
 from esper.evidence.paired import PairedResult, paired_difference
+from esper.evidence.ranking import Ranking, rank
 from esper.evidence.splits import Rotation
+from esper.evidence.tokens import recorder_for, stand_in_of
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.lifecycle import Gate, evidence_gate, hold_gate
 from esper.kasmina.site import Site
@@ -37,6 +40,14 @@ class Judgement:
     gate: Gate
 
 
+@dataclass(frozen=True)
+class _Control:
+    """What stands in for a cohort at its sites, and the host from before it, if that is asked as well."""
+
+    probes: dict[str, WithoutCohort]
+    before: HostBefore | None = None
+
+
 class Judge:
     """Compares the network with and without a cohort over the same held-out batches.
 
@@ -55,9 +66,19 @@ class Judge:
         splits = evaluator.splits
         self.calibration = splits.calibration
         self._turn = 0
+        self._before: dict[int, HostBefore] = {}
         # all of a small split each time: half of a handful of batches confirms nothing
         window = min(len(splits.confirm), max(_CONFIRM_BATCHES, len(splits.confirm) // 2))
         self.confirm = Rotation(splits.confirm, window)
+
+    def note_graft(self, cohort: int) -> None:
+        """Called before a cohort enters the forward pass: keeps the host as it is, where the control needs it."""
+        if self.config.control == "projected" and self.config.accept == "evidence" and only_folds(self.sites, cohort):
+            self._before[cohort] = HostBefore(self.evaluator.model, self.sites, cohort)
+
+    def forget(self, cohort: int) -> None:
+        """Called when a cohort has ended."""
+        self._before.pop(cohort, None)
 
     # ---------------------------------------------------------------------------------------------- the tests
 
@@ -97,17 +118,34 @@ class Judge:
     def hold(
         self, cohort: int, members: Sequence[str], *, held_out: float, flops_share: float
     ) -> tuple[PairedResult, Gate]:
-        """Is the gain still there after fine-tuning, and worth its cost? One block of gate batches.
+        """Is the gain still there after fine-tuning, and worth its cost? Half the gate batches, or all of them.
 
-        ``held_out`` is the loss that the gain is relative to, ``flops_share`` the forward FLOPs the cohort adds.
+        A one-sided test at ``confirm_level``: that the cohort helps was decided at a controlled false discovery rate
+        before, and a second, harder test would throw proven cohorts away (docs/decisions/0007). All gate batches are
+        looked at where half of them leave it open. ``held_out`` is the loss that the gain is relative to,
+        ``flops_share`` the forward FLOPs the cohort adds.
         """
         if self.config.accept == "always":
             return paired_difference([]), _UNJUDGED
         control = self._control(cohort, members)
-        result = paired_difference(self._differences(control, _blocks(self._gate_batches())[0]))
+        seen: list[float] = []
+        result = paired_difference(seen)
+        for block in _blocks(self._gate_batches()):
+            seen += self._differences(control, block)
+            result = paired_difference(seen)
+            if result.p_one_sided <= self.config.confirm_level:
+                break
         per_cost = result.mean / abs(held_out) / max(flops_share, 1e-9) if held_out else NAN
-        gate = hold_gate(gain_low=result.low, gain_per_cost=per_cost, min_gain_per_cost=self.config.min_gain_per_cost)
+        gate = hold_gate(
+            gain_p=result.p_one_sided, level=self.config.confirm_level, gain_per_cost=per_cost,
+            min_gain_per_cost=self.config.min_gain_per_cost,
+        )  # fmt: skip
         return result, gate
+
+    def measure(self, cohort: int, members: Sequence[str], indices: Sequence[int]) -> tuple[PairedResult, float]:
+        """Paired gain over any batches against the configured control, and the mean loss with the cohort."""
+        gains = self._differences(self._control(cohort, members), indices)
+        return paired_difference(gains), float(np.mean(self._arm({}, indices)))
 
     def held_out(self, num_batches: int) -> float:
         """Mean loss over the first gate batches: the held-out curve (always the same batches)."""
@@ -118,21 +156,31 @@ class Judge:
         """Mean loss over the calibration batches, for choosing the size of a fitted branch."""
         return float(np.mean(self.evaluator.losses(self.calibration)))
 
+    def rank(self, cohort: int, members: Mapping[str, bool]) -> Ranking:
+        """First-order gains of a cohort's seeds on some sites, from one backward pass a calibration batch.
+
+        ``members`` says of each site whether its branches add nothing yet.
+        """
+        return rank(self.evaluator, self.sites, cohort, members, self.calibration)
+
     # ---------------------------------------------------------------------------------------------- how
 
-    def _control(self, cohort: int, members: Sequence[str]) -> dict[str, WithoutCohort]:
-        """The better (on calibration batches) of switching off and letting the host's layer stand in."""
+    def _control(self, cohort: int, members: Sequence[str]) -> _Control:
+        """The better (on calibration batches) of switching off and letting the host's layer stand in.
+
+        Where the layer could hold the branches themselves: switching off, for the present host and an earlier one.
+        """
         plain = {name: WithoutCohort(cohort) for name in members}
-        if self.config.control == "plain":
-            return plain
+        if self.config.control == "plain" or cohort in self._before:
+            return _Control(plain, self._before.get(cohort))
         rows = -(-self.config.projection_rows // len(self.calibration))
-        recorders = {name: Recorder(cohort, rows, self.generator) for name in members}
+        recorders = {name: recorder_for(self.sites[name], cohort, rows, self.generator) for name in members}
         self._arm(recorders, self.calibration)
-        projected = {name: fit_stand_in(recorders[name], self.sites[name]) for name in members}
-        if all(probe.weight is None for probe in projected.values()):
-            return plain
+        projected = {name: stand_in_of(recorders[name], self.sites[name]) for name in members}
+        if not any(probe.stands_in for probe in projected.values()):
+            return _Control(plain)
         losses = [float(np.mean(self._arm(arm, self.calibration))) for arm in (plain, projected)]
-        return projected if losses[1] < losses[0] else plain
+        return _Control(projected if losses[1] < losses[0] else plain)
 
     def _gate_batches(self) -> tuple[int, ...]:
         """All gate batches, starting somewhere else each time."""
@@ -146,11 +194,18 @@ class Judge:
         self.fdr.record(False)
         return Judgement(paired_difference([]), NAN, threshold, NAN, 0, Gate("evidence", False, reason))
 
-    def _differences(self, control: dict[str, WithoutCohort], indices: Sequence[int]) -> list[float]:
-        """Loss without minus loss with, batch by batch."""
-        without = self._arm(control, indices)
-        present = self._arm({}, indices)
-        return [off - on for off, on in zip(without, present, strict=True)]
+    def _differences(self, control: _Control, indices: Sequence[int]) -> list[float]:
+        """Loss without minus loss with, batch by batch; the smaller one where two hosts are asked."""
+
+        def differences() -> list[float]:
+            without, present = self._arm(control.probes, indices), self._arm({}, indices)
+            return [off - on for off, on in zip(without, present, strict=True)]
+
+        now = differences()
+        if control.before is None:
+            return now
+        with control.before.restored():
+            return smaller(now, differences())
 
     def _arm(self, probes: dict[str, WithoutCohort] | dict[str, Recorder], indices: Sequence[int]) -> list[float]:
         """Losses with ``probes`` in place of their sites, norm statistics recomputed for the network as it then is."""

@@ -1,4 +1,4 @@
-"""Paired mean differences with Student's t interval, and a t statistic for clustered rows."""
+"""Paired mean differences with Student's t interval."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from esper.errors import EvidenceError
 from esper.evidence.student import quantile, survival
 
 
@@ -64,42 +63,3 @@ def paired_difference(differences: npt.ArrayLike, *, min_gain: float = 0.0) -> P
     # Differences in the last bits of a subnormal can round to a spread of zero: unknown as well.
     p_value = survival((mean - min_gain) / error, num - 1) if error > 0 else math.nan
     return PairedResult(mean=mean, low=mean - half, high=mean + half, p_one_sided=p_value, num=num)
-
-
-def cluster_t_statistic(values: npt.ArrayLike, clusters: npt.ArrayLike) -> float:
-    """Return the mean of the cluster sums over its standard error.
-
-    Rows of one sequence or image are not independent; their sums are, so each cluster counts once.
-
-    Parameters
-    ----------
-    values:
-        ``(n,)``; per-row contributions.
-    clusters:
-        ``(n,)`` integers: the cluster of each row, in any order.
-
-    Returns
-    -------
-    float
-        The statistic, with (number of clusters - 1) degrees of freedom. NaN for fewer than two clusters, a
-        non-finite value, or sums without spread.
-
-    Raises
-    ------
-    EvidenceError
-        The two arrays differ in length.
-    """
-    rows = np.asarray(values, dtype=np.float64).reshape(-1)
-    labels = np.asarray(clusters).reshape(-1)
-    if rows.size != labels.size:
-        raise EvidenceError(
-            f"values and clusters must have the same length, got {rows.size} and {labels.size}; pass one label a row"
-        )
-    if rows.size == 0 or not np.isfinite(rows).all():
-        return math.nan
-    index = np.unique(labels, return_inverse=True)[1]
-    sums = np.bincount(index, weights=rows)
-    if sums.size < 2 or sums.min() == sums.max():
-        return math.nan
-    error = float(sums.std(ddof=1)) / math.sqrt(sums.size)
-    return float(sums.mean()) / error if error > 0 else math.nan

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from esper.errors import ExportError
-from esper.kasmina.bank import Bank
-from esper.kasmina.blueprints import ChunkBlueprint, Parts, with_seeds
+from esper.export.beside import layer_with_branches
+from esper.kasmina.blueprints import Parts, Port
 from esper.kasmina.discovery import SitePlan
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.hooks import strip
 from esper.kasmina.isolation import undisturbed
+from esper.kasmina.layer_kinds import first_output
+from esper.kasmina.layers import features, is_batch_norm, is_growable, sizes
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest difference between grown and exported model: of the loss, relative; and what was allowed."""
+    """Largest difference between grown and exported model: of the loss, relative; and what was allowed.
+
+    ``layers`` holds, by name, the largest difference in the output of each layer that growth was merged into, as a
+    share of its largest output: what rounding of the merged weights (and of all before them) comes to.
+    """
 
     loss: float
     tolerance: float
+    layers: dict[str, float] = field(default_factory=dict[str, float])
 
 
 def merged(model: nn.Module, kasmina: Kasmina) -> nn.Module:
@@ -44,95 +51,169 @@ def merged(model: nn.Module, kasmina: Kasmina) -> nn.Module:
         )
     plain = copy.deepcopy(model)
     strip(plain)
-    for name, plan in kasmina.plans.items():  # upstream spans come first: their tail is the next one's head
-        annex = kasmina.sites[name].annex
-        if annex is not None:
-            _put(plain, plan, annex.plan.merge(_parts(plain, plan), annex.params, annex.buffers, plan.geometry))
-    for name, plan in kasmina.plans.items():  # behind the whole layer, however wide it has become
-        fossils = kasmina.sites[name].fossils
-        if fossils:
-            layer = plain.get_submodule(plan.tail_name)
-            _set(plain, plan.tail_name, with_seeds(layer, [*map(_stack, fossils)]).train(layer.training))
+    grown = grown_sites(kasmina)
+    spans = [plan for plan in grown if plan.info.kind.is_span]
+    folding, beside = _by_form([plan for plan in grown if not plan.info.kind.is_span], kasmina)
+    for span in spans:  # upstream spans come first: their tail is the next one's head
+        for name in (span.head_name, span.up_name):
+            # before its outputs are more than what branches on the layer know; a tail's are not, and what scales them
+            # scales what the span adds as well
+            if name in folding:
+                _fold(plain, folding.pop(name), kasmina)
+        _widen(plain, span, kasmina)
+    for plan in folding.values():
+        _fold(plain, plan, kasmina)
+    for plan in beside:
+        layer, banks = plain.get_submodule(plan.head_name), kasmina.sites[plan.info.name].permanent
+        own = own_columns(plan, spans, features(layer)[1]) if is_growable(layer) else None
+        _replace(plain, plan.head_name, layer_with_branches(layer, banks, plan.geometry, own))
     return plain
 
 
-def _stack(bank: Bank) -> tuple[ChunkBlueprint, dict[str, Tensor], Tensor]:
-    assert isinstance(bank.plan, ChunkBlueprint)
-    return bank.plan, bank.params, torch.arange(bank.width)[None] if bank.columns is None else bank.columns
+def _by_form(plans: list[SitePlan], kasmina: Kasmina) -> tuple[dict[str | None, SitePlan], list[SitePlan]]:
+    """Layer sites of which every branch folds into the layer's own weights, by the layer's name; and the others."""
+    folding: dict[str | None, SitePlan] = {}
+    beside: list[SitePlan] = []
+    for plan in plans:
+        if all(bank.plan.folds(plan.geometry) for bank in kasmina.sites[plan.info.name].permanent):
+            folding[plan.head_name] = plan
+        else:
+            beside.append(plan)
+    return folding, beside
 
 
-def _parts(plain: nn.Module, plan: SitePlan) -> Parts:
+def _fold(plain: nn.Module, plan: SitePlan, kasmina: Kasmina) -> None:
+    """Put a layer's growth into its own weights."""
+    layer = plain.get_submodule(plan.head_name)
+    # those that read the layer's output come first: it is the host's own that they have read
+    for bank in sorted(kasmina.sites[plan.info.name].permanent, key=lambda bank: bank.plan.port is Port.INPUT):
+        layer = bank.plan.merge(Parts(layer, layer, None), bank.params, bank.buffers, plan.geometry).head
+    _replace(plain, plan.head_name, layer)
+
+
+def _widen(plain: nn.Module, plan: SitePlan, kasmina: Kasmina) -> None:
+    """Put a span's annex into wider layers."""
+    annex = kasmina.sites[plan.info.name].permanent[0]
     norm = plain.get_submodule(plan.norm_name) if plan.norm_name is not None else None
-    assert norm is None or isinstance(norm, nn.BatchNorm2d)
-    return Parts(plain.get_submodule(plan.head_name), plain.get_submodule(plan.tail_name), norm)
+    assert norm is None or is_batch_norm(norm)
+    up = plain.get_submodule(plan.up_name) if plan.up_name is not None else None
+    parts = Parts(plain.get_submodule(plan.head_name), plain.get_submodule(plan.tail_name), norm, up)
+    wider = annex.plan.merge(parts, annex.params, annex.buffers, plan.geometry)
+    _replace(plain, plan.head_name, wider.head)
+    _replace(plain, plan.tail_name, wider.tail)
+    for inner_name, inner in ((plan.norm_name, wider.norm), (plan.up_name, wider.up)):
+        if inner_name is not None and inner is not None:
+            _replace(plain, inner_name, inner)
 
 
-def _put(plain: nn.Module, plan: SitePlan, parts: Parts) -> None:
-    _replace(plain, plan.head_name, parts.head)
-    _replace(plain, plan.tail_name, parts.tail)
-    if plan.norm_name is not None and parts.norm is not None:
-        _replace(plain, plan.norm_name, parts.norm)
+def own_columns(plan: SitePlan, spans: Iterable[SitePlan], width: int) -> Tensor:
+    """Where a layer's own features lie in an output that a span has made ``width`` wide, int64.
+
+    New ones come behind its own, or behind each half of a layer that makes gate and up at once.
+    """
+    size = plan.info.out_features
+    own = torch.arange(size)
+    gates = [span.geometry.gate for span in spans if span.head_name == plan.tail_name]
+    if any(gate is not None and gate.fused for gate in gates):
+        own[size // 2 :] += (width - size) // 2
+    return own
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
     old = model.get_submodule(name)
     module.train(old.training)
     for parameter, before in zip(module.parameters(recurse=False), old.parameters(recurse=False), strict=False):
         parameter.requires_grad_(before.requires_grad)
-    _set(model, name, module)
-
-
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
 
 def check_equal(
-    grown: nn.Module, plain: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any, *, tolerance: float
+    grown: nn.Module,
+    plain: nn.Module,
+    loss: Callable[[nn.Module, Any], Tensor],
+    batch: Any,
+    *,
+    tolerance: float,
+    plans: Iterable[SitePlan] = (),
 ) -> Difference:
-    """Compare both models on one batch in evaluation mode.
+    """Compare both models on one batch in evaluation mode; ``plans`` are the sites whose outputs are compared too.
 
     Raises
     ------
     ExportError
-        When the relative difference of the losses exceeds ``tolerance`` or is not finite.
+        When the relative difference of the losses exceeds ``tolerance`` or is not finite, or the model reads
+        something of a layer that is now a layer with branches beside it.
     """
+    plans = list(plans)
     with undisturbed(grown), undisturbed(plain):
-        one, two = float(loss(grown, batch)), float(loss(plain, batch))
+        one, before = _run(grown, loss, batch, plans)
+        try:
+            two, after = _run(plain, loss, batch, plans)
+        except AttributeError as error:
+            raise ExportError(
+                f"a layer with branches beside it must be used by calling it, but the model reads more ({error}); "
+                "leave that layer out (SitesConfig(exclude=...)), or grow 'affine' or 'low_rank' there, which fold in"
+            ) from error
     difference = abs(one - two) / max(abs(one), 1e-12)
     if not math.isfinite(difference) or difference > tolerance:
         raise ExportError(
             f"an exported model must equal the grown one, its loss differs by {difference:.3g} (relative), allowed is "
             f"{tolerance:g}; report this, or raise tolerance= if the model computes in low precision"
         )
-    return Difference(difference, tolerance)
+    layers = {name: _relative(before[name], after[name]) for name in before if name in after}
+    return Difference(difference, tolerance, layers)
+
+
+def _run(
+    model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any, plans: list[SitePlan]
+) -> tuple[float, dict[str, Tensor]]:
+    """The loss of one batch, and the outputs of some layers by name (the features that the host's layer had)."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(plan: SitePlan) -> Callable[[nn.Module, object, Any], None]:
+        def hook(_module: nn.Module, _args: object, y: Any) -> None:
+            first, axis = first_output(y).detach(), plan.geometry.feature_axis
+            own = own_columns(plan, (p for p in plans if p.info.kind.is_span), first.shape[axis])
+            outputs[plan.tail_name] = first.index_select(axis, own.to(first.device))
+
+        return hook
+
+    handles = [model.get_submodule(plan.tail_name).register_forward_hook(keep(plan)) for plan in plans]
+    try:
+        return float(loss(model, batch)), outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _relative(one: Tensor, two: Tensor) -> float:
+    size = float(one.abs().max()) if one.numel() else 0.0
+    return float((one.double() - two.double()).abs().max()) / max(size, 1e-12) if one.numel() else 0.0
+
+
+def grown_sites(kasmina: Kasmina) -> list[SitePlan]:
+    """Sites that have something permanent."""
+    return [plan for name, plan in kasmina.plans.items() if kasmina.sites[name].permanent]
 
 
 def structure(plain: nn.Module, kasmina: Kasmina) -> dict[str, dict[str, int]]:
     """The layers that differ from the host's, with their new sizes: enough to rebuild the shape without Esper."""
     changed: dict[str, dict[str, int]] = {}
-    for name, plan in kasmina.plans.items():
-        if not kasmina.sites[name].permanent:
-            continue
-        for module_name in (plan.head_name, plan.tail_name, plan.norm_name):
-            if module_name is not None:
-                changed[module_name] = _sizes(plain.get_submodule(module_name))
+    for plan in grown_sites(kasmina):
+        for module_name in plan.module_names:
+            changed[module_name] = _sizes(plain.get_submodule(module_name))
     return changed
 
 
 def _sizes(module: nn.Module) -> dict[str, int]:
-    if isinstance(module, nn.Linear):
-        return {"in_features": module.in_features, "out_features": module.out_features}
-    if isinstance(module, fx.GraphModule):  # a layer with seeds behind it
-        sizes = _sizes(module.get_submodule("layer"))
-        stacks = [value.shape for name, value in module.named_parameters(recurse=False) if name.startswith("w1_")]
-        for number, (seeds, units, width) in enumerate(stacks):
-            sizes |= {f"seeds_{number}": seeds, f"units_{number}": units, f"columns_{number}": width}
-        return sizes
-    if isinstance(module, nn.Conv2d):
-        return {"in_channels": module.in_channels, "out_channels": module.out_channels}
-    assert isinstance(module, nn.BatchNorm2d)
-    return {"num_features": module.num_features}
+    """A layer's sizes; of a layer with branches beside it only how many (it is rebuilt from a file of the whole)."""
+    if isinstance(module, fx.GraphModule):
+        return {"branches": len(list(module.get_submodule("branches").children()))}
+    if is_growable(module) or is_batch_norm(module):
+        return sizes(module)
+    names = ("num_channels", "num_embeddings", "embedding_dim", "embed_dim")
+    return {name: int(getattr(module, name)) for name in names if hasattr(module, name)}
 
 
 def default_tolerance(dtypes: set[torch.dtype]) -> float:

@@ -1,4 +1,4 @@
-"""Permanent growth, which goes on learning: one dense bank a site (its annex) and stacks of seeds on their chunks."""
+"""The annex: a site's permanent growth as one dense bank that goes on learning."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from esper.kasmina.bank import Bank, Moments
-from esper.kasmina.site import Site, overlap
+from esper.kasmina.site import Site
 
 
 @torch.no_grad()
 def fossilise(site: Site, cohort: int, slots: list[int], *, betas: tuple[float, float]) -> Bank:
-    """Move ``slots`` of a cohort's bank into the site's annex, or its stacks of seeds, and return the bank they are in.
+    """Move ``slots`` of a cohort's bank into the site's annex, or beside it, and return where they are.
 
     The output of the site does not change: alpha is multiplied into the output weights, columns a slot does not
     cover get zeros. Moments move along, rescaled to the annex's step count: the bias-corrected averages that Adam
     divides stay what they were for each unit. From there on all units share one count, so a young unit's averages
-    take up new gradients at the annex's (slower) pace. Seeds that read their own chunks stay slots of a stack, with
-    their own counts.
+    take up new gradients at the annex's (slower) pace. A bank of another blueprint than the annex's, or of one that
+    absorbs nothing, stays a bank of its own.
 
     Parameters
     ----------
@@ -26,80 +26,65 @@ def fossilise(site: Site, cohort: int, slots: list[int], *, betas: tuple[float, 
     """
     bank = site.banks[cohort]
     bank.scale_output(bank.alpha)
-    if bank.reads_output:
-        return _stack(site, bank, slots)
-    dense = [_dense_slot(bank, slot, site.geometry.out_features) for slot in slots]
-    parts = dense if site.annex is None else [site.annex, *dense]
-    merged = parts[0] if len(parts) == 1 else _concatenate(parts, betas)
+    if not bank.plan.absorbs:
+        bank.alpha.fill_(1.0)
+        bank.set_learning(True)
+        site.beside.append(bank)
+        return bank
+    dense = _dense(bank, slots, site.geometry.out_features, betas)
+    known = next((other for other in site.permanent if other.blueprint == bank.blueprint), None)
+    merged = dense if known is None else _concatenate([known, dense], betas)
     merged.set_learning(True)
-    site.annex = merged
+    if site.annex is None or site.annex is known:
+        site.annex = merged
+    else:
+        site.beside = [*(other for other in site.beside if other is not known), merged]
     return merged
 
 
-def _stack(site: Site, bank: Bank, slots: list[int]) -> Bank:
-    """Put slots behind those of a stack of the same size on other columns, or begin a new stack."""
-    fresh = bank.frozen_copy()
-    fresh.moments = Moments(dict(bank.moments.first), dict(bank.moments.second), bank.moments.steps)
-    fresh.alpha = torch.ones_like(bank.alpha)
-    _select(fresh, slots)
-    for stack in site.fossils:
-        same = (stack.blueprint, stack.units, stack.width) == (fresh.blueprint, fresh.units, fresh.width)
-        if same and not overlap([stack, fresh]):
-            _append(stack, fresh)
-            stack.set_learning(True)
-            return stack
-    fresh.set_learning(True)
-    site.fossils.append(fresh)
-    return fresh
+def _dense(bank: Bank, slots: list[int], out_features: int, betas: tuple[float, float]) -> Bank:
+    """Some slots of a bank as one slot over all columns, without a loop over slots.
 
-
-def _select(bank: Bank, slots: list[int]) -> None:
-    index = torch.tensor(slots, device=bank.device)
-    for store in (bank.params, bank.moments.first, bank.moments.second):
-        store.update({name: value.detach().index_select(0, index) for name, value in store.items()})
-    bank.moments.steps = bank.moments.steps[index]
-    bank.alpha = bank.alpha[index]
-    bank.set_columns(None if bank.columns is None else bank.columns[slots])
-
-
-def _append(stack: Bank, fresh: Bank) -> None:
-    assert stack.columns is not None and fresh.columns is not None  # a seed on all columns overlaps any other
-    zeros = [{name: torch.zeros_like(value) for name, value in bank.params.items()} for bank in (stack, fresh)]
-    for ours, theirs in (
-        (stack.moments.first, fresh.moments.first),
-        (stack.moments.second, fresh.moments.second),
-    ):
-        for name in list(ours.keys() | theirs.keys()):
-            ours[name] = torch.cat([ours.get(name, zeros[0][name]), theirs.get(name, zeros[1][name])])
-    for name, value in fresh.params.items():
-        stack.params[name] = torch.cat([stack.params[name].detach(), value.detach()])
-    stack.moments.steps = torch.cat([stack.moments.steps, fresh.moments.steps])
-    stack.alpha = torch.cat([stack.alpha, fresh.alpha])
-    stack.set_columns(torch.cat([stack.columns, fresh.columns]))
-
-
-def _dense_slot(bank: Bank, slot: int, out_features: int) -> Bank:
-    """One slot as a bank of its own over all columns."""
+    Their units lie side by side; what has no units adds up (each slot has columns of its own).
+    """
     dense = bank.frozen_copy()
-    dense.set_columns(None)
-    columns = None if bank.columns is None else bank.columns[slot].to(bank.alpha.device)
+    index = torch.tensor(slots, device=bank.alpha.device)
+    columns = None if bank.columns is None else bank.columns[slots].to(bank.alpha.device)
+    taken = bank.moments.steps[index]
+    most = taken.max()
+
+    def as_one(value: Tensor, unit: int | None) -> Tensor:
+        if unit is None:
+            return value.sum(0, keepdim=True)
+        return value.movedim(0, unit - 1).flatten(unit - 1, unit)[None].contiguous()
 
     def spread(name: str, value: Tensor) -> Tensor:
-        row = value[slot : slot + 1].detach().clone()
-        axes = bank.plan.axes.get(name)
-        if columns is None or axes is None or axes.column is None:
-            return row
-        shape = list(row.shape)
-        shape[axes.column] = out_features
-        return row.new_zeros(shape).index_copy_(axes.column, columns, row)
+        axes, rows = bank.plan.axes[name], value[index].detach()
+        if columns is not None and axes.column is not None:
+            shape = list(rows.shape)
+            shape[axes.column] = out_features
+            where = columns.view(len(slots), *[-1 if axis == axes.column else 1 for axis in range(1, rows.dim())])
+            rows = rows.new_zeros(shape).scatter_(axes.column, where.expand_as(rows), rows)
+        return as_one(rows, axes.unit)
 
+    def spread_moment(name: str, value: Tensor, beta: float) -> Tensor:
+        factor = torch.where(taken > 0, (1.0 - beta**most) / (1.0 - beta**taken), 1.0)
+        scaled = value.clone()
+        scaled[index] *= factor.to(value.dtype).view(-1, *[1] * (value.dim() - 1))
+        return spread(name, scaled)
+
+    first, second, moments = betas[0], betas[1], bank.moments
+    dense.set_columns(None)
+    dense.units = bank.units * len(slots)
     dense.params = {name: spread(name, value) for name, value in bank.params.items()}
-    dense.buffers = {name: value[slot : slot + 1].clone() for name, value in bank.buffers.items()}
+    dense.buffers = {
+        name: as_one(value[index], bank.plan.buffer_axes[name].unit) for name, value in bank.buffers.items()
+    }
     dense.alpha = torch.ones(1, device=bank.alpha.device)
     dense.moments = Moments(
-        {name: spread(name, value) for name, value in bank.moments.first.items()},
-        {name: spread(name, value) for name, value in bank.moments.second.items()},
-        bank.moments.steps[slot : slot + 1].clone(),
+        {name: spread_moment(name, value, first) for name, value in moments.first.items()},
+        {name: spread_moment(name, value, second) for name, value in moments.second.items()},
+        most.reshape(1).clone(),
     )
     return dense
 
@@ -111,12 +96,12 @@ def _concatenate(parts: list[Bank], betas: tuple[float, float]) -> Bank:
     target = max(parts, key=lambda part: float(part.moments.steps[0]))
     steps = float(target.moments.steps[0])
     params = {
-        name: torch.cat([part.params[name].detach() for part in parts], dim=axes.unit)
+        name: _join([part.params[name].detach() for part in parts], axes.unit)
         for name, axes in target.plan.axes.items()
         if name in target.params
     }
     buffers = {
-        name: torch.cat([part.buffers[name] for part in parts], dim=axes.unit)
+        name: _join([part.buffers[name] for part in parts], axes.unit)
         for name, axes in target.plan.buffer_axes.items()
         if name in target.buffers
     }
@@ -130,8 +115,14 @@ def _concatenate(parts: list[Bank], betas: tuple[float, float]) -> Bank:
     return target
 
 
+def _join(values: list[Tensor], unit: int | None) -> Tensor:
+    """Units side by side; what has no units is one function of the same input, and adds up."""
+    return torch.stack(values).sum(0) if unit is None else torch.cat(values, dim=unit)
+
+
 def _join_moments(parts: list[Bank], which: str, beta: float, steps: float) -> dict[str, Tensor]:
     joined: dict[str, Tensor] = {}
+    longest = max(range(len(parts)), key=lambda index: float(parts[index].moments.steps[0]))
     stores = [getattr(part.moments, which) for part in parts]
     names = {name for store in stores for name in store}
     for name in names:
@@ -145,5 +136,6 @@ def _join_moments(parts: list[Bank], which: str, beta: float, steps: float) -> d
             if taken > 0 and steps > 0:
                 value = value * (1.0 - beta**steps) / (1.0 - beta**taken)
             pieces.append(value)
-        joined[name] = torch.cat(pieces, dim=unit)
+        # a sum keeps the moments of the longest-serving part: all of them saw the same gradients
+        joined[name] = torch.cat(pieces, dim=unit) if unit is not None else pieces[longest]
     return joined

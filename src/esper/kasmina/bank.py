@@ -5,12 +5,13 @@ The annex of a site is a bank too: one slot over all columns, of what has become
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from esper.kasmina.blueprints import BLUEPRINTS, Blueprint, ChunkBlueprint
+from esper.kasmina.blueprints import BLUEPRINTS, Blueprint, FusedBlueprint, Port
 from esper.kasmina.geometry import Geometry
 from esper.kasmina.ops.graft import Seats
 
@@ -61,6 +62,7 @@ class Bank:
         self.blueprint = blueprint
         self.geometry = geometry
         self.units = units
+        self._reads = reads
         self.device = device
         self.set_columns(columns)
         params, buffers = self.plan.init(
@@ -79,16 +81,12 @@ class Bank:
         return BLUEPRINTS[self.blueprint]
 
     @property
-    def reads_output(self) -> bool:
-        """Whether the branches read their own columns of the site's output instead of the site's input."""
-        return isinstance(self.plan, ChunkBlueprint)
-
-    @property
     def reads(self) -> int:
-        if self.reads_output:
-            return self.width
-        name, axis = next((n, a.read) for n, a in self.plan.axes.items() if a.read is not None)
-        return int(self.params[name].shape[axis])
+        """Features it reads of the site's input (as it was made, where no parameter tells)."""
+        for name, axes in self.plan.axes.items():
+            if axes.read is not None:
+                return int(self.params[name].shape[axes.read])
+        return self._reads
 
     @property
     def width(self) -> int:
@@ -118,13 +116,17 @@ class Bank:
             value.requires_grad_(learning)
             value.grad = None
 
-    def hidden(self, x: Tensor, *, training: bool, generator: torch.Generator | None) -> Tensor:
-        """Activations of the hidden units, ``S * U`` features: what a downstream span may read.
+    def pick(self, x: Tensor, y: Tensor) -> Tensor:
+        """What its branches read of a site's input ``x`` and output ``y``: the argument of :meth:`hidden`."""
+        port = self.plan.port
+        if port is Port.INPUT:
+            return x
+        if port is Port.OUTPUT or self._flat_columns is None:
+            return y
+        return y.index_select(self.geometry.feature_axis, self._flat_columns)
 
-        ``x`` is what the bank's blueprint reads: the site's input, or all of its output (see ``reads_output``).
-        """
-        if self.reads_output and self._flat_columns is not None:
-            x = x.index_select(self.geometry.feature_axis, self._flat_columns)
+    def hidden(self, x: Tensor, *, training: bool, generator: torch.Generator | None) -> Tensor:
+        """Activations of the hidden units, ``S * U`` features: what a downstream span may read."""
         return self.plan.hidden(
             self.params,
             self.buffers,
@@ -153,8 +155,8 @@ class Bank:
         return y.index_add(self.geometry.feature_axis, self._flat_columns, delta)
 
     def graft(self, y: Tensor, *, writable: bool) -> Tensor:
-        """``y`` plus the branches of its columns, as one operation; ``writable``: the memory of ``y`` may be used."""
-        assert isinstance(self.plan, ChunkBlueprint)
+        """``y`` plus the branches of a fused blueprint; ``writable``: the memory of ``y`` may be used for it."""
+        assert isinstance(self.plan, FusedBlueprint)
         if self._seats is None:
             columns = torch.arange(self.geometry.out_features)[None] if self.columns is None else self.columns
             self._seats = Seats.of(columns, self.geometry.out_features, self.device)
@@ -163,10 +165,22 @@ class Bank:
     def scale_output(self, factor: float | Tensor) -> None:
         """Multiply the output weights in place; ``factor`` is a number or one value a slot ``(S,)``."""
         with torch.no_grad():
-            for name in self.plan.output_names():
+            for name in set(self.plan.output_names()) & set(self.params):
                 value = self.params[name]
                 shaped = factor.view(-1, *[1] * (value.dim() - 1)) if isinstance(factor, Tensor) else factor
                 value.mul_(shaped)
+
+    def select(self, slots: Tensor) -> None:
+        """Keep ``slots`` (int64 indices on the CPU) and free the storage of all others."""
+        assert self.columns is not None  # a single seed over all columns has nothing to choose from
+        index = slots.to(self.alpha.device)
+        learning = self.learning
+        for store in (self.params, self.buffers, self.moments.first, self.moments.second):
+            for name, value in store.items():
+                store[name] = value.detach()[index]
+        self.alpha, self.moments.steps = self.alpha[index], self.moments.steps[index]
+        self.set_columns(self.columns[slots])
+        self.set_learning(learning)
 
     def widen_reads(self, extra: int) -> None:
         """Let the bank read ``extra`` further features, with weights of zero: its output does not change."""
@@ -183,6 +197,13 @@ class Bank:
                 shape[axes.read] = extra
                 store[name] = torch.cat([old, old.new_zeros(shape)], dim=axes.read)
             self.params[name].requires_grad_(self.learning)
+
+    def learning_copy(self) -> Bank:
+        """A copy that goes on as this bank does: optimizer state included, without gradients."""
+        twin = self.frozen_copy()
+        twin.moments = copy.deepcopy(self.moments)
+        twin.set_learning(self.learning)
+        return twin
 
     def frozen_copy(self) -> Bank:
         """A detached copy without optimizer state or gradients (an EMA host's branches)."""

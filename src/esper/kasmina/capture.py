@@ -18,7 +18,8 @@ from esper.kasmina.geometry import Geometry
 class Rows:
     """Captured rows of one site.
 
-    For linear sites ``x (N, I)``, ``y, g (N, O)``; for convolutions images ``x (N, I, H, W)``, ``y, g (N, O, H', W')``.
+    For linear sites ``x (N, I)``, ``y, g (N, O)``; for convolutions images (of any dimension) ``x (N, I, *spatial)``,
+    ``y, g (N, O, *spatial')``; for embeddings ``x (N, 1)`` holds token ids.
     ``cluster (N,)`` numbers the sequence or image a row came from, ``batch (N,)`` the training batch. ``g`` is scaled
     to unit root mean square within each batch, so that loss scaling and accumulation do not matter.
     """
@@ -82,13 +83,14 @@ class Capture:
         """Copy sampled rows of ``x`` and ``y`` now, and of ``dL/dy`` when the backward pass reaches ``y``."""
         if self.full or not y.requires_grad:
             return
-        conv = self.geometry.kind.is_conv
-        samples = y.shape[0]
+        conv = self.geometry.kind.channels_first
         flat_x = x.detach() if conv else x.detach().reshape(-1, x.shape[-1])
         flat_y = y.detach() if conv else y.detach().reshape(-1, y.shape[-1])
         total = flat_y.shape[0]
         picked = torch.randperm(total, generator=self._generator)[: self.rows_per_batch]
-        cluster = picked if conv else picked // max(1, total // samples)
+        cluster = picked if conv else picked // max(1, total // y.shape[0])
+        if self.geometry.sample_axis == 1:  # sequence first: rows of one sample lie a batch apart
+            cluster = picked % y.shape[1]
         index = picked.to(y.device)
         kept_x, kept_y, cluster = flat_x[index], flat_y[index], cluster.to(y.device)
 
@@ -118,7 +120,7 @@ class Capture:
             if not bool(finite) or float(size) == 0.0:
                 self.dropped_batches += 1
                 continue
-            missing = 0 if reads is None else reads - x.shape[1]
+            missing = reads - x.shape[1] if reads is not None and self.geometry.kind.is_span else 0
             xs.append(torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1) if missing > 0 else x)
             ys.append(y.float())
             gs.append(g / size)
@@ -138,10 +140,10 @@ def rows_per_batch(
 
     ``batch_rows`` counts output positions of one training batch, ``samples`` its images or sequences.
     """
-    positions = max(1, batch_rows // max(1, samples)) if geometry.kind.is_conv else 1
+    positions = max(1, batch_rows // max(1, samples)) if geometry.kind.channels_first else 1
     wanted = -(-rows // batches) // positions
-    stride = geometry.head_conv.stride[0] * geometry.head_conv.stride[1] if geometry.head_conv is not None else 1
-    row_bytes = 4 * positions * (geometry.in_features * stride + 2 * geometry.out_features)
+    stride = geometry.head_conv.shrinkage if geometry.head_conv is not None else 1
+    row_bytes = 4 * positions * (geometry.captured_features * stride + 2 * geometry.out_features)
     affordable = max_bytes // max(1, row_bytes * batches)
-    available = samples if geometry.kind.is_conv else batch_rows
+    available = samples if geometry.kind.channels_first else batch_rows
     return max(1, min(wanted, affordable, available))

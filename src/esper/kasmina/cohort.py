@@ -22,6 +22,8 @@ class Member:
     report: StartReport = field(default_factory=StartReport)
     flops_share: float = 0.0
     """Its part of the cohort's ``added_flops_share``."""
+    keep: int | None = None
+    """How many of its seeds go on after the isolated training; ``None``: all."""
     preserves_function: bool = False
     """Whether the branches' output is exactly zero when they are grafted."""
 
@@ -41,6 +43,8 @@ class Cohort:
     seed_ids: tuple[int, ...]
     added_params: int
     added_flops_share: float
+    notes: tuple[str, ...] = ()
+    """What was done otherwise than asked, and why."""
     state: Lifecycle = Lifecycle.GERMINATED
     entered: int = 0
     alpha: float = 0.0
@@ -53,12 +57,19 @@ class Cohort:
     gain: tuple[float, float, float] = (float("nan"), float("nan"), float("nan"))
     gain_error: float = float("nan")
     """Standard error of the last measured gain."""
+    gain_shrunken: float = float("nan")
+    withheld_since: int | None = None
+    """Step at which it was ready and drawn not to be grafted; it keeps its place in TRAINING for a while."""
     held_by: str | None = None
     """Why the strategy held alpha in the last step, if it did."""
 
     @property
     def sites(self) -> tuple[str, ...]:
         return tuple(self.members)
+
+    @property
+    def num_seeds(self) -> int:
+        return sum(len(member.slots) for member in self.members.values())
 
     @property
     def slots(self) -> npt.NDArray[np.int64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -14,28 +14,24 @@ from torch import nn
 
 from esper.config import SitesConfig
 from esper.errors import SiteError
+from esper.kasmina.chunked import chunked_layers
 from esper.kasmina.chunks import chunk_bounds, default_num_chunks
-from esper.kasmina.geometry import (
-    Activation,
-    ConvGeometry,
-    Geometry,
-    NormGeometry,
-    activation_arguments,
-    has_bias,
-    is_activation,
-)
+from esper.kasmina.geometry import GateGeometry, Geometry, NormGeometry, has_bias
+from esper.kasmina.layer_kinds import QUANTISED, is_quantised, sequence_axis, weight_of
+from esper.kasmina.layer_sites import other_layers
+from esper.kasmina.layers import conv_geometry, features, is_batch_norm, is_conv, is_growable, is_known
+from esper.kasmina.spans import SpanPath, follow
 from esper.kasmina.tracing import Operation, Trace, trace
 from esper.protocol import SiteInfo, SiteKind, Skipped
-
-_GROWABLE = (nn.Linear, nn.Conv2d)
 
 
 @dataclass(frozen=True)
 class SitePlan:
     """A site that was found: its modules by reference, its shape as data.
 
-    ``head`` and ``tail`` are the same module for a layer site. ``parent`` is the innermost module whose call contains
-    both ends; ``upstream`` names the span whose tail is this span's head, if any.
+    ``head`` and ``tail`` are the same module for a layer site; ``up`` is a gated span's second factor where that is a
+    layer of its own. ``parent`` is the innermost module whose call contains
+    them all; ``upstream`` names the span whose tail is this span's head, if any.
     """
 
     info: SiteInfo
@@ -47,6 +43,19 @@ class SitePlan:
     norm_name: str | None
     parent: nn.Module
     upstream: str | None = None
+    up: nn.Module | None = None
+    up_name: str | None = None
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """Host modules that change their size when the site grows for good."""
+        names = (self.head_name, self.tail_name, self.norm_name, self.up_name)
+        return tuple(dict.fromkeys(name for name in names if name is not None))
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter that stands for the site: its optimizer group, device and gradients."""
+        return weight_of(self.tail)
 
 
 @dataclass(frozen=True)
@@ -72,22 +81,26 @@ def discover(model: nn.Module, run: Callable[[], object], config: SitesConfig) -
     probe = trace(model, run)
     usable, skipped = _usable_layers(model, probe)
     spans, refusals = _spans(model, probe, usable, names)
-    plans = list(spans)
-    if config.layers:
-        plans += [_layer(model, module, names[id(module)], probe) for module in usable.values()]
-    in_span = {plan.head_name for plan in plans} | {plan.tail_name for plan in plans}
+    plans, chunked = list(spans), chunked_layers(model)
+    ends = {id(plan.tail) for plan in spans}
+    alone = None if config.layers else {module for module in chunked if module not in ends}
+    plans += [_layer(model, m, names[id(m)], probe) for m in usable.values() if alone is None or id(m) in alone]
+    others, unusable = other_layers(model, probe, alone)
+    plans += [_plan_layer(found.module, found.name, found.geometry) for found in others]
+    skipped += unusable
+    in_span = {name for plan in plans for name in plan.module_names}
     for module in usable.values():
         name = names[id(module)]
         if name not in in_span:
             skipped.append(Skipped(name=name, reason=refusals.get(name, "opens no span; sites.layers=True offers it")))
     plans = _select(plans, config)
     if not plans:
-        why = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:5]) or "it has no Linear or Conv2d layers"
+        why = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:5]) or "it has no Linear or convolution layers"
         raise SiteError(
             f"the model must have at least one place that can grow, got none ({why}); "
-            "pass a model with Linear-activation-Linear or Conv2d-activation-Conv2d, or SitesConfig(layers=True)"
+            "pass a model with Linear-activation-Linear or conv-activation-conv, or SitesConfig(layers=True)"
         )
-    return Discovery(tuple(_with_chunks(plans, config.chunks)), tuple(skipped))
+    return Discovery(tuple(_with_chunks(plans, config.chunks, chunked)), tuple(skipped))
 
 
 def _usable_layers(model: nn.Module, probe: Trace) -> tuple[dict[int, nn.Module], list[Skipped]]:
@@ -95,14 +108,16 @@ def _usable_layers(model: nn.Module, probe: Trace) -> tuple[dict[int, nn.Module]
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    uses: dict[int, int] = {}
+    uses: dict[int, list[Operation]] = {}
     for operation in probe.operations:
         if operation.weight is not None:
-            uses[operation.weight] = uses.get(operation.weight, 0) + 1
+            uses.setdefault(operation.weight, []).append(operation)
     usable: dict[int, nn.Module] = {}
     skipped: list[Skipped] = []
     for name, module in model.named_modules():
-        if not isinstance(module, _GROWABLE):
+        if not is_growable(module):
+            if is_quantised(module):
+                skipped.append(Skipped(name=name, reason=QUANTISED))
             continue
         reason = _unusable(module, name, owners, uses, probe)
         if reason is None:
@@ -113,12 +128,14 @@ def _usable_layers(model: nn.Module, probe: Trace) -> tuple[dict[int, nn.Module]
 
 
 def _unusable(
-    module: nn.Linear | nn.Conv2d, name: str, owners: dict[int, list[str]], uses: dict[int, int], probe: Trace
+    module: nn.Module, name: str, owners: dict[int, list[str]], uses: dict[int, list[Operation]], probe: Trace
 ) -> str | None:
     weight = module.weight
     if not isinstance(weight, nn.Parameter) or "weight" not in dict(module.named_parameters(recurse=False)):
         return "parametrised (its weight is computed from other tensors)"
-    if type(module) not in _GROWABLE:
+    if not weight.is_floating_point():
+        return QUANTISED
+    if not is_known(module):
         return f"a {type(module).__name__}, whose inner workings are not known"
     if weight.is_meta:
         return "on the meta device (no storage); materialise the model first"
@@ -127,38 +144,38 @@ def _unusable(
         return f"tied to {', '.join(others)}"
     if not weight.requires_grad:
         return "frozen (requires_grad is False)"
-    if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros"):
+    if is_conv(module) and (module.groups != 1 or module.padding_mode != "zeros"):
         return f"a convolution with groups={module.groups}, padding_mode={module.padding_mode!r}"
-    if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
+    if is_conv(module) and isinstance(module.padding, str):
         return f"a convolution with padding={module.padding!r}; give it as numbers"
-    used, called = uses.get(id(weight), 0), probe.calls.get(id(module), 0)
+    calls, called = uses.get(id(weight), []), probe.calls.get(id(module), 0)
+    used = len(calls)
     if called == 0:
         return "its weight is used without calling the module" if used else "did not run in the probe forward"
     if used != 1 or called != 1:
         return f"runs {max(used, called)} times a forward"
+    if is_conv(module) and len(calls[0].shape) != weight.dim():
+        return "a convolution that is called on an input without a batch axis"
     return None
 
 
 def _spans(
     model: nn.Module, probe: Trace, usable: dict[int, nn.Module], names: dict[int, str]
 ) -> tuple[list[SitePlan], dict[str, str]]:
-    norms = {
-        id(module.running_mean): module
-        for module in model.modules()
-        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
-    }
+    norms = {id(m.running_mean): m for m in model.modules() if is_batch_norm(m) and m.running_mean is not None}
     found: list[SitePlan] = []
     refusals: dict[str, str] = {}
     for operation in probe.operations:
         head = usable.get(operation.weight) if operation.weight is not None else None
         if head is None:
             continue
-        result = _follow(probe, operation, head, usable, norms)
+        result = follow(probe, operation, head, usable, norms)
         name = names[id(head)]
         if isinstance(result, str):
             refusals[name] = result
             continue
-        parent = _common_parent(model, name, names[id(result.tail)], probe)
+        ends = [head, result.tail] if result.up is None else [head, result.up, result.tail]
+        parent = _common_parent(model, [names[id(end)] for end in ends], probe)
         if parent is None:
             refusals[name] = "no module's call contains both ends of the span"
             continue
@@ -167,67 +184,19 @@ def _spans(
     return [replace(plan, upstream=tails.get(plan.head_name)) for plan in found], refusals
 
 
-@dataclass
-class _Path:
-    tail: nn.Module
-    activation: Activation
-    dropout: float
-    norm: nn.BatchNorm2d | None
-
-
-def _follow(
-    probe: Trace, start: Operation, head: nn.Module, usable: dict[int, nn.Module], norms: dict[int, nn.BatchNorm2d]
-) -> _Path | str:
-    """Walk from a layer's output to the next layer, or say what stands in the way."""
-    value = start.outputs[0]
-    activation: Activation | None = None
-    dropout, norm = 0.0, None
-    while True:
-        step = probe.sole_consumer(value)
-        if step is None:
-            readers = len(probe.consumers.get(value, []))
-            return f"its output is read {readers} times, so no span starts here"
-        if step.weight is not None:
-            tail = usable.get(step.weight)
-            if tail is None or type(tail) is not type(head):
-                return "leads to a layer that cannot end a span"
-            if step.inputs[0] != value:
-                return "its output is used as a weight"
-            if activation is None:
-                return "leads to the next layer without an activation between them"
-            return _Path(tail, activation, dropout, norm)
-        if is_activation(step.name) and activation is None:
-            kept = activation_arguments(step.name, step.arguments)
-            if kept is None:
-                return f"passes unnamed arguments to {step.name}"
-            activation = Activation(step.name, kept)
-        elif step.name == "dropout" and activation is not None:
-            dropout = 1 - (1 - dropout) * (1 - float(step.arguments.get("p", step.arguments.get("_1", 0.5))))
-        elif step.name == "batch_norm" and activation is None and norm is None and step.statistics in norms:
-            norm = norms[step.statistics]
-        else:
-            return f"its output passes through {step.name!r}, which a branch cannot repeat on its own"
-        value = step.outputs[0]
-
-
-def _common_parent(model: nn.Module, first: str, second: str, probe: Trace) -> nn.Module | None:
-    """Innermost module whose call encloses both; containers that are never called do not count."""
+def _common_parent(model: nn.Module, ends: Sequence[str], probe: Trace) -> nn.Module | None:
+    """Innermost module whose call encloses them all; containers that are never called do not count."""
     shared = 0
-    for a, b in zip(first.split("."), second.split("."), strict=False):
-        if a != b:
+    for parts in zip(*(name.split(".") for name in ends), strict=False):
+        if len(set(parts)) > 1:
             break
         shared += 1
-    path = first.split(".")[:shared]
+    path = ends[0].split(".")[:shared]
     for depth in range(len(path), -1, -1):
         module = model.get_submodule(".".join(path[:depth]))
         if probe.calls.get(id(module), 0) > 0:
             return module
     return None
-
-
-def _conv_geometry(conv: nn.Conv2d) -> ConvGeometry:
-    pair = lambda value: (int(value[0]), int(value[1]))  # noqa: E731
-    return ConvGeometry(pair(conv.kernel_size), pair(conv.stride), pair(conv.padding), pair(conv.dilation))
 
 
 def _std(weight: torch.Tensor) -> float:
@@ -237,14 +206,11 @@ def _std(weight: torch.Tensor) -> float:
 
 def present_geometry(plan: SitePlan) -> Geometry:
     """The site's geometry with its weights' scale as it is now: weights grow, and new ones start on the same scale."""
-    return replace(plan.geometry, head_std=_std(plan.head.weight), tail_std=_std(plan.tail.weight))  # type: ignore[reportArgumentType]
-
-
-def _features(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    assert isinstance(layer, nn.Conv2d)
-    return layer.in_channels, layer.out_channels
+    gate = plan.geometry.gate
+    if gate is not None:
+        gate = replace(gate, std=_std(weight_of(plan.head if plan.up is None else plan.up)))
+    stds = _std(weight_of(plan.head)), _std(weight_of(plan.tail))
+    return replace(plan.geometry, gate=gate, head_std=stds[0], tail_std=stds[1])
 
 
 def _span_name(head: str, tail: str) -> str:
@@ -253,12 +219,24 @@ def _span_name(head: str, tail: str) -> str:
     return f"{head}-{tail.rsplit('.', 1)[-1] if beside else tail}"
 
 
-def _span_plan(head: nn.Module, path: _Path, parent: nn.Module, names: dict[int, str]) -> SitePlan:
-    (in_features, hidden), (_, out_features) = _features(head), _features(path.tail)
-    conv = isinstance(head, nn.Conv2d)
-    kind = SiteKind.CONV_SPAN if conv else SiteKind.LINEAR_SPAN
+def _gate(head: nn.Module, path: SpanPath) -> GateGeometry | None:
+    if not path.is_gated:
+        return None
+    up = head if path.up is None else path.up
+    return GateGeometry(has_bias(up), _std(weight_of(up)), path.up is None, path.gate_first is not False)
+
+
+def _span_kind(head: nn.Module, gate: GateGeometry | None) -> SiteKind:
+    if is_conv(head):
+        return SiteKind.CONV_SPAN
+    return SiteKind.LINEAR_SPAN if gate is None else SiteKind.LINEAR_GATED_SPAN
+
+
+def _span_plan(head: nn.Module, path: SpanPath, parent: nn.Module, names: dict[int, str]) -> SitePlan:
+    in_features, (hidden, out_features) = features(head)[0], features(path.tail)
     head_name, tail_name = names[id(head)], names[id(path.tail)]
-    norm = path.norm
+    gate, norm, up = _gate(head, path), path.norm, path.up
+    kind = _span_kind(head, gate)
     geometry = Geometry(
         kind=kind,
         in_features=in_features,
@@ -268,10 +246,11 @@ def _span_plan(head: nn.Module, path: _Path, parent: nn.Module, names: dict[int,
         activation=path.activation,
         dropout=path.dropout,
         norm=None if norm is None else NormGeometry(norm.eps, norm.momentum, norm.affine),
-        head_conv=_conv_geometry(head) if isinstance(head, nn.Conv2d) else None,
-        tail_conv=_conv_geometry(path.tail) if isinstance(path.tail, nn.Conv2d) else None,
-        head_std=_std(head.weight),  # type: ignore[reportArgumentType]
-        tail_std=_std(path.tail.weight),  # type: ignore[reportArgumentType]
+        gate=gate,
+        head_conv=conv_geometry(head),
+        tail_conv=conv_geometry(path.tail),
+        head_std=_std(weight_of(head)),
+        tail_std=_std(weight_of(path.tail)),
     )
     info = SiteInfo(
         name=_span_name(head_name, tail_name),
@@ -280,20 +259,18 @@ def _span_plan(head: nn.Module, path: _Path, parent: nn.Module, names: dict[int,
         out_features=out_features,
         hidden_features=hidden,
         num_chunks=default_num_chunks(out_features),
-        weights=sum(p.numel() for m in (head, path.tail) for p in m.parameters()),
+        weights=sum(p.numel() for m in (head, up, path.tail) if m is not None for p in m.parameters()),
     )
-    return SitePlan(
-        info, geometry, head, head_name, path.tail, tail_name, None if norm is None else names[id(norm)], parent
-    )
+    norm_name, up_name = (None if m is None else names[id(m)] for m in (norm, up))
+    return SitePlan(info, geometry, head, head_name, path.tail, tail_name, norm_name, parent, up=up, up_name=up_name)
 
 
 def _layer(model: nn.Module, module: nn.Module, name: str, probe: Trace) -> SitePlan:
-    in_features, out_features = _features(module)
-    conv = _conv_geometry(module) if isinstance(module, nn.Conv2d) else None
-    kind = SiteKind.CONV_LAYER if conv else SiteKind.LINEAR_LAYER
-    std = _std(module.weight)  # type: ignore[reportArgumentType]
+    in_features, out_features = features(module)
+    conv = conv_geometry(module)
+    std, call = _std(weight_of(module)), probe.results[id(module)]
     geometry = Geometry(
-        kind=kind,
+        kind=SiteKind.CONV_LAYER if conv else SiteKind.LINEAR_LAYER,
         in_features=in_features,
         out_features=out_features,
         hidden_features=0,
@@ -302,14 +279,21 @@ def _layer(model: nn.Module, module: nn.Module, name: str, probe: Trace) -> Site
         tail_conv=conv,
         head_std=std,
         tail_std=std,
+        x_shape=call.x_shape,
+        y_shape=call.y_shape,
+        sequence_axis=None if conv else sequence_axis(module, model, probe),
     )
+    return _plan_layer(module, name, geometry)
+
+
+def _plan_layer(module: nn.Module, name: str, geometry: Geometry) -> SitePlan:
     info = SiteInfo(
         name=name,
-        kind=kind,
-        in_features=in_features,
-        out_features=out_features,
+        kind=geometry.kind,
+        in_features=geometry.in_features,
+        out_features=geometry.out_features,
         hidden_features=0,
-        num_chunks=default_num_chunks(out_features),
+        num_chunks=default_num_chunks(geometry.out_features),
         weights=sum(p.numel() for p in module.parameters()),
     )
     return SitePlan(info, geometry, module, name, module, name, None, module)
@@ -342,11 +326,13 @@ def _raise_unmatched(pattern: str, names: list[str]) -> None:
     )
 
 
-def _with_chunks(plans: list[SitePlan], chunks: int | None) -> list[SitePlan]:
-    if chunks is None:
-        return plans
+def _with_chunks(plans: list[SitePlan], chunks: int | None, chunked: Mapping[int, int]) -> list[SitePlan]:
+    """As many chunks as a layer asks for by itself, else as the configuration says, else the default."""
     result: list[SitePlan] = []
     for plan in plans:
-        chunk_bounds(plan.info.out_features, chunks)  # raises with rule, value and remedy
-        result.append(replace(plan, info=msgspec.structs.replace(plan.info, num_chunks=chunks)))
+        wanted = chunked.get(id(plan.tail), chunks)
+        if wanted is not None:
+            chunk_bounds(plan.info.out_features, wanted)  # raises with rule, value and remedy
+            plan = replace(plan, info=msgspec.structs.replace(plan.info, num_chunks=wanted))
+        result.append(plan)
     return result

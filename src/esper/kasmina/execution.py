@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -23,7 +24,7 @@ from esper.kasmina.ops import dispatch
 from esper.kasmina.optim import Hyperparameters, SlotAdamW
 from esper.kasmina.seeds import SeedTable
 from esper.kasmina.site import Site
-from esper.kasmina.starts import STARTS
+from esper.kasmina.starts import STARTS, HostUnits
 from esper.kasmina.telemetry import TelemetryBuffer
 from esper.protocol import Lifecycle, SeedPlan
 
@@ -43,6 +44,10 @@ class Kasmina:
         self.host_params = sum(parameter.numel() for parameter in model.parameters())
         self.device = next(model.parameters()).device
         dispatch.prepare(self.device)
+        self._norms = {
+            name: None if plan.norm_name is None else model.get_submodule(plan.norm_name)
+            for name, plan in self.plans.items()
+        }
         self.sites: dict[str, Site] = {}
         for name, plan in self.plans.items():
             self.sites[name] = Site(plan.info, plan.geometry, None)
@@ -58,7 +63,9 @@ class Kasmina:
         self.samples_per_batch: dict[str, int] = dict.fromkeys(self.sites, 0)
         self.rows_per_batch: dict[str, int] = dict.fromkeys(self.sites, 0)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.optimizer = SlotAdamW(lr_boost=config.graft.lr_boost, warmup_steps=config.graft.warmup_steps)
+        self.optimizer = SlotAdamW(
+            lr_boost=config.graft.lr_boost, lr_ceiling=config.graft.lr_ceiling, warmup_steps=config.graft.warmup_steps
+        )
         self.nursery = Nursery(
             config=config, adaptive=adaptive, plans=self.plans, sites=self.sites, table=self.table, index=self.index,
             rows_per_step=self.rows_per_step, rows_per_batch=self.rows_per_batch,
@@ -69,14 +76,19 @@ class Kasmina:
 
     def _prepare_sites(self) -> None:
         for name, site in self.sites.items():
-            device = self.plans[name].tail.weight.device  # type: ignore[reportUnknownMemberType]
-            assert isinstance(device, torch.device)
+            device = self.plans[name].weight.device
             bounds = self.table.bounds[self.index[name]]
             site.telemetry = TelemetryBuffer(bounds, self.config.telemetry.rows, device)
             # only a dropout span draws on the device; its own stream leaves the host's alone
             if site.geometry.dropout > 0:
                 site.generator = torch.Generator(device)
                 site.mask_seed = self.config.seed + self.index[name]
+
+    def go_on_from(self, earlier: Kasmina) -> None:
+        """Count cohorts and seeds, and draw, where an earlier one of the same run has left off."""
+        self.nursery.next_cohort = earlier.nursery.next_cohort
+        self.table.next_seed_id = earlier.table.next_seed_id
+        self.generator.set_state(earlier.generator.get_state())
 
     def detach(self) -> None:
         """Remove every hook; the host is as it was before."""
@@ -93,8 +105,8 @@ class Kasmina:
     @property
     def params(self) -> int:
         """Host, annexes and live seeds."""
-        grown = sum(bank.num_params for site in self.sites.values() for bank in site.all_banks)
-        return self.host_params + grown
+        annexes = sum(bank.num_params for site in self.sites.values() for bank in site.permanent)
+        return self.host_params + annexes + sum(bank.num_params for bank in self.live_banks)
 
     def added_flops_per_step(self, rows: dict[str, int] | None = None, *, waiting: bool = False) -> float:
         """Forward FLOPs a step of all that is in the forward pass now, annexes included.
@@ -105,8 +117,7 @@ class Kasmina:
         total = 0.0
         for name, site in self.sites.items():
             active = [bank for cohort, bank in site.banks.items() if waiting or cohort in site.grafted]
-            active += site.permanent
-            total += rows[name] * sum(bank.flops_per_row for bank in active)
+            total += rows[name] * sum(bank.flops_per_row for bank in [*active, *site.permanent])
         return total
 
     def units(self, site: str) -> int:
@@ -211,11 +222,35 @@ class Kasmina:
         member = cohort.members.pop(site)
         cohort.added_params -= self.sites[site].banks[cohort.number].num_params
         cohort.added_flops_share -= member.flops_share
-        cohort.seed_ids = tuple(int(i) for i in self.table.seed_id[cohort.slots])
+        cohort.seed_ids = tuple(self.table.seed_id[cohort.slots].tolist())
         self.table.transition(member.slots, Lifecycle.CULLED, step)
         self.table.release(member.slots, step, embargo)
         self.sites[site].banks.pop(cohort.number, None)
         self.refresh()
+
+    def thin(
+        self, cohort: Cohort, site: str, kept: npt.NDArray[np.int64], step: int, embargo: int
+    ) -> npt.NDArray[np.int64]:
+        """Cull all but ``kept`` (positions, ascending) of a cohort's seeds on a site, none of them in the forward
+        pass yet; returns the ids of those that left."""
+        member, bank = cohort.members[site], self.sites[site].banks[cohort.number]
+        leaving = np.delete(member.slots, kept)
+        ids = self.table.seed_id[leaving].copy()
+        params, share = bank.num_params, member.flops_share
+        bank.select(torch.from_numpy(kept))
+        member.flops_share = share * len(kept) / len(member.slots)
+        member.slots = member.slots[kept]
+        cohort.added_params -= params - bank.num_params
+        cohort.added_flops_share -= share - member.flops_share
+        cohort.seed_ids = tuple(self.table.seed_id[cohort.slots].tolist())
+        self.table.transition(leaving, Lifecycle.CULLED, step)
+        self.table.release(leaving, step, embargo)
+        return ids
+
+    def host_units(self, name: str) -> HostUnits:
+        """The hidden units a span has now, for starts that copy or follow them."""
+        plan = self.plans[name]
+        return HostUnits.of(plan.head, self._norms[name], plan.tail, self.sites[name].annex)
 
     def fossilise(self, cohort: Cohort, step: int, hosts: dict[str, Hyperparameters]) -> None:
         """Move a cohort into the annexes of its sites; its chunks are dormant again in the next generation."""
@@ -230,7 +265,7 @@ class Kasmina:
     def _widen_downstream(self, site: Site, extra: int) -> None:
         for other in self.sites.values():
             if other.upstream is site:
-                for bank in other.all_banks:
+                for bank in [*other.banks.values(), *other.permanent]:
                     bank.widen_reads(extra)
 
     # ---------------------------------------------------------------------------------------------- every step
@@ -238,7 +273,7 @@ class Kasmina:
     def learn(self, hosts: dict[str, Hyperparameters], *, inverse_scale: float) -> None:
         """One update of everything that learns, after a real host step."""
         for name, site in self.sites.items():
-            for bank in site.all_banks:
+            for bank in [*site.banks.values(), *site.permanent]:
                 if bank.learning:
                     self.optimizer.step(bank, hosts[name], inverse_scale=inverse_scale)
 
@@ -256,7 +291,7 @@ class Kasmina:
     def forget_gradients(self) -> None:
         """Drop accumulated gradients of everything that learns (the host skipped its step)."""
         for site in self.sites.values():
-            for bank in site.all_banks:
+            for bank in [*site.banks.values(), *site.permanent]:
                 for value in bank.params.values():
                     value.grad = None
 

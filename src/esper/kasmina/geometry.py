@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -65,25 +66,60 @@ class Activation:
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Kernel, stride, padding and dilation of a Conv2d with ``groups=1`` and zero padding."""
+    """A convolution with ``groups=1`` and zero padding: one number for each of its one to three spatial dimensions."""
 
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
 
     @property
     def taps(self) -> int:
-        return self.kernel[0] * self.kernel[1]
+        """Positions of the kernel."""
+        return math.prod(self.kernel)
+
+    @property
+    def shrinkage(self) -> int:
+        """Input positions for one output position, as the stride has it."""
+        return math.prod(self.stride)
+
+
+def pointwise(conv: ConvGeometry) -> ConvGeometry:
+    """A convolution of as many dimensions that sees one position."""
+    ones = (1,) * len(conv.kernel)
+    return ConvGeometry(ones, ones, (0,) * len(ones), ones)
+
+
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvGeometry, groups: int = 1) -> Tensor:
+    """``x (N, I, *spatial)`` convolved with ``weight (O, I / groups, *kernel)``."""
+    function = _CONVOLUTIONS[len(conv.kernel)]
+    return function(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)
 
 
 @dataclass(frozen=True)
 class NormGeometry:
-    """A BatchNorm2d between the two ends of a span; channels are independent, so a branch keeps its own."""
+    """A batch norm between the two ends of a span; channels are independent, so a branch keeps its own."""
 
     eps: float
     momentum: float | None
     affine: bool
+
+
+@dataclass(frozen=True)
+class GateGeometry:
+    """The second factor of a gated span, ``down(act(gate(x)) * up(x))``; the first one is the span's head.
+
+    ``std`` is the standard deviation of ``up``'s weights. ``fused``: head and ``up`` are one layer, whose output is cut
+    into two halves; the activation takes the first half if ``gate_first``.
+    """
+
+    bias: bool
+    std: float = 0.02
+    fused: bool = False
+    gate_first: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +139,30 @@ class Geometry:
     activation: Activation | None = None
     dropout: float = 0.0
     norm: NormGeometry | None = None
+    gate: GateGeometry | None = None
     head_conv: ConvGeometry | None = None
     tail_conv: ConvGeometry | None = None
     head_std: float = 0.02
     tail_std: float = 0.02
+    x_shape: tuple[int, ...] = ()
+    """Shape of a layer site's input and, below, of its output in the probe forward."""
+    y_shape: tuple[int, ...] = ()
+    sequence_axis: int | None = None
+    """Axis of ``y`` along which a layer site's positions follow each other; ``None`` where it has none."""
+    holds_shift: bool = True
+    """Whether the host's layer could hold a bias (an RMSNorm cannot)."""
 
     @property
     def feature_axis(self) -> int:
-        """Axis of ``y`` that holds features: channels for convolutions, the last one otherwise."""
-        return 1 if self.kind.is_conv else -1
+        """Axis of ``y`` that holds features: 1 for convolutions and channel norms, the last one otherwise."""
+        return 1 if self.kind.channels_first else -1
+
+    @property
+    def sample_axis(self) -> int:
+        """Axis of ``y`` that tells samples apart: the second one of sequence-first batches."""
+        return 1 if self.sequence_axis == 0 and len(self.y_shape) > 2 else 0
+
+    @property
+    def captured_features(self) -> int:
+        """Numbers that a captured input row holds: an embedding's is one token id."""
+        return 1 if self.kind is SiteKind.EMBEDDING_LAYER else self.in_features

@@ -32,17 +32,21 @@ _BYTES_PER_PARAM = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """One seed with nothing left open."""
+    """One plan with nothing left open: N seeds of one kind."""
 
     site: str
     chunks: npt.NDArray[np.int64]
+    """``(N, C)``: the chunks of each seed."""
     blueprint: str
     width: int
     start: str
     strategy: str
+    keep: int | None
     params: int
+    """Of all N seeds."""
     flops: float
-    """Forward FLOPs a training step."""
+    """Forward FLOPs a training step, of all N seeds."""
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +93,10 @@ class Nursery:
             return Gate("germination", False, "a cohort needs at least one seed, got none; name a site")
         seeds = [self._resolve(plan, step) for plan in plans]
         params, flops = sum(seed.params for seed in seeds), sum(seed.flops for seed in seeds)
+        waiting = sum(len(seed.chunks) for seed in seeds) - 1
+        free_slots = MAX_LIVE_SEEDS - len(self.table.occupied()) - waiting
         for seed in seeds:
-            gate = self._gate(seed, params, flops, room, step)
+            gate = self._gate(seed, params, flops, room, step, free_slots)
             if not gate.passed:
                 return Gate(gate.name, False, f"{seed.site}: {gate.reason}")
         return self._create(seeds, params, flops / max(1.0, room.flops), step)
@@ -107,27 +113,64 @@ class Nursery:
                 f"blueprint {blueprint!r} sits on {', '.join(sorted(BLUEPRINTS[blueprint].kinds))}, got site "
                 f"{plan.site!r} of kind {site.info.kind}; use {default_blueprint(site.info.kind)!r}"
             )
-        rows = self.rows_per_batch[plan.site] * self.config.capture.batches
-        start = plan.start or self.config.fit.start
-        start = start or default_start(site.info.kind, adaptive=self.adaptive, expected_rows=rows)
-        STARTS[start]  # raises for one that is not known
+        family = BLUEPRINTS[blueprint]
+        reason = family.refusal(site.geometry)
+        if reason is not None:
+            raise EsperError(f"blueprint {blueprint!r} cannot sit on {plan.site!r}: {reason}")
+        start = self._start(plan, site, blueprint)
         strategy = plan.strategy or self.config.graft.strategy
         STRATEGIES[strategy]
-        free = self.table.free_chunks(self.index[plan.site], step)
-        chunks = np.array(plan.chunks, dtype=np.int64) if plan.chunks else free
-        columns = len(columns_of(self.table.bounds[self.index[plan.site]], chunks))  # raises for absent chunks
-        width = plan.width
-        if width is None:
-            width = max(1, site.info.hidden_features or min(site.info.in_features, 8))
-        if width < 1:
-            raise EsperError(f"a seed's width must be at least 1, got {width} on {plan.site!r}; leave it None")
-        cost = BLUEPRINTS[blueprint].cost(site.geometry, units=width, columns=columns, reads=site.reads)
+        chunks, notes = self._shared_out(plan, step)
+        bounds = self.table.bounds[self.index[plan.site]]
+        columns = len(columns_of(bounds, chunks[0])) if len(chunks) else 0
+        columns_of(bounds, chunks)  # raises for absent chunks
+        if plan.width is not None and plan.width < 1:
+            raise EsperError(f"a seed's width must be at least 1, got {plan.width} on {plan.site!r}; leave it None")
+        width = family.resolve_units(site.geometry, plan.width)
+        if plan.width is None:
+            width = max(1, width // max(1, len(chunks)))  # the default is what a site gets, all seeds together
+        cap = STARTS[start].max_units(site.geometry, columns=columns, reads=site.reads)
+        if cap is not None and width > cap > 0:
+            notes += (f"{plan.site}: {start} gives a seed here at most {cap} units (its rank), {width} were asked for",)
+            width = cap
+        cost = family.cost(site.geometry, units=width, columns=columns, reads=site.reads)
         return Resolved(
             site=plan.site, chunks=chunks, blueprint=blueprint, width=width, start=start, strategy=strategy,
-            params=cost.params, flops=cost.flops_per_row * self.rows_per_step[plan.site],
+            keep=plan.keep, params=cost.params * len(chunks),
+            flops=cost.flops_per_row * self.rows_per_step[plan.site] * len(chunks), notes=notes,
         )  # fmt: skip
 
-    def _gate(self, seed: Resolved, params: int, flops: float, room: Room, step: int) -> Gate:
+    def _start(self, plan: SeedPlan, site: Site, blueprint: str) -> str:
+        """The start that the plan names, else the configuration, else the default of the site's kind."""
+        rows = self.rows_per_batch[plan.site] * self.config.capture.batches
+        asked = plan.start or self.config.fit.start
+        start = asked or default_start(site.info.kind, adaptive=self.adaptive, expected_rows=rows)
+        refusal = _start_refusal(start, blueprint, site)
+        if refusal is None:
+            return start
+        if asked is None or (plan.start is None and not site.info.kind.is_span):
+            return "random_zero"  # nobody asked for it here: a configuration is written with spans in mind
+        raise EsperError(f"{plan.site}: {refusal}")
+
+    def _shared_out(self, plan: SeedPlan, step: int) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+        """``(N, C)`` chunks of each seed, and what had to be done otherwise than asked."""
+        if plan.seeds < 1 or (plan.keep is not None and not 1 <= plan.keep):
+            raise EsperError(
+                f"a plan's seeds and keep must be at least 1, got {plan.seeds} and {plan.keep} on {plan.site!r}; "
+                "leave keep None to keep all"
+            )
+        free = self.table.free_chunks(self.index[plan.site], step)
+        chunks = np.array(plan.chunks, dtype=np.int64) if plan.chunks else free
+        num = max(1, min(plan.seeds, chunks.size))
+        each = chunks.size // num
+        notes: tuple[str, ...] = ()
+        if num < plan.seeds:
+            notes += (f"{plan.site}: {num} chunks make at most {num} seeds, {plan.seeds} were asked for",)
+        if num * each < chunks.size:
+            notes += (f"{plan.site}: {chunks.size - num * each} of {chunks.size} chunks stay dormant (uneven shares)",)
+        return chunks[: num * each].reshape(num, each), notes
+
+    def _gate(self, seed: Resolved, params: int, flops: float, room: Room, step: int, free_slots: int) -> Gate:
         """The gate for one seed of a cohort that adds ``params`` and ``flops`` as a whole."""
         index = self.index[seed.site]
         rows = slice(int(self.table.offsets[index]), int(self.table.offsets[index + 1]))
@@ -137,8 +180,8 @@ class Nursery:
         owned = self.table.owner[rows][seed.chunks] >= 0
         capturing = sum(s.capture.num_bytes for s in self.sites.values() if s.capture is not None)
         return germination_gate(
-            free_slots=MAX_LIVE_SEEDS - len(self.table.occupied()),
-            chunks_free=0 if bool(owned.any()) else len(seed.chunks),
+            free_slots=free_slots,
+            chunks_free=0 if bool(owned.any()) else seed.chunks.size,
             embargo=int((self.table.embargo_until[rows][seed.chunks] - step).max(initial=0)),
             params_after=room.params + params,
             budget_params=room.budget_params,
@@ -155,9 +198,11 @@ class Nursery:
         grouped: dict[str, list[Resolved]] = {}
         for seed in seeds:
             grouped.setdefault(seed.site, []).append(seed)
-        for name, group in grouped.items():
-            self._check_group(name, group)
-        members = {name: self._create_member(name, group, number, step) for name, group in grouped.items()}
+        # all sites are checked before anything is made
+        columns = {name: self._columns(name, group) for name, group in grouped.items()}
+        members = {
+            name: self._create_member(name, group, columns[name], number, step) for name, group in grouped.items()
+        }
         total = sum(seed.flops for seed in seeds)
         for name, member in members.items():
             part = sum(seed.flops for seed in grouped[name]) / total if total > 0 else 0.0
@@ -170,51 +215,57 @@ class Nursery:
             strategy=seeds[0].strategy,
             born=step,
             entered=step,
-            seed_ids=tuple(int(i) for i in self.table.seed_id[slots]),
+            seed_ids=tuple(self.table.seed_id[slots].tolist()),
             added_params=params,
             added_flops_share=flops_share,
+            notes=tuple(note for seed in seeds for note in seed.notes),
         )
 
-    def _columns(self, name: str, group: Sequence[Resolved]) -> list[npt.NDArray[np.int64]]:
-        bounds = self.table.bounds[self.index[name]]
-        return [columns_of(bounds, seed.chunks) for seed in group]
+    def _columns(self, name: str, group: Sequence[Resolved]) -> npt.NDArray[np.int64]:
+        """``(N, K)`` feature columns of all seeds of a cohort on one site.
 
-    def _check_group(self, name: str, group: Sequence[Resolved]) -> None:
-        """Seeds of one cohort on one site: refuse before anything is made."""
-        kinds = {(seed.blueprint, seed.width, seed.start, len(seed.chunks)) for seed in group}
+        Raises
+        ------
+        EsperError
+            Seeds that do not go together.
+        """
+        kinds = {(seed.blueprint, seed.width, seed.start, seed.chunks.shape[1]) for seed in group}
         if len(kinds) > 1:
             raise EsperError(
                 f"seeds of one cohort on one site must share blueprint, width, start and number of chunks, got "
                 f"{len(kinds)} kinds on {name!r}; germinate them as cohorts of their own"
             )
-        named = np.concatenate([seed.chunks for seed in group])
-        if len(np.unique(named)) < len(named):
+        chunks = np.concatenate([seed.chunks for seed in group])
+        if len(np.unique(chunks)) < chunks.size:
             raise EsperError(f"a chunk can be named once in a cohort, got one twice on {name!r}; name each once")
-        if len({len(columns) for columns in self._columns(name, group)}) > 1:
+        bounds = self.table.bounds[self.index[name]]
+        sizes = np.diff(bounds)[chunks].sum(axis=1)
+        if (sizes != sizes[0]).any():
             raise EsperError(
-                f"seeds of one cohort on {name!r} must cover equally many features, got different numbers; "
-                "choose other chunks"
+                f"seeds of one cohort on {name!r} must cover equally many features, got {sizes.min()} to "
+                f"{sizes.max()}; choose other chunks, or sites.chunks that divides its {bounds[-1]} features"
             )
+        return columns_of(bounds, chunks).reshape(len(chunks), -1)
 
-    def _create_member(self, name: str, group: Sequence[Resolved], number: int, step: int) -> Member:
+    def _create_member(
+        self, name: str, group: Sequence[Resolved], columns: npt.NDArray[np.int64], number: int, step: int
+    ) -> Member:
         site, first = self.sites[name], group[0]
-        columns = self._columns(name, group)
-        whole = len(group) == 1 and len(columns[0]) == site.info.out_features
-        weight = self.plans[name].tail.weight
-        assert isinstance(weight, torch.Tensor)
+        chunks = np.concatenate([seed.chunks for seed in group])
+        whole = len(columns) == 1 and columns.size == site.info.out_features
         bank = Bank(
             first.blueprint,
             present_geometry(self.plans[name]),
             units=first.width,
             reads=site.reads,
-            columns=None if whole else torch.from_numpy(np.stack(columns)),
+            columns=None if whole else torch.from_numpy(columns),
             generator=self.generator,
-            device=weight.device,
+            device=self.plans[name].weight.device,
         )
         slots = self.table.germinate_many(
-            [self.index[name]] * len(group),
-            np.concatenate([seed.chunks for seed in group]),
-            [len(seed.chunks) for seed in group],
+            np.full(len(chunks), self.index[name]),
+            chunks,
+            np.full(len(chunks), chunks.shape[1]),
             cohort=number,
             blueprint=BLUEPRINTS.code(first.blueprint),
             strategy=STRATEGIES.code(first.strategy),
@@ -224,7 +275,9 @@ class Nursery:
         site.banks[number] = bank
         if STARTS[first.start].needs_rows and site.capture is None:
             site.capture = self._capture(site)
-        return Member(name, slots, first.start)
+        keeps = [seed.keep for seed in group]
+        keep = None if None in keeps else sum(k for k in keeps if k is not None)
+        return Member(name, slots, first.start, keep=keep)
 
     def _capture(self, site: Site) -> Capture:
         config, name = self.config.capture, site.info.name
@@ -238,3 +291,13 @@ class Nursery:
             max_bytes=config.max_bytes // max(capturing, len(self.sites)),
         )
         return Capture(site.geometry, num_batches=config.batches, rows_per_batch=per_batch, generator=self.generator)
+
+
+def _start_refusal(start: str, blueprint: str, site: Site) -> str | None:
+    """Why a start cannot make first weights of a blueprint at a site, or ``None``."""
+    if STARTS[start].needs_rows and not BLUEPRINTS[blueprint].fits_rows:
+        return (
+            f"start {start!r} fits branches to rows of a site's input, got blueprint {blueprint!r}, which reads "
+            "more than those; use 'random_zero'"
+        )
+    return STARTS[start].refusal(blueprint, site.geometry)

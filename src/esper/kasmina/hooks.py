@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from esper.kasmina.discovery import SitePlan
+from esper.kasmina.isolation import RandomState, random_state
+from esper.kasmina.layer_kinds import PACKED, first_input, first_output, with_first_output
 from esper.kasmina.site import Site
 
 
@@ -32,19 +34,43 @@ class HeadEnter:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.site.engaged:
-            self.site.enter(args[0] if args else kwargs["input"])
+            self.site.enter(first_input(args, kwargs))
 
 
 class TailLeave:
-    """Adds the branches to the site's output; returns nothing while there is nothing to do."""
+    """Adds the branches to the site's (first) output; returns nothing while there is nothing to do."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
         if not self.site.engaged:
             return None
-        return self.site.leave(module, args[0] if args else kwargs["input"], y, writable=_is_ours_alone(module))
+        first = first_output(y)
+        if not isinstance(first, Tensor):
+            self.site.refuse(PACKED)
+            return None
+        new = self.site.leave(module, first_input(args, kwargs), first, writable=first is y and _is_ours_alone(module))
+        return None if new is None else with_first_output(y, new)
+
+
+class RandomNote:
+    """Notes torch's random state at the first training forward after :meth:`arm`; a copied host's notes nothing."""
+
+    def __init__(self) -> None:
+        self.state: RandomState | None = None
+        self.armed = False
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.armed and module.training and not torch.compiler.is_compiling():
+            self.state, self.armed = random_state(), False
+
+    def arm(self) -> None:
+        """Take the state as it is now, until a forward pass tells better."""
+        self.state, self.armed = random_state(), True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"state": None, "armed": False}
 
 
 def attach(plans: list[SitePlan], sites: dict[str, Site]) -> list[RemovableHandle]:
@@ -77,7 +103,7 @@ def strip(model: nn.Module) -> None:
                 flags.pop(key, None)
 
 
-_OURS = (ParentEnter, HeadEnter, TailLeave)
+_OURS = (ParentEnter, HeadEnter, TailLeave, RandomNote)
 
 
 def _is_ours_alone(module: nn.Module) -> bool:

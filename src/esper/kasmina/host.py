@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from esper.errors import AttachError
 from esper.kasmina.discovery import SitePlan
+from esper.kasmina.layer_kinds import weight_name, weight_of
 from esper.kasmina.optim import Hyperparameters, approximation, hyperparameters, is_adaptive, refusal
 
 
@@ -37,25 +39,45 @@ class HostClock:
         self._scaler = next((t for t in tracked if hasattr(t, "get_scale") and hasattr(t, "unscale_")), None)
         self._scale_at_step = 1.0
         self._last_scale = 0.0
-        self._groups = {plan.info.name: self._find_group(plan) for plan in plans}
-        self._plans = {plan.info.name: plan for plan in plans}
-        self._watched = next(iter(self._plans.values())).tail.weight
-        assert isinstance(self._watched, Tensor)
-        self.note_hyperparameters()
+        self._measured: tuple[str, ...] = ()
+        self._norms: dict[str, Tensor] = {}
+        self._watch: Any = None
+        self.follow(plans)
         self._handles: list[Any] = [
             self.optimizers[0].register_step_pre_hook(self._before_step),
             self.optimizers[0].register_step_post_hook(self._after_step),
-            self._watched.register_post_accumulate_grad_hook(self._after_backward),
+            *(optimizer.register_step_pre_hook(self._measure_gradients) for optimizer in self.optimizers),
         ]
 
+    def follow(self, plans: Iterable[SitePlan]) -> None:
+        """Listen to these sites from now on.
+
+        Raises
+        ------
+        AttachError
+            A site's weight is in none of the optimizers.
+        """
+        self._plans = {plan.info.name: plan for plan in plans}
+        self._groups = {name: self._find_group(plan) for name, plan in self._plans.items()}
+        self.let_go()
+        watched = next(iter(self._plans.values())).weight
+        self._watch = watched.register_post_accumulate_grad_hook(self._after_backward)
+        self.note_hyperparameters()
+
+    def let_go(self) -> None:
+        """Take the hook off the host's weight, so that its layers may change; :meth:`follow` puts it back."""
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+
     def _find_group(self, plan: SitePlan) -> tuple[Optimizer, int]:
-        weight = plan.tail.weight
+        weight = plan.weight
         for optimizer in self.optimizers:
             for number, group in enumerate(optimizer.param_groups):
                 if any(parameter is weight for parameter in group["params"]):
                     return optimizer, number
         raise AttachError(
-            f"the optimizers must own the model's parameters, {plan.tail_name}.weight is in none of "
+            f"the optimizers must own the model's parameters, {plan.tail_name}.{weight_name(plan.tail)} is in none of "
             f"{len(self.optimizers)}; build the optimizer from model.parameters() before the Grower and pass that one"
         )
 
@@ -87,8 +109,21 @@ class HostClock:
     def weights(self, site: str) -> tuple[Tensor, ...]:
         """The host's weights at a site, for strategies that watch their drift."""
         plan = self._plans[site]
-        modules: list[nn.Module] = [plan.head] if plan.head is plan.tail else [plan.head, plan.tail]
-        return tuple(module.weight for module in modules)  # type: ignore[reportReturnType]
+        modules = dict.fromkeys(module for module in (plan.head, plan.up, plan.tail) if module is not None)
+        return tuple(weight_of(module) for module in modules)
+
+    def measure_gradients(self, sites: Collection[str]) -> None:
+        """Name the sites whose gradient norm is wanted in the next step; earlier norms are forgotten."""
+        self._measured = tuple(sites)
+        self._norms.clear()
+
+    def gradient_norm(self, site: str) -> float | None:
+        """L2 norm of the gradient of the host's weights at a site in the step just taken, the loss scale divided out.
+
+        ``None`` if it was not asked for before that step, or if there was no gradient. Waits for the device.
+        """
+        norm = self._norms.get(site)
+        return None if norm is None else float(norm)
 
     def gradients_live(self, site: str) -> bool:
         """Whether a site's weight had a gradient in the step just taken."""
@@ -97,10 +132,21 @@ class HostClock:
     def note_hyperparameters(self) -> None:
         """Read each site's group; called before each real step, when the user's scheduler has set it."""
         for name, (optimizer, number) in self._groups.items():
-            self.hosts[name] = hyperparameters(optimizer, optimizer.param_groups[number])
-        self._had_gradient = {
-            name for name, plan in self._plans.items() if getattr(plan.tail.weight, "grad", None) is not None
-        }
+            read = hyperparameters(optimizer, optimizer.param_groups[number])
+            before = self.hosts[name].peak_lr if name in self.hosts else 0.0
+            self.hosts[name] = replace(read, peak_lr=max(before, read.lr))
+        self._had_gradient = {name for name, plan in self._plans.items() if plan.weight.grad is not None}
+
+    def _measure_gradients(self, optimizer: Optimizer, *_: Any) -> None:
+        """Read what this optimizer is about to use: afterwards the user may have zeroed it."""
+        for site in self._measured:
+            gradients = [weight.grad for weight in self.weights(site) if weight.grad is not None]
+            if gradients and self._groups[site][0] is optimizer:
+                norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+                total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+                # a fused optimizer divides by the loss scale inside its step
+                scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+                self._norms[site] = total if scale is None else total / scale.to(total.device)
 
     def _before_step(self, *_: Any) -> None:
         self.note_hyperparameters()
@@ -117,6 +163,18 @@ class HostClock:
         self.backwards_since_step += 1
 
     def detach(self) -> None:
+        self.let_go()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def read_loss(loss: Tensor | float) -> Tensor:
+    """A copy of the user's loss: a static buffer is overwritten by the next step."""
+    if not isinstance(loss, Tensor):
+        return torch.tensor(float(loss))
+    if loss.numel() != 1:
+        raise AttachError(
+            f"grower.step(loss) takes one number, got a tensor of shape {tuple(loss.shape)}; pass the mean loss"
+        )
+    return loss.detach().clone().reshape(())

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from esper.kasmina.bank import Bank
 from esper.kasmina.capture import Rows
+from esper.kasmina.geometry import Geometry
+
+
+class Fittable(Protocol):
+    """What can be fitted: a :class:`~esper.kasmina.bank.Bank`, or anything else with parameters and a branch."""
+
+    geometry: Geometry
+    params: dict[str, Tensor]
+    alpha: Tensor
+    columns: Tensor | None
+
+    @property
+    def flops_per_row(self) -> float: ...
+
+    def set_learning(self, learning: bool) -> None: ...
+
+    def branch(
+        self, x: Tensor, *, alpha: Tensor | None = None, training: bool, generator: torch.Generator | None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -25,7 +44,7 @@ class FitReport:
 
 
 def fit(
-    bank: Bank, rows: Rows, target: Tensor, *, steps: int, batch_rows: int, lr: float, generator: torch.Generator
+    bank: Fittable, rows: Rows, target: Tensor, *, steps: int, batch_rows: int, lr: float, generator: torch.Generator
 ) -> float:
     """Train ``bank`` in place towards ``target`` by mean squared error with Adam, all slots at once.
 
@@ -36,37 +55,47 @@ def fit(
     names = list(bank.params)
     optimizer = torch.optim.Adam([bank.params[name] for name in names], lr)
     ones = torch.ones_like(bank.alpha)
-    read, wanted = what_it_reads(bank, rows), _columns(bank, target)
-    total = rows.x.shape[0]
-    size = min(total, batch_rows)
-    positions = max(1, rows.positions // max(1, total))
-    if bank.geometry.kind.is_conv:
-        size = min(total, max(1, batch_rows // positions))
+    wanted = _columns(bank, target)
+    total, size = rows.x.shape[0], _minibatch(bank, rows, batch_rows)
     with torch.enable_grad():
         for _ in range(steps):
             index = torch.randint(total, (size,), generator=generator).to(rows.x.device)
-            out = bank.branch(read[index].float(), alpha=ones, training=True, generator=None)
+            out = bank.branch(rows.x[index].float(), alpha=ones, training=True, generator=None)
             loss = (out - wanted[index]).square().mean()
             gradients = torch.autograd.grad(loss, [bank.params[name] for name in names])
             for name, gradient in zip(names, gradients, strict=True):
                 bank.params[name].grad = gradient
             optimizer.step()
     bank.set_learning(False)
-    return 3.0 * steps * size * positions * bank.flops_per_row
+    return steps * step_flops(bank, rows, batch_rows)
+
+
+def step_flops(bank: Fittable, rows: Rows, batch_rows: int) -> float:
+    """What one step of :func:`fit` costs: a forward, and a backward at twice its cost."""
+    positions = max(1, rows.positions // max(1, rows.x.shape[0]))
+    return 3.0 * _minibatch(bank, rows, batch_rows) * positions * bank.flops_per_row
+
+
+def _minibatch(bank: Fittable, rows: Rows, batch_rows: int) -> int:
+    """Rows (images) of one step."""
+    total = rows.x.shape[0]
+    if not bank.geometry.kind.channels_first:
+        return min(total, batch_rows)
+    return min(total, max(1, batch_rows // max(1, rows.positions // max(1, total))))
 
 
 @torch.no_grad()
-def check(bank: Bank, rows: Rows, target: Tensor, *, batch_rows: int) -> FitReport:
+def check(bank: Fittable, rows: Rows, target: Tensor, *, batch_rows: int) -> FitReport:
     """Measure a fitted bank on rows of other batches than it was trained on."""
     ones = torch.ones_like(bank.alpha)
-    read, wanted = what_it_reads(bank, rows), _columns(bank, target)
+    wanted = _columns(bank, target)
     residual, energy = 0.0, 0.0
     products: list[Tensor] = []
     positions = max(1, rows.positions // max(1, rows.x.shape[0]))
-    size = max(1, batch_rows // positions) if bank.geometry.kind.is_conv else batch_rows
+    size = max(1, batch_rows // positions) if bank.geometry.kind.channels_first else batch_rows
     for start in range(0, rows.x.shape[0], size):
         part = slice(start, start + size)
-        out = bank.branch(read[part].float(), alpha=ones, training=False, generator=None)
+        out = bank.branch(rows.x[part].float(), alpha=ones, training=False, generator=None)
         residual += float((out - wanted[part]).square().sum())
         energy += float(wanted[part].square().sum())
         products.append((out * wanted[part]).flatten(1).sum(1))
@@ -89,12 +118,7 @@ def clustered_t(values: Tensor, cluster: Tensor) -> float:
     return float(sums.mean() / spread) if float(spread) > 0 else float("nan")
 
 
-def what_it_reads(bank: Bank, rows: Rows) -> Tensor:
-    """The captured side a bank's branches read: the site's input, or its output."""
-    return rows.y if bank.reads_output else rows.x
-
-
-def _columns(bank: Bank, target: Tensor) -> Tensor:
+def _columns(bank: Fittable, target: Tensor) -> Tensor:
     if bank.columns is None:
         return target.float()
     flat = bank.columns.reshape(-1).to(target.device)

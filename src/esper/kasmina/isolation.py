@@ -10,6 +10,24 @@ import numpy as np
 import torch
 from torch import nn
 
+RandomState = tuple[torch.Tensor, list[torch.Tensor]]
+
+
+def random_state() -> RandomState:
+    """The state of torch's CPU generator and of every CUDA generator, if CUDA runs."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), cuda
+
+
+@contextmanager
+def replayed_rng(state: RandomState) -> Generator[None, None, None]:
+    """Let torch's generators begin at ``state``; every global stream is as before on exit."""
+    with preserved_rng():
+        torch.set_rng_state(state[0])
+        if state[1]:
+            torch.cuda.set_rng_state_all(state[1])
+        yield
+
 
 @contextmanager
 def preserved_rng() -> Generator[None, None, None]:

@@ -383,10 +383,10 @@ def evidence_gate(
     )
 
 
-def hold_gate(*, gain_low: Number, gain_per_cost: Number, min_gain_per_cost: Number) -> Gate:
-    """FINE_TUNING -> FOSSILIZED: the gain (lower end of its interval) is still there and worth its cost."""
+def hold_gate(*, gain_p: Number, level: Number, gain_per_cost: Number, min_gain_per_cost: Number) -> Gate:
+    """FINE_TUNING -> FOSSILIZED: the gain is still there (one-sided p-value) and worth its cost."""
     return _judge(
         "hold",
-        _Rule("lower end of the gain", gain_low, "above", 0, ""),
+        _Rule("p-value of the gain", gain_p, "at most", level, "", least=0),
         _Rule("gain per cost", gain_per_cost, "at least", min_gain_per_cost, ""),
     )

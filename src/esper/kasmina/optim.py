@@ -42,6 +42,8 @@ class Hyperparameters:
     eps: float = 1e-8
     momentum: float = 0.0
     nesterov: bool = False
+    peak_lr: float = 0.0
+    """Largest learning rate the group has had since attach."""
 
 
 def is_adaptive(optimizer: Optimizer) -> bool:
@@ -89,12 +91,15 @@ class SlotAdamW:
     ----------
     lr_boost:
         Learning rate over the host's for adaptive rules (new units have ground to make up).
+    lr_ceiling:
+        Largest learning rate a boost may lead to, as a multiple of the host's largest so far; ``None`` sets none.
     warmup_steps:
         Real steps over which a slot's learning rate rises linearly from zero.
     """
 
-    def __init__(self, *, lr_boost: float, warmup_steps: int) -> None:
+    def __init__(self, *, lr_boost: float, warmup_steps: int, lr_ceiling: float | None = None) -> None:
         self.lr_boost = lr_boost
+        self.lr_ceiling = lr_ceiling
         self.warmup_steps = warmup_steps
 
     @torch.no_grad()
@@ -112,26 +117,30 @@ class SlotAdamW:
             value.grad = None
         if not gradients:
             return
-        moments = bank.moments
+        moments, stateful = bank.moments, host.rule != "sgd"
         for name in gradients:
             moments.first.setdefault(name, torch.zeros_like(bank.params[name]))
-            if host.rule != "sgd":
+            if stateful:
                 moments.second.setdefault(name, torch.zeros_like(bank.params[name]))
         stacks = Stacks(
             values=[bank.params[name] for name in gradients],
             gradients=list(gradients.values()),
             firsts=[moments.first[name] for name in gradients],
-            seconds=[] if host.rule == "sgd" else [moments.second[name] for name in gradients],
+            seconds=[moments.second[name] for name in gradients] if stateful else [],
             steps=moments.steps,
             bad_steps=bank.bad_steps,
         )
         step(stacks, self._rates(host), learning=learning, inverse_scale=inverse_scale)
 
     def _rates(self, host: Hyperparameters) -> Rates:
+        lr = host.lr
+        if host.rule != "sgd":
+            lr *= self.lr_boost
+            if self.lr_ceiling is not None:
+                lr = min(lr, max(host.lr, self.lr_ceiling * host.peak_lr))
         return Rates(
             rule=host.rule,
-            lr=host.lr,
-            boost=self.lr_boost if host.rule != "sgd" else 1.0,
+            lr=lr,
             weight_decay=host.weight_decay,
             betas=host.betas,
             eps=host.eps,

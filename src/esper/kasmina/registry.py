@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from esper.errors import UnknownNameError
+from esper.errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
 
@@ -25,11 +25,17 @@ class Registry(Generic[T]):
         self._items: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator: instantiate without arguments and file under ``name``; a taken name is refused."""
+        """Class decorator: instantiate without arguments and file under ``name``.
+
+        A taken name raises :class:`~esper.errors.ConfigError`, unless the same class is defined anew (a notebook cell
+        run twice): then the new one takes the place of the old.
+        """
+
+        _check_name(self.family, name)
 
         def decorator(cls: type[T]) -> type[T]:
-            if name in self._items:
-                raise ValueError(f"{self.family} names must be unique, got {name!r} twice; choose another name")
+            if name in self._items and not _is_redefined(type(self._items[name]), cls):
+                raise ConfigError(f"{self.family} names must be unique, got {name!r} twice; choose another name")
             self._items[name] = cls()
             return cls
 
@@ -57,3 +63,13 @@ class Registry(Generic[T]):
     def name(self, code: int) -> str:
         """Inverse of :meth:`code`."""
         return list(self._items)[code]
+
+
+def _check_name(family: str, name: object) -> None:
+    """Raise :class:`~esper.errors.ConfigError` for a decorator used without a name."""
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"a {family} is registered under a name, got {name!r}; write the decorator with ('name')")
+
+
+def _is_redefined(old: type, new: type) -> bool:
+    return old is not new and (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from esper.kasmina.discovery import SitePlan
+from esper.kasmina.layer_kinds import first_output
 
 
 def count_rows(plans: Iterable[SitePlan], run: Callable[[], object]) -> tuple[dict[str, int], set[torch.dtype]]:
@@ -15,8 +16,9 @@ def count_rows(plans: Iterable[SitePlan], run: Callable[[], object]) -> tuple[di
     counted: dict[str, int] = {}
     dtypes: set[torch.dtype] = set()
 
-    def counter(name: str, axis: int) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(_module: nn.Module, _args: object, y: Tensor) -> None:
+    def counter(name: str, axis: int) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _args: object, outputs: object) -> None:
+            y = first_output(outputs)
             dtypes.add(y.dtype)
             counted[name] = counted.get(name, 0) + y.numel() // y.shape[axis]
 

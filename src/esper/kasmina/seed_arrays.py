@@ -1,17 +1,15 @@
-"""The arrays behind :class:`~esper.kasmina.seeds.SeedTable`: layout, checkpoint form and consistency."""
+"""The arrays behind :class:`~esper.kasmina.seeds.SeedTable`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from esper.errors import ConfigError, DataError, SiteError
+from esper.errors import ConfigError, SiteError
 from esper.kasmina.chunks import chunk_bounds
-from esper.kasmina.lifecycle import in_forward, is_terminal
-from esper.protocol import Lifecycle
 
 Ints = npt.NDArray[np.int64]
 
@@ -107,77 +105,3 @@ class SeedArrays:
     def capacity(self) -> int:
         """Slots there are now, free ones included."""
         return len(self.seed_id)
-
-    def to_dict(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything, as copied arrays for a checkpoint; :meth:`from_dict` makes an equal table of it."""
-        names = (*self.CHUNK_FIELDS, *self.SLOT_FIELDS)
-        return {
-            "site_out_features": np.array([b[-1] for b in self.bounds], dtype=np.int64),
-            "site_num_chunks": np.diff(self.offsets),
-            "next_seed_id": np.array([self.next_seed_id], dtype=np.int64),
-            **{name: getattr(self, name).copy() for name in names},
-        }
-
-    @classmethod
-    def from_dict(cls, state: Mapping[str, npt.NDArray[Any]]) -> Self:
-        """A table equal to the one that :meth:`to_dict` saw. Raises :class:`DataError` on anything that is not one."""
-        fields = {**cls.CHUNK_FIELDS, **cls.SLOT_FIELDS}
-        wanted = {"site_out_features", "site_num_chunks", "next_seed_id", *fields}
-        if wanted != set(state):
-            raise DataError(f"a seed table has the arrays {sorted(wanted)}, got {sorted(state)}; use to_dict's result")
-        if state["next_seed_id"].size != 1 or state["seed_id"].ndim != 1:
-            raise DataError("a seed table has one next_seed_id and flat slot arrays; the checkpoint is damaged")
-        table = cls(state["site_out_features"].tolist(), state["site_num_chunks"].tolist(), len(state["seed_id"]))
-        for name in fields:
-            old, new = getattr(table, name), state[name]
-            if new.dtype != old.dtype or new.shape != old.shape:
-                raise DataError(
-                    f"{name} must be {old.dtype} {old.shape}, got {new.dtype} {new.shape}; the checkpoint is damaged"
-                )
-            setattr(table, name, new.copy())
-        table.next_seed_id = int(state["next_seed_id"].item())
-        problems = table.problems()
-        if problems:
-            raise DataError(f"a seed table must be consistent, got: {'; '.join(problems)}; the checkpoint is damaged")
-        return table
-
-    def check_invariants(self) -> None:
-        """Raise :class:`AssertionError` if the arrays contradict each other: a bug in Esper."""
-        problems = self.problems()
-        if problems:
-            raise AssertionError("; ".join(problems))
-
-    def problems(self) -> list[str]:
-        """What is inconsistent; empty for every table that only this class has written."""
-        if self.owner.size and not -1 <= self.owner.min() <= self.owner.max() < self.capacity:
-            return ["a chunk's owner is not a slot"]
-        if not ((self.lifecycle >= 0) & (self.lifecycle < len(Lifecycle))).all():
-            return ["a slot's state is not a code of the table"]
-        held = self.seed_id >= 0
-        if not ((self.site[held] >= 0) & (self.site[held] < self.num_sites)).all():
-            return ["a seed sits at no site"]
-        rows = np.flatnonzero(self.owner >= 0)
-        owner = self.owner[rows]
-        sites = np.searchsorted(self.offsets, rows, side="right") - 1
-        ids = self.seed_id[held]
-        clean = [(getattr(self, n)[~held] == empty).all() for n, (_, empty) in self.SLOT_FIELDS.items()]
-        silent = ~in_forward(self.lifecycle)
-        checks = {
-            "a chunk belongs to a free slot": held[owner].all(),
-            "a chunk belongs to a seed of another site": (self.site[owner] == sites).all(),
-            "a seed's chunks are not as many as it took": np.array_equal(
-                np.bincount(owner, minlength=self.capacity), self.num_chunks
-            ),
-            "a seed has no chunk": (self.num_chunks[held] > 0).all(),
-            "a seed is dormant": (self.lifecycle[held] != Lifecycle.DORMANT).all(),
-            "a free slot is not clean": all(clean),
-            "seed ids are not unique and below next_seed_id": len(np.unique(ids)) == len(ids)
-            and (ids < self.next_seed_id).all(),
-            "alpha is not finite": np.isfinite(self.alpha).all(),
-            "alpha is not 0 outside the forward pass": (self.alpha[silent] == 0).all(),
-            "a seed at an end is paused": not (self.paused & is_terminal(self.lifecycle)).any(),
-            "a counter of steps or generations is negative": (self.epochs_in_state >= 0).all()
-            and (self.generation >= 0).all(),
-            "a seed entered its state before it was born": (self.entered >= self.born).all(),
-        }
-        return [problem for problem, holds in checks.items() if not holds]

@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esper.errors import ConfigError, SiteError, TransitionError
-from esper.kasmina.chunks import columns_of
-from esper.kasmina.lifecycle import check, in_slot, is_active, is_terminal
+from esper.kasmina.lifecycle import check, in_slot, is_terminal
 from esper.kasmina.seed_arrays import Ints, SeedArrays
 from esper.protocol import Lifecycle
 
@@ -38,24 +37,6 @@ class SeedTable(SeedArrays):
         """Slots that hold a seed, those at an end but not yet released included."""
         return np.flatnonzero(self.seed_id >= 0)
 
-    def alive(self) -> Ints:
-        """Slots whose seed is active (GERMINATED to FINE_TUNING)."""
-        return np.flatnonzero(is_active(self.lifecycle))
-
-    def slots_of(self, cohort: int) -> Ints:
-        """Slots of a cohort's seeds, in no particular order; empty when it is gone."""
-        return np.flatnonzero((self.seed_id >= 0) & (self.cohort == cohort))
-
-    def chunks_of(self, slot: int) -> Ints:
-        """Indices, within its site, of the chunks that a seed owns."""
-        (checked,) = self._seeds([slot])
-        rows = self._rows_of(int(self.site[checked]))
-        return np.flatnonzero(self.owner[rows] == checked)
-
-    def columns(self, slot: int) -> Ints:
-        """Feature columns of the site's output that a seed may change, ascending."""
-        return columns_of(self.bounds[int(self.site[slot])], self.chunks_of(slot))
-
     def free_chunks(self, site: int, step: int) -> Ints:
         """Indices, within the site, of the chunks that nobody owns and that rest no longer."""
         rows = self._rows_of(site)
@@ -65,6 +46,10 @@ class SeedTable(SeedArrays):
         """Free chunks of every site at once: ``(num_sites,)`` int64."""
         free = (self.owner < 0) & (self.embargo_until <= step)
         return np.add.reduceat(free, self.offsets[:-1], dtype=np.int64)
+
+    def has_seeds(self) -> npt.NDArray[np.bool_]:
+        """Which sites hold a seed, those at an end but not yet released included: ``(num_sites,)``."""
+        return np.maximum.reduceat(self.owner, self.offsets[:-1]) >= 0
 
     def state_tensor(self, site: int) -> npt.NDArray[np.int32]:
         """``(C, 4)`` int32, a copy: state, blueprint, epochs in state, strategy of each chunk of a site.
@@ -78,16 +63,6 @@ class SeedTable(SeedArrays):
         return np.where((owner >= 0)[:, None], gathered, np.array([0, -1, 0, -1], dtype=np.int32))
 
     # -------------------------------------------------------------------------------------------------- change
-
-    def germinate(
-        self, site: int, chunks: npt.ArrayLike, *, cohort: int, blueprint: int, strategy: int, width: int, step: int
-    ) -> int:
-        """Germinate one seed on some chunks of a site; returns its slot. See :meth:`germinate_many`."""
-        chunks = np.asarray(chunks).reshape(-1)
-        (slot,) = self.germinate_many(
-            [site], chunks, [chunks.size], cohort=cohort, blueprint=blueprint, strategy=strategy, width=width, step=step
-        )
-        return int(slot)
 
     def germinate_many(
         self,
@@ -151,7 +126,7 @@ class SeedTable(SeedArrays):
             A slot holds no seed, or the table does not lead from its state to ``target``.
         """
         slots, step = self._seeds(slots), _code("step", step, np.int64)
-        for source in np.unique(self.lifecycle[slots]):  # at most eleven
+        for source in np.flatnonzero(np.bincount(self.lifecycle[slots], minlength=1)):  # at most eleven
             check(int(source), target)
         self.lifecycle[slots] = target
         self.epochs_in_state[slots] = 0
@@ -242,10 +217,12 @@ class SeedTable(SeedArrays):
     def _seeds(self, slots: npt.ArrayLike) -> Ints:
         """Slots as int64, each of them holding a seed."""
         checked = _integers("slots", slots)
-        outside = (checked < 0) | (checked >= self.capacity)
-        free = outside | (self.seed_id[np.where(outside, 0, checked)] < 0)
-        if free.any():
-            raise TransitionError(f"a slot must hold a seed, got {checked[free][0]}; see occupied()")
+        outside = np.zeros(0, dtype=np.int64)
+        if checked.size and (checked.min() < 0 or checked.max() >= self.capacity):
+            outside = checked[(checked < 0) | (checked >= self.capacity)]
+        free = outside if outside.size else checked[self.seed_id[checked] < 0]
+        if free.size:
+            raise TransitionError(f"a slot must hold a seed, got {free[0]}; see occupied()")
         return checked
 
     def _free_slots(self, count: int) -> Ints:

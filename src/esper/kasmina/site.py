@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from esper.errors import SiteError
 from esper.kasmina.bank import Bank
+from esper.kasmina.blueprints import FusedBlueprint
 from esper.kasmina.capture import Capture
 from esper.kasmina.geometry import Geometry
 from esper.kasmina.telemetry import TelemetryBuffer
-from esper.protocol import SiteInfo
+from esper.protocol import SiteInfo, SiteKind
 
 SPLIT_REGIONS = "its layers and the module around them lie in different checkpoint regions (checkpoint whole modules)"
 
@@ -62,6 +63,10 @@ def overlap(banks: list[Bank]) -> bool:
     return len(torch.unique(flat)) < len(flat)
 
 
+def _fuses(bank: Bank) -> bool:
+    return isinstance(bank.plan, FusedBlueprint)
+
+
 class Probe(Protocol):
     """Takes a site's place in the forward pass while evidence is gathered."""
 
@@ -79,8 +84,8 @@ class Site:
         Live banks by cohort; those in ``grafted`` are in the forward pass.
     annex:
         What has become permanent (one dense bank), or ``None``.
-    fossils:
-        Permanent seeds that read the site's output: they stay stacked, a bank for each size of seed.
+    beside:
+        What is permanent as well but cannot join the annex: another blueprint, or one that absorbs nothing.
     engaged:
         Whether hooks have anything to do in this step; rewritten only between steps.
     refused:
@@ -94,8 +99,8 @@ class Site:
         self.banks: dict[int, Bank] = {}
         self.grafted: set[int] = set()
         self.annex: Bank | None = None
-        self.fossils: list[Bank] = []
-        self._overlapping = False
+        self.beside: list[Bank] = []
+        self._shares_columns = False
         self.capture: Capture | None = None
         self.telemetry: TelemetryBuffer | None = None
         self.generator: torch.Generator | None = None
@@ -121,25 +126,21 @@ class Site:
 
     def refresh(self) -> None:
         """Decide whether the hooks have work in the next step."""
+        adds = self.adds or self.probe is not None
         records = self.recording and (self.capture is not None or self.telemetry_due)
-        self.engaged = self.adds or self.probe is not None or records
-        chunks = [*self.fossils, *(self.banks[cohort] for cohort in self.grafted if self.banks[cohort].reads_output)]
-        self._overlapping = len(chunks) > 1 and overlap(chunks)
-
-    @property
-    def grown_units(self) -> int:
-        """Hidden units that have become permanent."""
-        return sum(bank.units * bank.num_slots for bank in self.permanent)
+        self.engaged = adds or records
+        fused = [b for b in [*self.beside, *map(self.banks.__getitem__, self.grafted)] if _fuses(b)]
+        self._shares_columns = len(fused) > 1 and overlap(fused)
 
     @property
     def permanent(self) -> list[Bank]:
-        """The banks of what has become permanent."""
-        return [*([] if self.annex is None else [self.annex]), *self.fossils]
+        """All that has been grown for good: the annex and what stands beside it."""
+        return [*([] if self.annex is None else [self.annex]), *self.beside]
 
     @property
-    def all_banks(self) -> list[Bank]:
-        """Live seeds, then what is permanent."""
-        return [*self.banks.values(), *self.permanent]
+    def grown_units(self) -> int:
+        """Hidden units in the annex."""
+        return 0 if self.annex is None else self.annex.units
 
     @property
     def grown_hidden(self) -> Tensor | None:
@@ -202,35 +203,34 @@ class Site:
     def compose(
         self, x: Tensor, y: Tensor, cohorts: Iterable[int], *, training: bool, writable: bool = False
     ) -> Tensor:
-        """``y`` plus what is permanent and the branches of ``cohorts``; ``y`` is not written unless ``writable``."""
+        """``y`` plus the annex and the branches of ``cohorts``; ``y`` is not written unless ``writable``.
+
+        Every branch reads ``y`` as the host made it. Fused ones come first: where no two of them share a column, each
+        finds its own still untouched in what the others have added to.
+        """
         read = self.read(x)
-        chosen = [self.banks[cohort] for cohort in cohorts]
+        behind = [*self.beside, *(self.banks[cohort] for cohort in cohorts)]
+        fused = [] if self._shares_columns else [bank for bank in behind if _fuses(bank)]
+        writable = writable and self.annex is None and len(fused) == len(behind)  # the others read y after them
         out = y
+        for bank in fused:
+            out = bank.graft(out, writable=writable or out is not y)
         if training and self.generator is not None:
             self._seed_masks(y)
         if self.annex is not None:
-            h = self.annex.hidden(read, training=training, generator=self.generator)
+            h = self.annex.hidden(self.annex.pick(read, y), training=training, generator=self.generator)
             self._grown = h if self.downstream_reads or self.probe is not None else None
             out = self.annex.scatter(out, self.annex.project(h))
-        for bank in chosen:
-            if not bank.reads_output:
-                out = bank.scatter(out, bank.branch(read, training=training, generator=self.generator))
-        behind = [*self.fossils, *(bank for bank in chosen if bank.reads_output)]
-        return self._add_chunks(out, behind, writable or out is not y)
-
-    def _add_chunks(self, y: Tensor, banks: list[Bank], writable: bool) -> Tensor:
-        """Add the banks that read ``y``: all of them the same, whatever the others add."""
-        out = y
-        for bank in banks:
-            if self._overlapping:
-                out = bank.scatter(out, bank.branch(y, training=False, generator=None))
-            else:
-                out = bank.graft(out, writable=writable or out is not y)
+        for bank in behind:
+            if bank in fused:
+                continue
+            delta = bank.branch(bank.pick(read, y), training=training, generator=self.generator)
+            out = bank.scatter(out, delta)
         return out
 
     @property
     def adds(self) -> bool:
-        return self.annex is not None or bool(self.fossils) or bool(self.grafted)
+        return self.annex is not None or bool(self.beside) or bool(self.grafted)
 
     def read(self, x: Tensor) -> Tensor:
         """What branches read: the host's input and, on a chain of spans, what the upstream annex computed."""
@@ -245,6 +245,8 @@ class Site:
         return torch.cat([x, grown.to(x.dtype)], dim=self.geometry.feature_axis)
 
     def _take(self, layer_input: Tensor) -> Tensor | None:
+        if self.info.kind is SiteKind.EMBEDDING_LAYER:
+            return layer_input.unsqueeze(-1)  # a token id is the one feature of its row
         if not self.info.kind.is_span:
             return layer_input
         x, self._x = self._x, None
@@ -287,7 +289,7 @@ class Site:
         self.num_calls += 1
         axis = self.geometry.feature_axis
         self.num_rows += y.numel() // y.shape[axis]
-        self.num_samples += y.shape[0] if y.dim() > 1 else 1
+        self.num_samples += y.shape[self.geometry.sample_axis] if y.dim() > 1 else 1
         if self.telemetry_due and self.telemetry is not None:
             self.telemetry.record(y, axis)
         if self.capture is not None:
@@ -302,7 +304,7 @@ class Site:
             banks={cohort: self.banks[cohort].frozen_copy() for cohort in self.grafted},
             grafted=set(self.grafted),
             annex=None if self.annex is None else self.annex.frozen_copy(),
-            fossils=[bank.frozen_copy() for bank in self.fossils],
+            beside=[bank.frozen_copy() for bank in self.beside],
             capture=None,
             telemetry=None,
             generator=None,

@@ -17,6 +17,7 @@ from esper.observe.history import Cohort, RunHistory, SeedRun
 from esper.observe.progress import controls_line, decision_line, done_line, heartbeat_line
 from esper.protocol import (
     SCHEMA_VERSION,
+    Absorbed,
     AnyEvent,
     ArmFinished,
     Germinated,
@@ -125,6 +126,11 @@ class Console:
                 self._line(f"step {event.step:<5} growth stopped: {event.reason}", run=self._run(event))
             case Warned():
                 self._line(f"step {event.step:<5} warning: {event.message}", run=self._run(event))
+            case Absorbed():
+                self._line(
+                    f"step {event.step:<5} absorbed  {event.params:,} parameters into {len(event.layers)} layers",
+                    run=self._run(event),
+                )
             case Refused() if self._is_news(event):
                 text = f"step {event.step:<5} refused {event.command} ({event.gate}): {event.reason}"
                 self._line(text, run=self._run(event))

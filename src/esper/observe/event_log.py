@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 
 from esper.errors import EsperError
+from esper.files import sync
 from esper.protocol import SCHEMA_VERSION, AnyEvent, Record
 
 _ENCODER = msgspec.json.Encoder()
@@ -71,7 +72,7 @@ class EventLog:
             _lock(self._fd, self.path)
             self._next_seq = self._recover()
             if is_new:
-                _sync_folder(self.path.parent)
+                sync(self.path.parent)
         except BaseException:
             os.close(self._fd)
             self._closed = True
@@ -243,17 +244,6 @@ def _last_byte(path: Path) -> bytes:
     with path.open("rb") as stream:
         stream.seek(-1, os.SEEK_END)
         return stream.read(1)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new file's name durable too (POSIX; Windows has no such call)."""
-    if sys.platform == "win32":
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _lock(fd: int, path: Path) -> None:

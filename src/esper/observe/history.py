@@ -16,6 +16,8 @@ from esper.protocol import (
     AnyEvent,
     ArmFinished,
     Attached,
+    Audited,
+    EffectScored,
     Event,
     Fitted,
     Germinated,
@@ -33,7 +35,9 @@ from esper.protocol import (
     Telemetry,
     TrainLoss,
     Transitioned,
+    TwinScored,
     Warned,
+    Withheld,
 )
 
 MAX_POINTS = 4096
@@ -99,6 +103,10 @@ class Cohort:
     transitions: list[Transitioned] = field(default_factory=list[Transitioned])
     judgements: list[Judged] = field(default_factory=list[Judged])
     fits: list[Fitted] = field(default_factory=list[Fitted])
+    twin: TwinScored | None = None
+    withheld: Withheld | None = None
+    effect: EffectScored | None = None
+    audits: list[Audited] = field(default_factory=list[Audited])
     alphas: Curve[AlphaMoved] = field(default_factory=lambda: Curve[AlphaMoved](512))
     state: Lifecycle = Lifecycle.GERMINATED
     """The last state; an end state stays although the chunks turn dormant again."""
@@ -137,6 +145,10 @@ class Cohort:
         self.transitions = [event for event in self.transitions if event.step <= step]
         self.judgements = [event for event in self.judgements if event.step <= step]
         self.fits = [event for event in self.fits if event.step <= step]
+        self.audits = [event for event in self.audits if event.step <= step]
+        self.twin = self.twin if self.twin and self.twin.step <= step else None
+        self.withheld = self.withheld if self.withheld and self.withheld.step <= step else None
+        self.effect = self.effect if self.effect and self.effect.step <= step else None
         self.alphas.rewind(step)
         targets = [event for event in self.transitions if event.target is not Lifecycle.DORMANT]
         self.state = targets[-1].target if targets else Lifecycle.GERMINATED
@@ -314,6 +326,8 @@ def _apply(run: SeedRun, event: AnyEvent) -> None:
             run.warnings.append(event)
         case Germinated() | Transitioned() | AlphaMoved() | Fitted() | Judged():
             _apply_to_cohort(run.cohort(event.cohort), event)
+        case TwinScored() | Withheld() | EffectScored() | Audited():
+            _apply_trial(run.cohort(event.cohort), event)
         case _:
             pass
 
@@ -334,3 +348,15 @@ def _apply_to_cohort(cohort: Cohort, event: Germinated | Transitioned | AlphaMov
             cohort.fits.append(event)
         case Judged():
             cohort.judgements.append(event)
+
+
+def _apply_trial(cohort: Cohort, event: TwinScored | Withheld | EffectScored | Audited) -> None:
+    match event:
+        case TwinScored():
+            cohort.twin = event
+        case Withheld():
+            cohort.withheld = event
+        case EffectScored():
+            cohort.effect = event
+        case Audited():
+            cohort.audits.append(event)

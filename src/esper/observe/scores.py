@@ -68,6 +68,11 @@ def arm_label(arm: str) -> str:
     return ARM_LABELS.get(arm, arm)
 
 
+def student_quantile(freedom: int) -> float:
+    """The 97.5% quantile of Student's t for at least one degree of freedom; the normal's beyond 30."""
+    return _T_QUANTILES[max(freedom, 1) - 1] if freedom <= len(_T_QUANTILES) else _NORMAL_QUANTILE
+
+
 def mean_interval(values: Sequence[float]) -> Interval:
     """Mean and Student 95% interval of the finite values; NaN where there is nothing to say."""
     finite = [value for value in values if math.isfinite(value)]
@@ -77,9 +82,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     if len(finite) == 1:
         return Interval(mean, math.nan, math.nan, 1)
     variance = math.fsum((value - mean) ** 2 for value in finite) / (len(finite) - 1)
-    freedom = len(finite) - 1
-    quantile = _T_QUANTILES[freedom - 1] if freedom <= len(_T_QUANTILES) else _NORMAL_QUANTILE
-    half = quantile * math.sqrt(variance / len(finite))
+    half = student_quantile(len(finite) - 1) * math.sqrt(variance / len(finite))
     return Interval(mean, mean - half, mean + half, len(finite))
 
 

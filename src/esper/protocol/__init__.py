@@ -24,10 +24,13 @@ from esper.protocol.commands import (
 )
 from esper.protocol.events import (
     SCHEMA_VERSION,
+    Absorbed,
     AlphaMoved,
     AnyEvent,
     ArmFinished,
     Attached,
+    Audited,
+    EffectScored,
     Event,
     Fitted,
     Germinated,
@@ -42,7 +45,9 @@ from esper.protocol.events import (
     Telemetry,
     TrainLoss,
     Transitioned,
+    TwinScored,
     Warned,
+    Withheld,
 )
 from esper.protocol.lifecycle import (
     Lifecycle,
@@ -62,14 +67,17 @@ from esper.protocol.sites import (
 __all__ = [
     "SCHEMA_VERSION",
     "SITE_FEATURES",
+    "Absorbed",
     "AlphaMoved",
     "AnyEvent",
     "ArmFinished",
     "Attached",
+    "Audited",
     "Cancel",
     "CohortView",
     "Command",
     "Cull",
+    "EffectScored",
     "Event",
     "Fitted",
     "Germinate",
@@ -97,6 +105,8 @@ __all__ = [
     "Telemetry",
     "TrainLoss",
     "Transitioned",
+    "TwinScored",
     "Verdict",
     "Warned",
+    "Withheld",
 ]

@@ -6,9 +6,13 @@ import msgspec
 
 
 class SeedPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """One seed to germinate. ``None`` means: the default for this site's kind and the host's optimizer.
+    """One seed to germinate, or many of a kind. ``None``: the default for this site's kind and the host's optimizer.
 
     ``chunks`` empty means all free chunks of the site. ``width`` is the blueprint's size (hidden units or rank).
+
+    ``seeds`` above 1 shares the chunks out, in their order and evenly, to so many seeds of that width each (at most
+    one a chunk; what does not come out even stays dormant). ``keep`` is how many of them go on after the isolated
+    training: those with the largest first-order gain on held-out batches; ``None`` keeps all.
     """
 
     site: str
@@ -17,6 +21,8 @@ class SeedPlan(msgspec.Struct, frozen=True, kw_only=True):
     width: int | None = None
     start: str | None = None
     strategy: str | None = None
+    seeds: int = 1
+    keep: int | None = None
 
 
 class Germinate(msgspec.Struct, frozen=True, kw_only=True, tag="germinate"):

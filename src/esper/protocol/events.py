@@ -57,7 +57,7 @@ class HeldOut(Event, frozen=True, kw_only=True, tag="held_out"):
 
 
 class Germinated(Event, frozen=True, kw_only=True, tag="germinated"):
-    """A cohort came alive. One entry a seed in ``seeds``, ``sites``, ``widths``."""
+    """A cohort came alive. One entry a seed in ``seeds``, ``sites``, ``widths`` and ``chunks`` (how many it holds)."""
 
     cohort: int
     seeds: tuple[int, ...]
@@ -67,6 +67,7 @@ class Germinated(Event, frozen=True, kw_only=True, tag="germinated"):
     widths: tuple[int, ...]
     added_params: int
     reason: str
+    chunks: tuple[int, ...] = ()
 
 
 class Transitioned(Event, frozen=True, kw_only=True, tag="transitioned"):
@@ -125,6 +126,71 @@ class Judged(Event, frozen=True, kw_only=True, tag="judged"):
     reason: str
 
 
+class TwinScored(Event, frozen=True, kw_only=True, tag="twin_scored"):
+    """What a cohort changed against its twin: the network it was grafted on, trained on the same batches without it.
+
+    ``credit`` is the mean over held-out batches of the twin's loss minus the host's (positive: the cohort helped), with
+    its 95% interval. It decides nothing.
+    """
+
+    cohort: int
+    sites: tuple[str, ...]
+    num_steps: int
+    """Steps both have trained since the graft."""
+    credit: float
+    credit_low: float
+    credit_high: float
+    loss: float
+    """Of the host, over the same batches."""
+    num_batches: int
+    flops: float
+    """The twin's training and its score."""
+    reason: str
+    """Why it was scored at this step."""
+
+
+class Withheld(Event, frozen=True, kw_only=True, tag="withheld"):
+    """A cohort that was ready to be grafted was drawn not to be; it keeps its place until the step ``until``."""
+
+    cohort: int
+    sites: tuple[str, ...]
+    until: int
+
+
+class EffectScored(Event, frozen=True, kw_only=True, tag="effect_scored"):
+    """How the held-out loss moved in ``num_steps`` after a ready cohort was grafted or, by a draw, withheld."""
+
+    cohort: int
+    withheld: bool
+    loss_before: float
+    loss_after: float
+    num_steps: int
+    flops: float
+
+
+class Audited(Event, frozen=True, kw_only=True, tag="audited"):
+    """An accepted cohort scored after the run, on batches that nothing had read before.
+
+    Gains are in loss units; positive is better.
+    """
+
+    cohort: int
+    sites: tuple[str, ...]
+    source: str
+    """``on_off``: as it was when it became permanent, with and without it. ``twin``: host against twin, as they were
+    when the twin was scored."""
+    claimed: float
+    """Gain measured when the cohort was accepted."""
+    claimed_shrunken: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    loss: float
+    """With the cohort, over the audit batches."""
+    num_batches: int
+    flops: float
+
+
 class Refused(Event, frozen=True, kw_only=True, tag="refused"):
     """A gate said no; nothing was changed. ``gate`` names it, ``reason`` gives rule, value and remedy."""
 
@@ -163,6 +229,13 @@ class Warned(Event, frozen=True, kw_only=True, tag="warned"):
     message: str
 
 
+class Absorbed(Event, frozen=True, kw_only=True, tag="absorbed"):
+    """Growth has moved into the host's own layers, by name; ``params`` is what the host has gained."""
+
+    layers: tuple[str, ...]
+    params: int
+
+
 class ArmFinished(Event, frozen=True, kw_only=True, tag="arm_finished"):
     """One training run of one arm, scored on the test split. ``score`` is higher-is-better."""
 
@@ -193,11 +266,16 @@ AnyEvent = (
     | AlphaMoved
     | Fitted
     | Judged
+    | TwinScored
+    | Withheld
+    | EffectScored
+    | Audited
     | Refused
     | Telemetry
     | Overhead
     | Stopped
     | Warned
+    | Absorbed
     | ArmFinished
     | RunFinished
 )

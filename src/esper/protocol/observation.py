@@ -37,6 +37,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     added_flops_share: float
     """Forward FLOPs the cohort adds, as a share of the model's forward FLOPs before it."""
     reason: str
+    gain_shrunken: float = float("nan")
+    """``gain`` shrunk towards the run's other gains (the best of many looks is too good)."""
 
 
 SITE_FEATURES = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -17,11 +18,12 @@ from esper.config import Config
 from esper.grower import Grower
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import forward_flops
-from esper.protocol import AnyEvent, ArmFinished, Germinated, HeldOut, Lifecycle, TrainLoss
-from esper.runs.hosts import build, widen
+from esper.protocol import AnyEvent, ArmFinished, Germinated, HeldOut, Lifecycle, TrainLoss, Transitioned
+from esper.runs.hosts import widen
 from esper.runs.options import RunOptions
 from esper.runs.preset import Preset
 from esper.runs.presets import make_preset
+from esper.settings import with_settings
 from esper.tamiyo import ScheduleController
 
 ARMS = ("grown", "static_small", "static_final", "static_equal_flops", "random_growth")
@@ -72,7 +74,7 @@ def load_preset(options: RunOptions, device: str, size: str) -> Preset:
 def train(cell: Cell, preset: Preset, emit: Emit) -> Trained:
     """Train one cell. Deterministic by seed on the CPU: model, batches and Esper's streams follow from it."""
     torch.manual_seed(cell.seed)
-    model = build(preset.spec(cell.widths)).to(preset.device)
+    model = preset.host(cell.widths).to(preset.device)
     optimizer = preset.optimizer(model, cell.lr)
     events: list[AnyEvent] = []
 
@@ -105,7 +107,7 @@ def train(cell: Cell, preset: Preset, emit: Emit) -> Trained:
 def score(trained: Trained, preset: Preset) -> ArmFinished:
     """Score the plain network on the test split: once, and only for the learning rate that was chosen."""
     cell = trained.cell
-    model = widen(build(preset.spec(cell.widths)), trained.layers)
+    model = widen(preset.host(cell.widths), trained.layers)
     model.load_state_dict(trained.weights, strict=True)
     model.to(preset.device)
     with undisturbed(model):
@@ -130,19 +132,25 @@ def _loop(
     for step in range(cell.steps):
         for group in optimizer.param_groups:
             group["lr"] = cell.lr * preset.schedule(step / cell.steps)
-        loss = preset.loss(model, preset.train_batch(cell.seed, step))
-        loss.backward()
-        preset.clip(model)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        batch = preset.train_batch(cell.seed, step)
+        loss = _train_step(preset, model, optimizer, batch)
         if grower is not None:
-            grower.step(loss)
+            grower.step(loss, batch=batch)
         elif (step + 1) % preset.held_out_every == 0:
             spent = per_step * (step + 1)
             record(TrainLoss(step=step + 1, loss=float(loss.detach()), flops=spent))
             value = _mean_loss(preset, model, held[:: max(1, len(held) // 8)])
             record(HeldOut(step=step + 1, loss=value, params=_params(model, None), flops=spent))
     return per_step * cell.steps
+
+
+def _train_step(preset: Preset, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> torch.Tensor:
+    loss = preset.loss(model, batch)
+    loss.backward()
+    preset.clip(model)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss
 
 
 def _grower(
@@ -157,7 +165,7 @@ def _grower(
         config = dataclasses.replace(config, evidence=dataclasses.replace(config.evidence, accept="always"))
     return Grower(
         model, optimizer, loss=preset.loss, evaluate=preset.held_out(), config=config, controller=controller,
-        on_event=record,
+        train_step=functools.partial(_train_step, preset), on_event=record,
     )  # fmt: skip
 
 
@@ -174,12 +182,13 @@ def configure(config: Config, options: RunOptions, seed: int) -> Config:
     budget = config.budget
     if options.budget_params is not None:
         budget = dataclasses.replace(budget, params=options.budget_params)
-    return dataclasses.replace(config, tamiyo=tamiyo, fit=fit, budget=budget, seed=seed)
+    config = dataclasses.replace(config, tamiyo=tamiyo, fit=fit, budget=budget, seed=seed)
+    return with_settings(config, options.changed_settings())
 
 
 def _add_growth(trained: Trained, grower: Grower, events: Sequence[AnyEvent]) -> nn.Module:
     verdicts = grower.verdicts
-    kept = {v.cohort: v.sites for v in verdicts if v.state is Lifecycle.FOSSILIZED}
+    kept = {e.cohort: frozenset(e.seeds) for e in events if isinstance(e, Transitioned) and _is_permanent(e)}
     germinated = [event for event in events if isinstance(event, Germinated)]
     count = {state: sum(v.state is state for v in verdicts) for state in Lifecycle}
     trained.cohorts = {
@@ -198,10 +207,14 @@ def _add_growth(trained: Trained, grower: Grower, events: Sequence[AnyEvent]) ->
     return plain
 
 
-def _only(event: Germinated, sites: Sequence[str]) -> Germinated:
-    """The seeds of a germination on the sites that were kept (a site may be dropped on the way)."""
-    rows = [row for row, site in enumerate(event.sites) if site in sites]
-    fields = ("seeds", "sites", "blueprints", "starts", "widths")
+def _is_permanent(event: Transitioned) -> bool:
+    return event.target is Lifecycle.FOSSILIZED
+
+
+def _only(event: Germinated, seeds: frozenset[int]) -> Germinated:
+    """The seeds of a germination that became permanent (sites and seeds may be dropped on the way)."""
+    rows = [row for row, seed in enumerate(event.seeds) if seed in seeds]
+    fields = ("seeds", "sites", "blueprints", "starts", "widths", "chunks")
     return msgspec.structs.replace(event, **{name: tuple(getattr(event, name)[row] for row in rows) for name in fields})
 
 
@@ -234,11 +247,13 @@ def equal_flops_widths(
     batch = preset.train_batch(0, 0)
 
     def cost(widths: Sequence[int]) -> float:
-        model = build(preset.spec(widths)).to(preset.device)
+        model = preset.host(widths).to(preset.device)
         with undisturbed(model):
             return 3.0 * steps * forward_flops(model, lambda: preset.loss(model, batch))
 
     low, high = 0.0, 2.0
+    while cost(_between(small, final, high)) < flops and high < 64:  # fits and evidence outweigh a tiny network
+        high *= 2
     for _ in range(9):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(_between(small, final, middle)) < flops else (low, middle)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from esper.errors import DataError, ExportError
+from esper.files import replace_file, replace_text
 from esper.runs import hosts
 from esper.runs.arms import Trained
 from esper.runs.preset import Preset
@@ -43,17 +43,14 @@ if __name__ == "__main__":
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name and rename it into place."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write indented JSON so that a reader never sees half of it."""
+    replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_model(run_dir: Path, preset: Preset, trained: Trained) -> None:
     """The grown model of the first seed as plain weights, and the structure that they fit."""
-    temporary = run_dir / "model.safetensors.tmp"
-    save_file({name: value.contiguous() for name, value in trained.weights.items()}, temporary)
-    os.replace(temporary, run_dir / "model.safetensors")
+    weights = {name: value.contiguous() for name, value in trained.weights.items()}
+    replace_file(run_dir / "model.safetensors", lambda temporary: save_file(weights, temporary))
     structure = {
         "version": STRUCTURE_VERSION,
         "preset": preset.name,

@@ -42,12 +42,20 @@ class RunOptions:
     """Units a cohort adds, as a multiple of the host's inner width."""
     budget_params: int | None = None
     """Most parameters the grown model may have."""
+    settings: tuple[str, ...] = ()
+    """``NAME=VALUE`` for any setting of docs/configuration.md, over the preset's."""
     seed: int = 0
     """First seed."""
     jobs: int = 1
     """Trainings at a time, each in a process of its own."""
 
+    def changed_settings(self) -> dict[str, str]:
+        """:attr:`settings` taken apart."""
+        return {name.strip(): value.strip() for name, _, value in (item.partition("=") for item in self.settings)}
+
     def __post_init__(self) -> None:
+        for item in self.settings:
+            _require("=" in item, "a setting must be NAME=VALUE", item, "say --set graft.lr_boost=1.5")
         _require(self.seeds is None or self.seeds >= 1, "seeds must be at least 1", self.seeds, "use 3")
         _require(self.steps is None or self.steps >= 10, "steps must be at least 10", self.steps, "use 1000")
         finite = all(0 < lr < float("inf") for lr in self.lr)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.config import Config
+from esper.runs.hosts import build
 
 
 class Preset(ABC):
@@ -31,6 +32,10 @@ class Preset(ABC):
     @abstractmethod
     def spec(self, widths: Sequence[int]) -> dict[str, Any]:
         """Arguments of :func:`esper.runs.hosts.build`: the host with these inner widths."""
+
+    def host(self, widths: Sequence[int]) -> nn.Module:
+        """A fresh host on the CPU, its weights drawn from the global stream."""
+        return build(self.spec(widths))
 
     @abstractmethod
     def train_batch(self, seed: int, step: int) -> Any: ...

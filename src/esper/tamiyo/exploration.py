@@ -11,7 +11,7 @@ from esper.protocol import Observation
 
 _GROWTHS = (0.5, 1.0, 1.5)
 _STARTS = (None, "random_zero", "negative_gradient")
-_STRATEGIES = (None, "fixed_ramp", "drift_controlled")
+_STRATEGIES = (None, "fixed_ramp", "performance_linked", "drift_controlled", "grad_norm_gated")
 _SUBSET_RATE = 0.5
 _PRESSING_RATE = 0.25
 _PRESSING_SHARE = 0.25

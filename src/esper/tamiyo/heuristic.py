@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,19 @@ class Temper:
     extra_patience: int
     most_patience: int | None = None
     explores: bool = False
+
+
+class _Crowd(NamedTuple):
+    """How many seeds share a site's units, and which share of them is grafted."""
+
+    seeds: int
+    keep_share: float
+
+    def of(self, width: int) -> tuple[int, int | None]:
+        """Seeds for ``width`` units, and how many of them to keep (``None``: all)."""
+        seeds = min(self.seeds, width)
+        keep = max(1, math.ceil(self.keep_share * seeds))
+        return seeds, keep if keep < seeds else None
 
 
 TEMPERS = {
@@ -86,6 +99,7 @@ class HeuristicController:
         self._first, self._last_share = config.first, config.last_share
         self._spacing, self._compound = config.spacing, config.compound
         self._asked_at: int | None = None
+        self._crowd = _Crowd(config.seeds_per_site, config.keep_share)
         self._explores = temper.explores
         self._seed = seed
         self._germinations = 0
@@ -171,11 +185,12 @@ class HeuristicController:
         leftover = bool(observation.verdicts) and affordable_share(asked, costs, left) < _MIN_SHARE
         if leftover or not widths.any():
             return (Stop(reason=_budget_reached(observation)),)
-        plans = _plans(observation, rows[widths > 0], widths[widths > 0], variation)
+        is_span = column(observation, "is_span")[rows] == 1
+        plans = _plans(observation, rows[widths > 0], widths[widths > 0], variation, self._crowd)
         self._germinations += 1
         self._asked_at = observation.step
         self._cohorts_when_asked = len(observation.alive) + len(observation.verdicts)
-        return (Germinate(seeds=plans, reason=_describe(plans, self._explores)),)
+        return (Germinate(seeds=plans, reason=_describe(plans, self._explores, bool(is_span[0]))),)
 
 
 def _candidates(observation: Observation) -> npt.NDArray[np.int64]:
@@ -187,7 +202,11 @@ def _candidates(observation: Observation) -> npt.NDArray[np.int64]:
 
 
 def _plans(
-    observation: Observation, rows: npt.NDArray[np.int64], widths: npt.NDArray[np.int64], variation: Variation
+    observation: Observation,
+    rows: npt.NDArray[np.int64],
+    widths: npt.NDArray[np.int64],
+    variation: Variation,
+    crowd: _Crowd,
 ) -> tuple[SeedPlan, ...]:
     is_span, is_conv = column(observation, "is_span") == 1, column(observation, "is_conv") == 1
     pressing = pressing_chunks(observation, rows) if variation.pressing_only else {}
@@ -197,25 +216,31 @@ def _plans(
             continue
         # The isolated fit to the gradient was measured to hurt on convolutions: there it is not even tried.
         start = "random_zero" if is_conv[row] and variation.start is not None else variation.start
+        if not is_span[row]:  # which starts a layer's branch can take is known where its blueprint is chosen
+            start = None
+        seeds, keep = crowd.of(width)
         plans.append(
             SeedPlan(
                 site=observation.site_names[row],
                 chunks=pressing.get(row, ()),
-                blueprint=None if is_span[row] else "low_rank",
-                width=width,
+                blueprint=None,
+                width=width // seeds,
                 start=start,
                 strategy=variation.strategy,
+                seeds=seeds,
+                keep=keep,
             )
         )
     return tuple(plans)
 
 
-def _describe(plans: tuple[SeedPlan, ...], explores: bool) -> str:
-    widths = [plan.width or 0 for plan in plans]
+def _describe(plans: tuple[SeedPlan, ...], explores: bool, on_spans: bool) -> str:
+    widths = [(plan.width or 0) * plan.seeds for plan in plans]
     size = f"+{min(widths)}" if min(widths) == max(widths) else f"+{min(widths)} to +{max(widths)}"
-    what = "ranks" if plans[0].blueprint == "low_rank" else "units"
+    what = "units" if on_spans else "ranks"
     sites = "1 site" if len(plans) == 1 else f"{len(plans)} sites"
-    return f"{'exploring' if explores else 'even growth over'} {sites}: {size} {what} each"
+    seeds = f" in up to {max(plan.seeds for plan in plans)} seeds" if any(plan.seeds > 1 for plan in plans) else ""
+    return f"{'exploring' if explores else 'even growth over'} {sites}: {size} {what} each{seeds}"
 
 
 def _budget_reached(observation: Observation) -> str:

@@ -43,15 +43,25 @@ F = TypeVar("F", bound=ControllerFactory)
 
 
 def register_controller(name: str) -> Callable[[F], F]:
-    """Class decorator: file a controller under ``name``; a taken name raises ``ConfigError``."""
+    """Class decorator: file a controller under ``name``; a taken name raises ``ConfigError``.
+
+    A class (or function) that is defined anew, as by a notebook cell run twice, takes the place of the old one.
+    """
+    if not isinstance(name, str) or not name:  # pyright: ignore[reportUnnecessaryIsInstance]  # used without a name
+        raise ConfigError(f"a controller is registered under a name, got {name!r}; write the decorator with ('name')")
 
     def decorator(factory: F) -> F:
-        if name in _FACTORIES:
+        if name in _FACTORIES and not _is_redefined(_FACTORIES[name], factory):
             raise ConfigError(f"controller names must be unique, got {name!r} twice; choose another name")
         _FACTORIES[name] = factory
         return factory
 
     return decorator
+
+
+def _is_redefined(old: ControllerFactory, new: ControllerFactory) -> bool:
+    places = {(getattr(item, "__module__", None), getattr(item, "__qualname__", item)) for item in (old, new)}
+    return old is not new and len(places) == 1
 
 
 def known_controllers() -> tuple[str, ...]:

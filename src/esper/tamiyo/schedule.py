@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -49,16 +50,7 @@ class ScheduleController:
     @classmethod
     def replay(cls, germinated: Iterable[Germinated], *, start: str = "random_zero") -> ScheduleController:
         """Repeat the germinations of another run (same steps, sites, blueprints, widths) with another start."""
-        return cls(
-            ScheduleEntry(
-                step=event.step,
-                seeds=tuple(
-                    SeedPlan(site=site, blueprint=blueprint, width=width, start=start)
-                    for site, blueprint, width in zip(event.sites, event.blueprints, event.widths, strict=True)
-                ),
-            )
-            for event in germinated
-        )
+        return cls(ScheduleEntry(step=event.step, seeds=_plans(event, start)) for event in germinated)
 
     def decide(self, observation: Observation) -> tuple[Command, ...]:
         """Return nothing, the entry that is due, or ``Stop`` after the last one.
@@ -102,3 +94,17 @@ class ScheduleController:
                 hint = f"near: {', '.join(map(repr, near))}; " if near else ""
                 raise SiteError(f"no site is called {plan.site!r}; {hint}list all: grower.sites()")
         return bool(np.all(observation.eligible[[rows[plan.site] for plan in entry.seeds]]))
+
+
+def _plans(event: Germinated, start: str) -> tuple[SeedPlan, ...]:
+    """One plan a site: as many seeds as it had, over as many chunks (the first ones)."""
+    seeds = Counter(event.sites)
+    held = dict(zip(event.sites, event.chunks, strict=False))
+    return tuple(
+        SeedPlan(
+            site=site, blueprint=blueprint, width=width, start=start, seeds=seeds.pop(site),
+            chunks=tuple(range(num * held[site])) if site in held else (),
+        )
+        for site, blueprint, width in zip(event.sites, event.blueprints, event.widths, strict=True)
+        if (num := seeds.get(site, 0))
+    )  # fmt: skip

@@ -67,7 +67,7 @@ def _optimizer(slots: int, rule: str) -> Callable[[], list[Launch]]:
         bank = optimizer_problems.stacks(slots, 4, 8, CPU, rule=rule)
         learning = torch.ones(slots, dtype=torch.bool) if rule == "adam" else None
         with recorded(optimizer_kernels) as found:
-            optimizer_kernels.step(bank, Rates(rule, 0.01, 1.0, 0.1, nesterov=True), learning, 1.0)
+            optimizer_kernels.step(bank, Rates(rule, 0.01, 0.1, nesterov=True), learning, 1.0)
         return found
 
     return launches

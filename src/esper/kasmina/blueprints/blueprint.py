@@ -9,13 +9,16 @@ Shapes: S slots, U units (hidden units, channels or rank), K output columns a sl
 
 from __future__ import annotations
 
+import enum
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from esper.errors import ExportError
 from esper.kasmina.geometry import Geometry
+from esper.kasmina.layers import BatchNorm
 from esper.kasmina.registry import Registry
 from esper.protocol import SiteKind
 
@@ -24,9 +27,12 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Axes:
-    """Axes of one stacked parameter (slot axis 0 included in the count); ``None`` where it has none of that kind."""
+    """Axes of one stacked parameter (slot axis 0 included in the count); ``None`` where it has none of that kind.
 
-    unit: int
+    Parameters without a unit axis are added up where others are concatenated.
+    """
+
+    unit: int | None = None
     read: int | None = None
     column: int | None = None
 
@@ -41,11 +47,23 @@ class Cost:
 
 @dataclass
 class Parts:
-    """Host modules of a site at export: ``norm`` only where the span has one."""
+    """Host modules of a site at export: ``norm`` and ``up`` (a gated span's second factor) where it has them."""
 
     head: nn.Module
     tail: nn.Module
-    norm: nn.BatchNorm2d | None
+    norm: BatchNorm | None
+    up: nn.Module | None = None
+
+
+class Port(enum.Enum):
+    """What a branch reads."""
+
+    INPUT = "input"
+    """The site's input."""
+    OUTPUT = "output"
+    """The site's own output, all features, before anything is added to it."""
+    COLUMNS = "columns"
+    """The same, only those columns that the branch adds to."""
 
 
 class Blueprint(ABC):
@@ -56,6 +74,26 @@ class Blueprint(ABC):
     axes: dict[str, Axes]
     """Every parameter and its axes; those with a column axis are the output weights."""
     buffer_axes: dict[str, Axes] = {}  # noqa: RUF012  (overridden as a whole, never mutated)
+
+    port: Port = Port.INPUT
+    absorbs: bool = True
+    """Whether permanent branches of a site become one branch (units side by side, or sums), and not a list of them."""
+    stacks_plainly: bool = False
+    """Whether :meth:`plain` takes all slots of a bank at once, which are one module then."""
+    fits_rows: bool = True
+    """Whether captured rows of the site's input are all it takes to compute rows of its output."""
+
+    def refusal(self, geometry: Geometry) -> str | None:
+        """Why it cannot sit on a site of a kind that it claims, or ``None``."""
+        return None
+
+    def resolve_units(self, geometry: Geometry, asked: int | None) -> int:
+        """Units of a seed that was ``asked`` to have so many (``None``: the default for the site)."""
+        return asked if asked is not None else max(1, geometry.hidden_features or min(geometry.in_features, 8))
+
+    def folds(self, geometry: Geometry) -> bool:
+        """Whether :meth:`merge` leaves ordinary layers; otherwise :meth:`plain` is exported beside the host's layer."""
+        return True
 
     @abstractmethod
     def init(
@@ -90,13 +128,28 @@ class Blueprint(ABC):
     def cost(self, geometry: Geometry, *, units: int, columns: int, reads: int) -> Cost:
         """Declared cost of one seed."""
 
-    @abstractmethod
+    def plain(self, params: Tensors, buffers: Tensors, geometry: Geometry) -> nn.Module:
+        """The branch (S = 1, alpha = 1) as a module without anything of Esper in it: what it reads in, columns out.
+
+        Where ``stacks_plainly``, of any S: the columns of all slots in, and out.
+        """
+        raise ExportError(
+            f"a branch on a {geometry.kind} must have a plain form to be exported beside others, got one that has "
+            "none; grow one blueprint a site"
+        )
+
     def merge(self, parts: Parts, params: Tensors, buffers: Tensors, geometry: Geometry) -> Parts:
         """New plain modules that compute host plus branch (S = 1, alpha = 1, all columns), nothing of Esper inside.
+
+        Called where :meth:`folds` says so.
 
         ``params['...']`` reads only the host's own input here; what it reads of an upstream annex is merged by the
         upstream's widening, which the exporter has already applied to ``parts.head``.
         """
+        raise ExportError(
+            f"a branch must be linear in what a {geometry.kind} computes to become part of its weights, got one that "
+            "is not; export it beside the layer"
+        )
 
     def output_names(self) -> tuple[str, ...]:
         return tuple(name for name, axes in self.axes.items() if axes.column is not None)

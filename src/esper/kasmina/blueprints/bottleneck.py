@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from esper.kasmina.blueprints.blueprint import (
     BLUEPRINTS,
@@ -21,7 +21,8 @@ from esper.kasmina.blueprints.blueprint import (
     dropped,
     normal,
 )
-from esper.kasmina.geometry import Geometry, has_bias
+from esper.kasmina.geometry import Geometry
+from esper.kasmina.layers import with_columns, with_rows
 from esper.protocol import SiteKind
 
 
@@ -70,30 +71,5 @@ class Bottleneck(Blueprint):
         return Cost(units * (reads + columns + int(geometry.head_bias)), 2.0 * units * (reads + columns))
 
     def merge(self, parts: Parts, params: Tensors, buffers: Tensors, geometry: Geometry) -> Parts:
-        head, tail = parts.head, parts.tail
-        assert isinstance(head, nn.Linear) and isinstance(tail, nn.Linear)
-        w1, w2 = params["w1"][0].to(head.weight), params["w2"][0].to(tail.weight)
-        wide = _empty_like(head, head.in_features, head.out_features + w1.shape[0])
-        out = _empty_like(tail, tail.in_features + w2.shape[1], tail.out_features)
-        with torch.no_grad():
-            wide.weight.copy_(torch.cat([head.weight, w1]))
-            out.weight.copy_(torch.cat([tail.weight, w2], dim=1))
-            if has_bias(head):
-                wide.bias.copy_(torch.cat([head.bias, params["b1"][0].to(head.bias)]))
-            if has_bias(tail):
-                out.bias.copy_(tail.bias)
-        return Parts(wide, out, parts.norm)
-
-
-def _empty_like(layer: nn.Linear, in_features: int, out_features: int) -> nn.Linear:
-    # skip_init: a constructor that initialises would advance the global random stream
-    empty = nn.utils.skip_init(
-        nn.Linear,
-        in_features,
-        out_features,
-        bias=has_bias(layer),
-        device=layer.weight.device,
-        dtype=layer.weight.dtype,
-    )
-    assert isinstance(empty, nn.Linear)
-    return empty
+        head = with_rows(parts.head, params["w1"][0], params["b1"][0] if "b1" in params else None)
+        return Parts(head, with_columns(parts.tail, params["w2"][0]), parts.norm)

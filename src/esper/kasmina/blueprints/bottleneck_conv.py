@@ -1,4 +1,4 @@
-"""``bottleneck_conv``: more inner channels for a Conv2d-[BatchNorm2d]-activation-Conv2d span.
+"""``bottleneck_conv``: more inner channels for a conv-[batch norm]-activation-conv span of 1, 2 or 3 dimensions.
 
     branch(x) = conv2(dropout(act(norm(conv1(x)))))
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from esper.kasmina.blueprints.blueprint import (
     BLUEPRINTS,
@@ -21,13 +21,14 @@ from esper.kasmina.blueprints.blueprint import (
     dropped,
     normal,
 )
-from esper.kasmina.geometry import ConvGeometry, Geometry
+from esper.kasmina.geometry import Geometry, convolve
+from esper.kasmina.layers import BatchNorm, with_columns, with_rows
 from esper.protocol import SiteKind
 
 
 @BLUEPRINTS.register("bottleneck_conv")
 class BottleneckConv(Blueprint):
-    """Shapes: w1 (S, U, I, kh, kw), b1 / gamma / beta (S, U), w2 (S, K, U, kh, kw); running mean and var (S, U)."""
+    """Shapes: w1 (S, U, I, *kernel), b1 / gamma / beta (S, U), w2 (S, K, U, *kernel); running mean and var (S, U)."""
 
     kinds = frozenset({SiteKind.CONV_SPAN})
     axes = {  # noqa: RUF012
@@ -70,7 +71,7 @@ class BottleneckConv(Blueprint):
     ) -> Tensor:
         assert geometry.activation is not None and geometry.head_conv is not None
         bias = params["b1"].to(x.dtype).flatten() if "b1" in params else None
-        h = _convolve(x, params["w1"].to(x.dtype).flatten(0, 1), bias, geometry.head_conv)
+        h = convolve(x, params["w1"].to(x.dtype).flatten(0, 1), bias, geometry.head_conv)
         if geometry.norm is not None:
             gamma, beta = params.get("gamma"), params.get("beta")
             momentum = geometry.norm.momentum if norm_momentum is None else norm_momentum
@@ -90,58 +91,27 @@ class BottleneckConv(Blueprint):
 
     def project(self, params: Tensors, h: Tensor, geometry: Geometry, *, alpha: Tensor) -> Tensor:
         assert geometry.tail_conv is not None
-        w2 = (params["w2"] * alpha[:, None, None, None, None]).to(h.dtype)
-        return _convolve(h, w2.flatten(0, 1), None, geometry.tail_conv, groups=w2.shape[0])
+        w2 = params["w2"]
+        w2 = (w2 * alpha.view(-1, *[1] * (w2.dim() - 1))).to(h.dtype)
+        return convolve(h, w2.flatten(0, 1), None, geometry.tail_conv, groups=w2.shape[0])
 
     def cost(self, geometry: Geometry, *, units: int, columns: int, reads: int) -> Cost:
         assert geometry.head_conv is not None and geometry.tail_conv is not None
         norm = 2 if geometry.norm is not None and geometry.norm.affine else 0
         head, tail = reads * geometry.head_conv.taps, columns * geometry.tail_conv.taps
         # a tail with a stride reads more head positions than it writes rows
-        ratio = geometry.tail_conv.stride[0] * geometry.tail_conv.stride[1]
+        ratio = geometry.tail_conv.shrinkage
         return Cost(units * (head + tail + norm + int(geometry.head_bias)), 2.0 * units * (head * ratio + tail))
 
     def merge(self, parts: Parts, params: Tensors, buffers: Tensors, geometry: Geometry) -> Parts:
-        head, tail, norm = parts.head, parts.tail, parts.norm
-        assert isinstance(head, nn.Conv2d) and isinstance(tail, nn.Conv2d)
-        w1, w2 = params["w1"][0].to(head.weight), params["w2"][0].to(tail.weight)
-        units = w1.shape[0]
-        wide = _like(head, head.in_channels, head.out_channels + units)
-        out = _like(tail, tail.in_channels + units, tail.out_channels)
-        with torch.no_grad():
-            wide.weight.copy_(torch.cat([head.weight, w1]))
-            out.weight.copy_(torch.cat([tail.weight, w2], dim=1))
-            if wide.bias is not None and head.bias is not None:
-                wide.bias.copy_(torch.cat([head.bias, params["b1"][0].to(head.bias)]))
-            if out.bias is not None and tail.bias is not None:
-                out.bias.copy_(tail.bias)
-        return Parts(wide, out, None if norm is None else _wider_norm(norm, params, buffers, units))
+        norm, w1 = parts.norm, params["w1"][0]
+        head = with_rows(parts.head, w1, params["b1"][0] if "b1" in params else None)
+        wider = None if norm is None else _wider_norm(norm, params, buffers, w1.shape[0])
+        return Parts(head, with_columns(parts.tail, params["w2"][0]), wider)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvGeometry, groups: int = 1) -> Tensor:
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)
-
-
-def _like(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
-    # skip_init: a constructor that initialises would advance the global random stream
-    empty = nn.utils.skip_init(
-        nn.Conv2d,
-        in_channels,
-        out_channels,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        bias=conv.bias is not None,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )
-    assert isinstance(empty, nn.Conv2d)
-    return empty
-
-
-def _wider_norm(norm: nn.BatchNorm2d, params: Tensors, buffers: Tensors, units: int) -> nn.BatchNorm2d:
-    wide = nn.BatchNorm2d(norm.num_features + units, norm.eps, norm.momentum, norm.affine)
+def _wider_norm(norm: BatchNorm, params: Tensors, buffers: Tensors, units: int) -> BatchNorm:
+    wide = type(norm)(norm.num_features + units, norm.eps, norm.momentum, norm.affine)
     assert norm.running_mean is not None and norm.running_var is not None
     wide = wide.to(norm.running_mean)
     assert wide.running_mean is not None and wide.running_var is not None

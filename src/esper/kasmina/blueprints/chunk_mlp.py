@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from esper.kasmina.blueprints.blueprint import BLUEPRINTS, Axes, Cost, Tensors, normal
-from esper.kasmina.blueprints.chunk import ChunkBlueprint
+from esper.kasmina.blueprints.fused import FusedBlueprint
 from esper.kasmina.geometry import Geometry
 from esper.kasmina.ops.graft import Seats, graft, reference
+from esper.kasmina.plain import traced
 from esper.protocol import SiteKind
 
 
 @BLUEPRINTS.register("chunk_mlp")
-class ChunkMLP(ChunkBlueprint):
+class ChunkMLP(FusedBlueprint):
     """Shapes: w1 (S, U, K), b1 (S, U), w2 (S, K, U)."""
 
     kinds = frozenset({SiteKind.LINEAR_LAYER})
     axes = {"w1": Axes(unit=1), "b1": Axes(unit=1), "w2": Axes(unit=2, column=1)}  # noqa: RUF012
+    fits_rows = False
+    stacks_plainly = True
+
+    def resolve_units(self, geometry: Geometry, asked: int | None) -> int:
+        return 8 if asked is None else asked
+
+    def folds(self, geometry: Geometry) -> bool:
+        return False
 
     def init(
         self, geometry: Geometry, *, num_slots: int, units: int, columns: int, reads: int, generator: torch.Generator
@@ -56,7 +65,16 @@ class ChunkMLP(ChunkBlueprint):
     def cost(self, geometry: Geometry, *, units: int, columns: int, reads: int) -> Cost:
         return Cost(units * (2 * columns + 1), 4.0 * units * columns)
 
-    def emit(self, graph: fx.Graph, x: fx.Node, weights: dict[str, fx.Node]) -> fx.Node:
-        z = graph.call_function(torch.einsum, ("...sk,shk->...sh", x, weights["w1"]))
-        h = graph.call_function(F.silu, (graph.call_function(torch.add, (z, weights["b1"])),))
-        return graph.call_function(torch.einsum, ("...sh,skh->...sk", h, weights["w2"]))
+    def plain(self, params: Tensors, buffers: Tensors, geometry: Geometry) -> nn.Module:
+        return traced(_Seeds(**params), "ChunkSeeds")
+
+
+class _Seeds(nn.Module):
+    def __init__(self, w1: Tensor, b1: Tensor, w2: Tensor) -> None:
+        super().__init__()
+        self.w1, self.b1, self.w2 = (nn.Parameter(value.detach().clone()) for value in (w1, b1, w2))
+        self.shape = (w1.shape[0], w1.shape[2])
+
+    def forward(self, y: Tensor) -> Tensor:
+        z = torch.einsum("...sk,shk->...sh", y.unflatten(-1, self.shape), self.w1.to(y)) + self.b1.to(y)
+        return torch.einsum("...sh,skh->...sk", F.silu(z), self.w2.to(y)).flatten(-2)

@@ -7,7 +7,7 @@ import torch
 from esper.config import FitConfig
 from esper.kasmina.bank import Bank
 from esper.kasmina.capture import Rows
-from esper.kasmina.starts.start import STARTS, Start, StartReport
+from esper.kasmina.starts.start import STARTS, HostUnits, Start, StartReport
 
 
 @STARTS.register("random_zero")
@@ -16,6 +16,13 @@ class RandomZero(Start):
     preserves_function = True
     sanity = "none"
 
-    def prepare(self, bank: Bank, rows: Rows | None, config: FitConfig, generator: torch.Generator) -> StartReport:
+    def prepare(
+        self,
+        bank: Bank,
+        rows: Rows | None,
+        config: FitConfig,
+        generator: torch.Generator,
+        host: HostUnits | None = None,
+    ) -> StartReport:
         bank.scale_output(0.0)
         return StartReport()

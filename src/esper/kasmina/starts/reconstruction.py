@@ -14,7 +14,7 @@ from esper.config import FitConfig
 from esper.kasmina.bank import Bank
 from esper.kasmina.capture import Rows
 from esper.kasmina.incubator import check, fit
-from esper.kasmina.starts.start import STARTS, Start, StartReport, fit_and_check_rows
+from esper.kasmina.starts.start import STARTS, HostUnits, Start, StartReport, fit_and_check_rows
 
 
 def _target(rows: Rows, like: Rows) -> torch.Tensor:
@@ -27,10 +27,18 @@ def _target(rows: Rows, like: Rows) -> torch.Tensor:
 @STARTS.register("reconstruction")
 class Reconstruction(Start):
     needs_rows = True
+    fits = True
     preserves_function = True
     sanity = "reconstruction"
 
-    def prepare(self, bank: Bank, rows: Rows | None, config: FitConfig, generator: torch.Generator) -> StartReport:
+    def prepare(
+        self,
+        bank: Bank,
+        rows: Rows | None,
+        config: FitConfig,
+        generator: torch.Generator,
+        host: HostUnits | None = None,
+    ) -> StartReport:
         if rows is None or torch.unique(rows.batch).numel() < 2:
             return StartReport()
         train, held = fit_and_check_rows(rows)

@@ -1,6 +1,15 @@
 """Grafting strategies: how alpha moves."""
 
-from esper.kasmina.strategies import drift_controlled, fixed_ramp
+from esper.kasmina.strategies import drift_controlled, fixed_ramp, grad_norm_gated, performance_linked
 from esper.kasmina.strategies.strategy import STRATEGIES, GraftContext, Move, Strategy
 
-__all__ = ["STRATEGIES", "GraftContext", "Move", "Strategy", "drift_controlled", "fixed_ramp"]
+__all__ = [
+    "STRATEGIES",
+    "GraftContext",
+    "Move",
+    "Strategy",
+    "drift_controlled",
+    "fixed_ramp",
+    "grad_norm_gated",
+    "performance_linked",
+]

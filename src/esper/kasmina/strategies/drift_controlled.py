@@ -2,14 +2,13 @@
 
     drift = ||w - ema|| / ||ema||,  ema = 0.9 ema + 0.1 w  each step
 
-Above ``drift_threshold`` alpha is held, for at most ``pause_duration`` steps at a stretch (a host that never settles
-would otherwise hold the graft for ever; the next step then moves once).
+Above ``drift_threshold`` alpha is held, for at most ``pause_duration`` steps at a stretch.
 """
 
 from __future__ import annotations
 
 from esper.config import GraftConfig
-from esper.kasmina.strategies.fixed_ramp import ramp
+from esper.kasmina.strategies.bounded_pause import hold_or_ramp
 from esper.kasmina.strategies.strategy import STRATEGIES, GraftContext, Move, Strategy
 
 _DECAY = 0.9
@@ -19,12 +18,9 @@ _DECAY = 0.9
 class DriftControlled(Strategy):
     def advance(self, context: GraftContext, config: GraftConfig) -> Move:
         drift = self._drift(context)
-        paused = int(context.memory.get("paused", 0))
-        if drift > config.drift_threshold and paused < config.pause_duration:
-            context.memory["paused"] = paused + 1
-            return Move(context.alpha, f"drift {drift:.3g} above {config.drift_threshold:g}")
-        context.memory["paused"] = 0
-        return Move(ramp(config.ramp, (context.ramped + 1) / config.ramp_steps))
+        drifts = drift > config.drift_threshold
+        obstacle = f"drift {drift:.3g} above {config.drift_threshold:g}" if drifts else None
+        return hold_or_ramp(context, config, obstacle)
 
     @staticmethod
     def _drift(context: GraftContext) -> float:

@@ -24,6 +24,12 @@ class GraftContext:
     weights: tuple[Tensor, ...]
     memory: dict[str, Any]
     """The strategy's own state for this seed group, kept by the caller; starts empty."""
+    losses: tuple[float, ...] = ()
+    """Training losses of the last steps (``graft.stabilize_window`` of them at most), oldest first; only for a strategy
+    that ``needs_losses``."""
+    gradient_norm: float | None = None
+    """L2 norm of the gradient of the host's weights at the site, as the optimizer got it in this step (unscaled,
+    clipped); only for a strategy that ``needs_gradients``, ``None`` where there was none."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,14 @@ class Move:
 class Strategy(ABC):
     """Stateless; whatever it must remember it puts into ``context.memory``."""
 
+    needs_losses: bool = False
+    """Whether the context is to hold losses. Reading them waits for the device once a step."""
+    needs_gradients: bool = False
+    """Whether the context is to hold the gradient norm, which is then taken in every step of GRAFTING."""
+
     @abstractmethod
     def advance(self, context: GraftContext, config: GraftConfig) -> Move:
-        """Alpha for the next step, in [0, 1]."""
+        """Alpha for the next step, in [0, 1]. What is not above the present alpha holds it: alpha never falls."""
 
 
 STRATEGIES: Registry[Strategy] = Registry("strategy")

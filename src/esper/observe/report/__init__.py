@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from pathlib import Path
 
 from esper.errors import EsperError
+from esper.files import replace_text
 from esper.observe.event_log import read_events
 from esper.observe.history import RunHistory, fold
 from esper.observe.report.page import render
@@ -34,16 +32,7 @@ def write_report(run_dir: str | Path, history: RunHistory | None = None) -> Path
     page = render(fold(read_events(folder / "events.jsonl")) if history is None else history)
     target = folder / "report.html"
     try:
-        fd, temporary = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=folder)
-        try:
-            with os.fdopen(fd, "w", encoding="utf-8", newline="\n") as stream:
-                stream.write(page)
-            os.chmod(temporary, 0o644)  # mkstemp makes it private; a report is shared like any file of the run.
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        replace_text(target, page)
     except OSError as error:
         raise EsperError(
             f"the report goes into the run directory, but {target} cannot be written ({error}); "

@@ -23,8 +23,9 @@ KEPT = Look("disc", "kept", "kept")
 REJECTED = Look("cross", "rejected", "rejected")
 ROLLED_BACK = Look("diamond", "rolled", "rolled back")
 CANCELLED = Look("square", "cancelled", "cancelled")
+WITHHELD = Look("triangle", "cancelled", "withheld by a draw")
 ALIVE = Look("ring", "alive", "in progress")
-LOOKS = (KEPT, REJECTED, ROLLED_BACK, CANCELLED, ALIVE)
+LOOKS = (KEPT, REJECTED, ROLLED_BACK, CANCELLED, WITHHELD, ALIVE)
 
 _BY_STATE = {
     Lifecycle.FOSSILIZED: KEPT,
@@ -49,7 +50,7 @@ STATE_NAMES = {
 
 
 def look_of(cohort: Cohort) -> Look:
-    return _BY_STATE.get(cohort.state, ALIVE)
+    return WITHHELD if cohort.withheld is not None else _BY_STATE.get(cohort.state, ALIVE)
 
 
 def reason_of(cohort: Cohort) -> str:
@@ -82,6 +83,19 @@ def describe(cohort: Cohort) -> str:
         lines.append(
             f"  e-value {judged.e_value:.3g} of {judged.e_threshold:.3g}, confirmation p {_p(judged.confirm_p)}, "
             f"{judged.num_batches} batches"
+        )
+    if cohort.withheld is not None:
+        lines.append(f"withheld by a draw at step {cohort.withheld.step}")
+    if cohort.twin is not None:
+        twin = cohort.twin
+        lines.append(
+            f"credit against a twin after {twin.num_steps} steps: {signed(twin.credit, 4)} "
+            f"[{signed(twin.credit_low, 4)}, {signed(twin.credit_high, 4)}]"
+        )
+    for audited in cohort.audits:
+        lines.append(
+            f"audit, {audited.source.replace('_', '/')}: {signed(audited.gain, 4)} "
+            f"[{signed(audited.gain_low, 4)}, {signed(audited.gain_high, 4)}]"
         )
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from importlib import resources
 
 from esper.observe.history import RunHistory, SeedRun
-from esper.observe.report import costs, curves, decisions, frontier, growth, seeds
+from esper.observe.report import claims, costs, curves, decisions, frontier, growth, seeds
 from esper.observe.report.summary import headline, notes, result_table, tiles
 from esper.observe.report.svg import element, escape
 
@@ -63,6 +63,7 @@ def _page(history: RunHistory, detail: Detail) -> str:
         _switches(views, len(runs)),
         _first_screen(history, views, detail),
         _second_screen(views, detail),
+        _claims_screen(runs),
         _third_screen(views),
         "<h2>All arms</h2>",
         element("section", result_table(history), class_="card"),
@@ -210,6 +211,16 @@ def _second_screen(views: list[SeedRun], detail: Detail) -> str:
         _card("Grafting", "How each branch was blended in.", _per_seed(views, graft, missing)),
     ]  # fmt: skip
     return "<h2>Where and how it grew</h2>" + element("div", "".join(cards), class_="grid")
+
+
+def _claims_screen(runs: list[SeedRun]) -> str:
+    cards = [
+        _card("Claims", "Gains claimed when cohorts were accepted, against what was found afterwards; all seeds.",
+              claims.calibration_chart(runs) + claims.calibration_legend(runs)),
+        _card("Without growth", "What became of the same training without a cohort; all seeds.",
+              claims.effect_text(runs) + claims.twin_table(runs)),
+    ]  # fmt: skip
+    return "<h2>What was claimed and what held</h2>" + element("div", "".join(cards), class_="grid")
 
 
 def _third_screen(views: list[SeedRun]) -> str:

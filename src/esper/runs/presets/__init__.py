@@ -52,12 +52,12 @@ def make_preset(name: str, device: torch.device, *, size: str = "cpu", data: Pat
 
 
 def preset_sites(
-    name: str, size: str = "cpu", data: Path | None = None
+    name: str, size: str = "cpu", data: Path | None = None, *, layers: bool = False
 ) -> tuple[tuple[SiteInfo, ...], tuple[Skipped, ...]]:
-    """The sites of a preset's host, and what was skipped."""
+    """The sites of a preset's host (with ``layers`` its single layers too), and what was skipped."""
     preset = make_preset(name, torch.device("cpu"), size="cpu" if size == "auto" else size, data=data)
     model = build(preset.spec(preset.small_widths))
     batch = preset.held_out()[0]
     with undisturbed(model):
-        found = discover(model, lambda: preset.loss(model, batch), SitesConfig())
+        found = discover(model, lambda: preset.loss(model, batch), SitesConfig(layers=layers))
     return tuple(plan.info for plan in found.sites), found.skipped

@@ -20,7 +20,7 @@ from esper.runs.preset import Preset, batch_generator
 _SIZES: dict[str, dict[str, Any]] = {
     "gpu": {
         "dim": 256, "num_heads": 8, "context": 256, "blocks": 6, "width": 128, "batch": 64, "judge": 16, "steps": 1600,
-        "lrs": (1e-3, 2e-3, 3e-3), "num_judge": 96, "num_test": 64,
+        "lrs": (2e-3, 3e-3, 4e-3), "num_judge": 96, "num_test": 64,
     },
     "cpu": {
         "dim": 64, "num_heads": 4, "context": 64, "blocks": 2, "width": 32, "batch": 16, "judge": 8, "steps": 600,
@@ -113,12 +113,12 @@ class CodeLM(Preset):
                 total_steps=steps,
             )
         return Config(
-            capture=CaptureConfig(batches=32, rows=262_144, max_bytes=16 << 30),
-            fit=FitConfig(steps=100, batch_rows=8192),
-            graft=GraftConfig(ramp_steps=50, warmup_steps=50, settle_steps=150, cull_steps=50),
+            capture=CaptureConfig(batches=8, rows=131_072, max_bytes=8 << 30),
+            fit=FitConfig(steps=60, batch_rows=8192),
+            graft=GraftConfig(ramp_steps=50, warmup_steps=50, settle_steps=250, cull_steps=50, lr_boost=4.0),
             evidence=EvidenceConfig(),
             tamiyo=TamiyoConfig(
-                first=100, spacing=720, growth=2.5, compound=True, last_share=0.6, min_gain_per_cost=0.002
+                first=30, spacing=680, growth=3.0, compound=True, last_share=0.6, min_gain_per_cost=0.002
             ),
             total_steps=steps,
         )

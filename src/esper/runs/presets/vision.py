@@ -69,12 +69,14 @@ class Vision(Preset):
         trunk = self.size["trunk"]
         self.small_widths = tuple(max(1, channels // 4) for channels in trunk for _ in range(2))
         x, y = self._images(arrays["x_train"]), torch.tensor(arrays["y_train"].astype(np.int64), device=device)
-        mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(device)
-        x, y = ((x - mean) / std)[order], y[order]
+        x, y = x[order], y[order]
         held = min(5000, len(x) // 10)
         if held < 8 * 4:
             raise DataError(f"vision needs at least 320 training images, got {len(x)}; use a larger data set")
+        part = x[held:]  # what is judged or scored on has no say in how it is normalised
+        mean, std = part.mean((0, 2, 3), keepdim=True), part.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
+        x = (x - mean) / std
         self.held_x, self.held_y, self.x, self.y = x[:held], y[:held], x[held:], y[held:]
         self.padded = F.pad(self.x, (4, 4, 4, 4), mode="reflect")
         self.test_x = (self._images(arrays["x_test"]) - mean) / std

@@ -14,11 +14,10 @@ from esper.kasmina.ops.slot_adam import reference
 
 @dataclass(frozen=True)
 class Rates:
-    """The rule of one step: ``adamw``, ``adam`` or ``sgd``; a warm slot's learning rate is ``lr * boost``."""
+    """The rule of one step: ``adamw``, ``adam`` or ``sgd``; ``lr`` is that of a warm slot."""
 
     rule: str
     lr: float
-    boost: float
     weight_decay: float
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

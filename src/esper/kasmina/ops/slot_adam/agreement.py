@@ -35,7 +35,7 @@ def check(device: torch.device) -> None:
     """
     learning = torch.tensor([True, False, True], device=device)
     for rule in ("adamw", "adam", "sgd"):
-        rates = Rates(rule, 0.01, 2.0, 0.1, momentum=0.9, nesterov=True, warmup_steps=4)
+        rates = Rates(rule, 0.02, 0.1, momentum=0.9, nesterov=True, warmup_steps=4)
         got, wanted = (_stacks(device, adaptive=rule != "sgd") for _ in range(2))
         triton.step(got, rates, learning, 0.5)
         reference.step(wanted, rates, learning, 0.5)

@@ -19,7 +19,7 @@ def step(stacks: Stacks, rates: Rates, learning: Tensor | None, inverse_scale: f
     mask = finite.to(steps.dtype) * (torch.ones_like(steps) if learning is None else learning)
     steps.add_(mask)
     warm = (steps / max(1, rates.warmup_steps)).clamp(max=1.0)
-    lr = rates.lr * warm * rates.boost * mask
+    lr = rates.lr * warm * mask
     for number, gradient in enumerate(stacks.gradients):
         shape = (-1, *[1] * (gradient.dim() - 1))
         gradient = torch.where(finite, gradient.float() * inverse_scale, 0.0)

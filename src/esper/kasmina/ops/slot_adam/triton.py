@@ -137,7 +137,7 @@ def step(stacks: Stacks, rates: Rates, learning: Tensor | None, inverse_scale: f
     check_kernel[(blocks,)](gradients, sizes, starts, flags, BLOCK=_BLOCK, num_warps=4)
     slot_kernel[(-(-slots // _BLOCK),)](
         flags, table if learning is None else learning.to(torch.float32), stacks.steps, stacks.bad_steps, table,
-        blocks, slots, rates.lr * rates.boost, float(max(1, rates.warmup_steps)),
+        blocks, slots, rates.lr, float(max(1, rates.warmup_steps)),
         _log(rates.betas[0]), _log(rates.betas[1]),
         MASKED=learning is not None, BLOCK=_BLOCK, ROUNDS=power_above(-(-blocks // _BLOCK)), num_warps=4,
     )  # fmt: skip

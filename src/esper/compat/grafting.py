@@ -1,0 +1,117 @@
+"""Strategies in the plan's form: an object for each graft that is asked for the next alpha.
+
+They run as :class:`~esper.kasmina.strategies.Strategy` of the one registry, under the names that ``GraftConfig`` and
+commands use.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from esper.config import GraftConfig
+from esper.errors import ConfigError
+from esper.kasmina.strategies import STRATEGIES, GraftContext, Move, Strategy
+from esper.plugins import register_strategy
+
+GraftingConfig = GraftConfig
+"""The settings of all strategies: :class:`esper.GraftConfig` itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraftingContext:
+    """What a strategy sees in one real step: the plan's view of :class:`~esper.kasmina.strategies.GraftContext`."""
+
+    current_alpha: float
+    ramp_rate: float
+    """Rise of alpha in one step of the plain ramp: 1 / ``ramp_steps``."""
+    model_weights: Tensor
+    """``(P,)`` float32 copy of the host's weights at the site, end to end."""
+
+
+class BaseGraftingStrategy(ABC):
+    """One graft's strategy: made with the settings when the graft begins on a site, then asked once a real step."""
+
+    def __init__(self, config: GraftingConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def update(self, context: GraftingContext) -> float:
+        """Alpha for the next step, in [0, 1]. What is not above ``context.current_alpha`` holds it there."""
+
+
+class _Adapted(Strategy):
+    """Keeps the object of a graft in the graft's memory."""
+
+    made_of: ClassVar[type[BaseGraftingStrategy]]
+
+    def advance(self, context: GraftContext, config: GraftConfig) -> Move:
+        strategy = context.memory.get("strategy")
+        if strategy is None:
+            strategy = context.memory["strategy"] = self.made_of(config)
+        weights = [weight.detach().float().flatten() for weight in context.weights]
+        alpha = float(
+            strategy.update(
+                GraftingContext(
+                    current_alpha=context.alpha, ramp_rate=1 / config.ramp_steps, model_weights=torch.cat(weights)
+                )
+            )
+        )
+        name = self.made_of.__name__
+        if not 0 <= alpha <= 1:  # NaN is refused as well
+            raise ConfigError(f"a strategy's alpha must lie in [0, 1], got {alpha} from {name}.update; clamp it there")
+        return Move(alpha) if alpha > context.alpha else Move(context.alpha, f"{name} waits")
+
+
+class _Registered(Mapping[str, type]):
+    """The classes behind the registered names, as they are now."""
+
+    def __getitem__(self, name: str) -> type:
+        cls = type(STRATEGIES[name])
+        return cls.made_of if issubclass(cls, _Adapted) else cls
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(STRATEGIES)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in STRATEGIES)
+
+
+C = TypeVar("C", bound="type[BaseGraftingStrategy] | type[Strategy]")
+
+
+class GraftingStrategyRegistry:
+    """Esper's registry of strategies under the plan's name."""
+
+    strategies: ClassVar[Mapping[str, type]] = _Registered()
+    """Every strategy's class by name, the built-in ones included; a live view."""
+
+    @classmethod
+    def register(cls, name: str) -> Callable[[C], C]:
+        """Class decorator for a :class:`BaseGraftingStrategy` (or a :class:`~esper.plugins.Strategy`).
+
+        Raises
+        ------
+        ConfigError
+            The name is taken, or the class is neither, or leaves out what it must define.
+        """
+
+        def decorator(strategy: C) -> C:
+            register_strategy(name)(_adapted(strategy))
+            return strategy
+
+        return decorator
+
+
+def _adapted(strategy: Any) -> type[Strategy]:
+    if not (isinstance(strategy, type) and issubclass(strategy, BaseGraftingStrategy)):
+        return strategy  # register_strategy says what is wrong with anything that is no Strategy
+    if strategy.__abstractmethods__:
+        raise ConfigError(f"a grafting strategy must define update(context), {strategy.__qualname__} leaves it out")
+    names = {"made_of": strategy, "__module__": strategy.__module__, "__qualname__": strategy.__qualname__}
+    return type(strategy.__name__, (_Adapted,), names)

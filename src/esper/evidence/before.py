@@ -1,0 +1,52 @@
+"""The host as it was before a graft: the second control of branches that fold into the host's own weights.
+
+What the host's layer could have expressed shows no gain against a stand-in by construction, whatever it is worth as a
+step of training. Such a cohort has to help two hosts: the present one, which has come to lean on it, and the one from
+before the graft, which has never seen it and so cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from esper.kasmina.site import Site
+
+
+class HostBefore:
+    """Copies of the host's parameters, and of permanent and other grafted branches, at the time of a graft."""
+
+    def __init__(self, model: nn.Module, sites: dict[str, Site], cohort: int) -> None:
+        banks = [bank for site in sites.values() for bank in site.permanent]
+        banks += [site.banks[number] for site in sites.values() for number in site.grafted if number != cohort]
+        tensors: list[Tensor] = [*model.parameters(), *(value for bank in banks for value in bank.params.values())]
+        self._pairs = [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    @contextmanager
+    def restored(self) -> Generator[None, None, None]:
+        """The network as it was then, the judged cohort as it is now; weights are the same tensors again on exit."""
+        now = [tensor.data for tensor, _ in self._pairs]
+        try:
+            for tensor, before in self._pairs:
+                tensor.data = before
+            yield
+        finally:
+            for (tensor, _), data in zip(self._pairs, now, strict=True):
+                tensor.data = data
+
+
+def only_folds(sites: dict[str, Site], cohort: int) -> bool:
+    """Whether every branch of a cohort is one that its host's layer could hold in its own weights."""
+    members = [site for site in sites.values() if cohort in site.banks]
+    return bool(members) and all(
+        not site.info.kind.is_span and site.banks[cohort].plan.folds(site.geometry) for site in members
+    )
+
+
+def smaller(one: list[float], two: list[float]) -> list[float]:
+    """Pairwise minimum; NaN where either is NaN."""
+    pairs = torch.tensor([one, two], dtype=torch.float64)
+    return [float(value) for value in torch.minimum(pairs[0], pairs[1])]

@@ -1,0 +1,56 @@
+"""Files that a reader never sees half of, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name in its own folder, force it to the disk and rename it into place.
+
+    Whatever goes wrong, an older file of that name stays as it was and nothing is left beside it.
+
+    Parameters
+    ----------
+    write:
+        Writes the content to the path it is given.
+
+    Raises
+    ------
+    OSError
+        The folder is missing or not writable, or the disk is full.
+    """
+    target = Path(path)
+    fd, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+    os.close(fd)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)  # mkstemp makes it private; these files are shared like any other
+        sync(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    sync(target.parent)
+
+
+def replace_text(path: str | Path, text: str) -> None:
+    """:func:`replace_file` with UTF-8 text and newlines as they are."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's list of names, to the disk (folders: where the system lets them be opened)."""
+    if path.is_dir() and os.name == "nt":
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
