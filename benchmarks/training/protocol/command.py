@@ -69,7 +69,7 @@ def command(description: str | None, argv: Sequence[str] | None = None, *, task:
             print(f"{arm.name} is not trained: {arm.requires} is not installed; pip install 'esper-morph[bench]'")
     done = run(plan, store, workers=options.workers, deadline=started + options.deadline, note=note)
     summary = summarise(plan, store)
-    summary["command"] = _shown(sys.argv if argv is None else ["", *argv], plan.task.name, task)
+    summary["command"] = shown(sys.argv if argv is None else ["", *argv], plan.task.name, task)
     options.out.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for name, arm in summary.get("arms", {}).items():
         print(f"{name:20s} {arm['score']} {arm['score_interval']} {arm['flops']:.4g} FLOPs, lr {arm['lr']:g}")
@@ -79,7 +79,7 @@ def command(description: str | None, argv: Sequence[str] | None = None, *, task:
         print(f"not complete{reason}: {', '.join(summary['incomplete'])}; the same command goes on from here")
 
 
-def _shown(argv: Sequence[str], name: str, fixed: str | None) -> str:
+def shown(argv: Sequence[str], name: str, fixed: str | None) -> str:
     """The command without what holds on one machine only: its folders, its processes, its deadline."""
     kept: list[str] = []
     words = iter(argv[1:])

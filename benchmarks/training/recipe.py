@@ -1,0 +1,110 @@
+"""Which parts of the growth recipe pay: one part changed at a time, every variant at its own best learning rate.
+
+    python benchmarks/training/recipe.py mnist1d --data FOLDER --out benchmarks/results/recipe_mnist1d.json
+
+Held-out loss at the end of training, paired by seed with the recipe as it is shipped; the test split is not touched.
+All variants share a folder of finished trainings (``--cells``), so the command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own folder is not the root of its package
+
+from benchmarks.training.protocol.cells import CellStore, Record
+from benchmarks.training.protocol.command import arguments_of, shown
+from benchmarks.training.protocol.plan import Plan
+from benchmarks.training.protocol.runner import run
+from benchmarks.training.protocol.task import TASKS, Source, device_of, load_all
+
+from esper.runs.statistics import interval
+
+SHIPPED = "as shipped"
+VARIANTS: dict[str, tuple[str, ...]] = {
+    SHIPPED: (),
+    "start: random, no fit": ("fit.start=random_zero",),
+    "start: reconstruction": ("fit.start=reconstruction",),
+    "start: negative gradient": ("fit.start=negative_gradient",),
+    "start: copies of host units": ("fit.start=copy",),
+    "start: gradmax": ("fit.start=gradmax",),
+    "start: tiny": ("fit.start=tiny",),
+    "fit: a fifth of the steps": ("fit.steps=30",),
+    "fit: without a ceiling on its cost": ("fit.max_share=none",),
+    "fit: what is unproven is removed": ("fit.unproven=cull",),
+    "boost: none": ("graft.lr_boost=1",),
+    "boost: 4": ("graft.lr_boost=4",),
+    "boost: without a ceiling": ("graft.lr_boost=4", "graft.lr_ceiling=none"),
+    "ramp: one step": ("graft.ramp_steps=1",),
+    "ramp: 150 steps": ("graft.ramp_steps=150",),
+    "ramp: drift controlled": ("graft.strategy=drift_controlled",),
+    "ramp: performance linked": ("graft.strategy=performance_linked",),
+    "ramp: gradient norm gated": ("graft.strategy=grad_norm_gated",),
+    "judged 100 steps later": ("graft.settle_steps=100",),
+    "timing: first at step 30": ("tamiyo.first=30",),
+    "timing: first at step 300": ("tamiyo.first=300",),
+    "allocation: half the units": ("tamiyo.growth=0.5",),
+    "allocation: twice the units": ("tamiyo.growth=2",),
+    "allocation: eight seeds a site, the best half kept": ("tamiyo.seeds_per_site=8", "tamiyo.keep_share=0.5"),
+    "every cohort kept": ("evidence.accept=always",),
+    "plain on/off control": ("evidence.control=plain",),
+}  # fmt: skip
+
+
+def compared(records: list[Record], shipped: list[Record]) -> dict[str, Any]:
+    """One variant's line: means over seeds, and paired differences from the shipped recipe."""
+    held = [record.outcome.held_out for record in records]
+    differences = [mine - theirs.outcome.held_out for mine, theirs in zip(held, shipped, strict=True)]
+    flops = sum(record.outcome.flops for record in records)
+    cohorts = [record.outcome.cohorts for record in records]
+    return {
+        "lr": records[0].cell.lr, "held_out": held,
+        "minus_shipped": sum(differences) / len(differences),
+        "minus_shipped_interval": interval(differences),
+        "flops_ratio": flops / sum(record.outcome.flops for record in shipped),
+        "germinated": sum(each["germinated"] for each in cohorts), "accepted": sum(e["accepted"] for e in cohorts),
+    }  # fmt: skip
+
+
+def main() -> None:
+    started = time.monotonic()
+    load_all()
+    options = arguments_of(__doc__, None, None)
+    store = CellStore(options.cells or options.out.with_suffix(".cells"))
+    source = Source(device=device_of(options.size), size=options.size, data=options.data)
+    plans = {
+        label: Plan(
+            TASKS[options.task], seeds=range(options.first_seed, options.first_seed + options.seeds), source=source,
+            code=options.code, arms=["grown"], lrs=options.lr, steps=options.steps,
+            settings=(*options.settings, *settings),
+        )
+        for label, settings in VARIANTS.items()
+    }  # fmt: skip
+    lines: dict[str, Any] = {}
+    for label, plan in plans.items():
+        run(plan, store, workers=options.workers, deadline=started + options.deadline, note=lambda record: None)
+        records, shipped = plan.complete("grown"), plans[SHIPPED].complete("grown")
+        if records is None or shipped is None:
+            continue
+        lines[label] = {"settings": list(VARIANTS[label])} | compared(records, shipped)
+        line = lines[label]
+        print(
+            f"{time.monotonic() - started:5.0f} s  {label:52s} {line['minus_shipped']:+.4f} "
+            f"{line['minus_shipped_interval']}, "
+            f"{line['flops_ratio']:.2f} FLOPs, {line['accepted']} of {line['germinated']} kept, lr {line['lr']:g}",
+            flush=True,
+        )
+        report = {
+            "task": options.task, "title": TASKS[options.task].title, "seeds": options.seeds, "code": options.code,
+            "command": shown(sys.argv, f"recipe_{options.task}", "recipe"), "environment": records[0].environment,
+            "variants": lines, "missing": [name for name in VARIANTS if name not in lines],
+        }  # fmt: skip
+        options.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
