@@ -11,7 +11,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inp
 # Two processes on two cores: more threads would only fight over them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test test-long lint format bench clean
+# On a machine with a GPU: identity, isolation, no waiting, CUDA
+# graphs, and every kernel against its reference on the real card.
+GPU_TESTS := tests/test_dormant.py tests/test_isolation.py tests/test_on_gpu.py
+
+.PHONY: run test test-long test-gpu lint format bench clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.run-ready
@@ -22,6 +26,10 @@ test: lint
 
 test-long: $(VENV)/.dev-ready
 	@$(BIN)/python -m pytest -m long $(ARGS)
+
+test-gpu: $(VENV)/.dev-ready
+	@CUBLAS_WORKSPACE_CONFIG=:4096:8 ESPER_TEST_DEVICE=cuda $(BIN)/python -m pytest $(GPU_TESTS) $(ARGS)
+	@PYTHONPATH=. $(BIN)/python tests/kasmina/ops/interpreted.py
 
 lint: $(VENV)/.dev-ready
 	@$(BIN)/ruff check .

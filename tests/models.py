@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Batch = tuple[Tensor, Tensor]
+
+DEVICE = torch.device(os.environ.get("ESPER_TEST_DEVICE", "cpu"))
+"""Where the hosts of `TASKS` live and `trajectory` trains them."""
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Hosts
@@ -144,10 +148,18 @@ class Task:
         return self.name
 
 
-MLP = Task("mlp", Mlp, rows)
-DROPOUT_MLP = Task("mlp-dropout", lambda: Mlp(dropout=0.3), rows)
-CONV = Task("conv", ResNet, images)
-TRANSFORMER = Task("transformer", lambda: Transformer(dropout=0.2), tokens)
+def _placed(build: Callable[..., nn.Module], **arguments: float) -> Callable[[], nn.Module]:
+    return lambda: build(**arguments).to(DEVICE)
+
+
+def _fed(batches: Callable[..., list[Batch]]) -> Callable[..., list[Batch]]:
+    return lambda *args, **kwargs: [(x.to(DEVICE), y.to(DEVICE)) for x, y in batches(*args, **kwargs)]
+
+
+MLP = Task("mlp", _placed(Mlp), _fed(rows))
+DROPOUT_MLP = Task("mlp-dropout", _placed(Mlp, dropout=0.3), _fed(rows))
+CONV = Task("conv", _placed(ResNet), _fed(images))
+TRANSFORMER = Task("transformer", _placed(Transformer, dropout=0.2), _fed(tokens))
 TASKS = (MLP, DROPOUT_MLP, CONV, TRANSFORMER)
 
 

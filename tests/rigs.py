@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tests.models import Batch, Pair, Task, assert_same_state, mse, rows, same_bits, snapshot
+from tests.models import DEVICE, Batch, Pair, Task, assert_same_state, mse, rows, same_bits, snapshot
 from torch import Tensor, nn
 
 import esper
@@ -125,7 +125,7 @@ def attach(
         model,
         optimizer,
         loss=loss,
-        evaluate=rows(16, seed=7) if held_out is None else held_out,
+        evaluate=_beside(model, rows(16, seed=7)) if held_out is None else held_out,
         track=track,
         train_step=train_step,
         audit=audit,
@@ -133,7 +133,12 @@ def attach(
         controller=controller or Idle(),
         on_event=events.append,
     )
-    return Rig(model, optimizer, grower, rows(10) if batches is None else batches, events)
+    return Rig(model, optimizer, grower, _beside(model, rows(10)) if batches is None else batches, events)
+
+
+def _beside(model: nn.Module, batches: list[Batch]) -> list[Batch]:
+    device = next(model.parameters()).device
+    return [(x.to(device), wanted.to(device)) for x, wanted in batches]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -190,6 +195,7 @@ def trajectory(
     random.seed(5)
     np.random.seed(5)
     torch.manual_seed(5)
+    torch.use_deterministic_algorithms(DEVICE.type == "cuda")
     model = task.build()
     batches = task.batches(10)
     stepper = optimizer(model)
@@ -198,7 +204,7 @@ def trajectory(
     gradients: dict[str, Tensor] = {}
     for step in range(steps):
         x, wanted = batches[step % len(batches)]
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
             loss = (model(x + 0.1 * torch.randn_like(x) if x.is_floating_point() else x) - wanted).square().mean()
         loss.backward()
         if clip is not None:
@@ -211,10 +217,10 @@ def trajectory(
             rig.grower.step(loss)
             if each is not None:
                 each(rig, step)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
         outputs = model(batches[0][0])
     moments = [v for entry in stepper.state.values() for v in entry.values() if isinstance(v, Tensor)]
-    drawn = (random.random(), float(np.random.rand()), float(torch.rand(())))
+    drawn = (random.random(), float(np.random.rand()), float(torch.rand(())), float(torch.rand((), device=DEVICE)))
     return Trajectory(losses, outputs, gradients, snapshot(model), moments, drawn)
 
 

@@ -17,7 +17,6 @@ from tests.models import (
     Task,
     Transformer,
     assert_same_state,
-    images,
     mse,
     rows,
     same_bits,
@@ -151,7 +150,7 @@ def test_a_dormant_site_returns_the_very_tensor_of_the_host() -> None:
 
 @pytest.mark.parametrize(
     ("model", "held_out"),
-    [(Pair(), rows(16)), (CONV.build(), images(16)), (Transformer(), tokens(16))],
+    [(Pair(), rows(16)), (CONV.build(), CONV.batches(16)), (Transformer(), tokens(16))],
     ids=["pair", "conv", "transformer"],
 )
 def test_the_users_own_evaluation_is_not_recorded(model: nn.Module, held_out: list[tuple[Tensor, Tensor]]) -> None:
@@ -189,7 +188,7 @@ def test_a_buffer_that_every_forward_writes_counts_the_users_forwards_alone() ->
 
 def test_each_own_flag_and_buffer_survives_an_evaluation() -> None:
     model = CONV.build()
-    rig = attach(model, batches=images(10), held_out=images(16, seed=7))
+    rig = attach(model, batches=CONV.batches(10), held_out=CONV.batches(16, seed=7))
     rig.train(3)
     model.get_submodule("blocks.0.norm1").eval()
     flags, state = [module.training for module in model.modules()], snapshot(model)

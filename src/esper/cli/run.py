@@ -100,6 +100,9 @@ class Run:
     def execute(self, context: Context) -> Outcome:
         """Run the job: progress on standard error, the result in the outcome."""
         options = self.options()
-        from esper.cli.progress import run_visibly
+        from esper.runs.interrupt import remembered
 
-        return run_visibly(options, context)
+        with remembered():
+            from esper.cli.progress import run_visibly
+
+            return run_visibly(options, context)

@@ -1,7 +1,8 @@
 """What a germinated seed learns from: sampled rows of (x, y, dL/dy) copied from ordinary training steps.
 
 Nothing here changes the host: rows are copied (the user may edit x in place), gradients are read by a read-only tensor
-hook, and sampling draws from Esper's own generator.
+hook, and sampling draws from a generator of its own. Draws are made between steps, on the device: nothing in a forward
+pass waits for the device, and a compiled graph holds only tensor operations.
 """
 
 from __future__ import annotations
@@ -47,17 +48,32 @@ class Capture:
     num_batches:
         Batches (calls with gradients) to record.
     rows_per_batch:
-        Rows, or images for convolutions, sampled from each.
+        Rows, or images for convolutions, sampled from each: one from each of as many equal shares of the batch.
+    generator:
+        On the CPU; the stream that rows are drawn from follows from it.
+    device:
+        Where the site computes.
     """
 
     def __init__(
-        self, geometry: Geometry, *, num_batches: int, rows_per_batch: int, generator: torch.Generator
+        self,
+        geometry: Geometry,
+        *,
+        num_batches: int,
+        rows_per_batch: int,
+        generator: torch.Generator,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.geometry = geometry
         self.num_batches = num_batches
         self.rows_per_batch = rows_per_batch
-        self._generator = generator
+        seed = int(torch.randint(1 << 62, (), generator=generator))
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._shares = torch.arange(rows_per_batch, dtype=torch.float64, device=device)
+        self._places = torch.rand(rows_per_batch, generator=self._generator, dtype=torch.float64, device=device)
         self._done: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.open = True
+        """Whether forward passes record; changes between steps only, so that a compiled graph holds for all of them."""
         self.dropped_batches = 0
         self.completed_at: int | None = None
         """Real step in which the last batch came in; the rows are as old as that."""
@@ -70,10 +86,12 @@ class Capture:
     def full(self) -> bool:
         return self.filled >= self.num_batches
 
-    def note_completion(self, step: int) -> None:
-        """Called after each real step."""
-        if self.full and self.completed_at is None:
-            self.completed_at = step
+    def after_step(self, step: int) -> None:
+        """Draw the places of the next batch's rows, or close."""
+        if not self.full:
+            self._places.uniform_(generator=self._generator)
+        elif self.completed_at is None:
+            self.completed_at, self.open = step, False
 
     @property
     def num_bytes(self) -> int:
@@ -81,18 +99,19 @@ class Capture:
 
     def record(self, x: Tensor, y: Tensor) -> None:
         """Copy sampled rows of ``x`` and ``y`` now, and of ``dL/dy`` when the backward pass reaches ``y``."""
-        if self.full or not y.requires_grad:
+        if not self.open or not y.requires_grad:
             return
         conv = self.geometry.kind.channels_first
         flat_x = x.detach() if conv else x.detach().reshape(-1, x.shape[-1])
         flat_y = y.detach() if conv else y.detach().reshape(-1, y.shape[-1])
         total = flat_y.shape[0]
-        picked = torch.randperm(total, generator=self._generator)[: self.rows_per_batch]
-        cluster = picked if conv else picked // max(1, total // y.shape[0])
+        size = min(total, self.rows_per_batch)
+        # a row from each of `size` equal shares: no row twice, and the last one never past the end
+        index = ((self._shares[:size] + self._places[:size]) * (total / size)).long().clamp_(max=total - 1)
+        cluster = index if conv else index // max(1, total // y.shape[0])
         if self.geometry.sample_axis == 1:  # sequence first: rows of one sample lie a batch apart
-            cluster = picked % y.shape[1]
-        index = picked.to(y.device)
-        kept_x, kept_y, cluster = flat_x[index], flat_y[index], cluster.to(y.device)
+            cluster = index % y.shape[1]
+        kept_x, kept_y = flat_x[index], flat_y[index]
 
         def read(g: Tensor) -> None:
             if self.full:

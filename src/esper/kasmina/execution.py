@@ -299,7 +299,7 @@ class Kasmina:
         """Read and reset what the hooks counted since the last real step; note which captures are complete."""
         for name, site in self.sites.items():
             if site.capture is not None:
-                site.capture.note_completion(step)
+                site.capture.after_step(step)
             calls, rows, samples = site.take_counts()
             if calls:
                 self.rows_per_step[name] = rows

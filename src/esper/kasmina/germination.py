@@ -290,7 +290,10 @@ class Nursery:
             batches=config.batches,
             max_bytes=config.max_bytes // max(capturing, len(self.sites)),
         )
-        return Capture(site.geometry, num_batches=config.batches, rows_per_batch=per_batch, generator=self.generator)
+        return Capture(
+            site.geometry, num_batches=config.batches, rows_per_batch=per_batch, generator=self.generator,
+            device=self.plans[name].weight.device,
+        )  # fmt: skip
 
 
 def _start_refusal(start: str, blueprint: str, site: Site) -> str | None:

@@ -20,6 +20,7 @@ from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import forward_flops
 from esper.protocol import AnyEvent, ArmFinished, Germinated, HeldOut, Lifecycle, TrainLoss, Transitioned
 from esper.runs.hosts import widen
+from esper.runs.interrupt import obey
 from esper.runs.options import RunOptions
 from esper.runs.preset import Preset
 from esper.runs.presets import make_preset
@@ -130,6 +131,7 @@ def _loop(
         with undisturbed(model):
             per_step = 3.0 * forward_flops(model, lambda: preset.loss(model, batch))
     for step in range(cell.steps):
+        obey()
         for group in optimizer.param_groups:
             group["lr"] = cell.lr * preset.schedule(step / cell.steps)
         batch = preset.train_batch(cell.seed, step)

@@ -1,0 +1,121 @@
+"""On a GPU: no training step waits for the device, and CUDA graphs hold (``make test-gpu``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.models import CONV, DEVICE, MLP, TRANSFORMER, Task, mse, same_bits
+from tests.rigs import EVERY, QUICK, Rig, attach
+
+import esper
+from esper.protocol import Lifecycle
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(DEVICE.type != "cuda", reason="runs on a GPU: make test-gpu"),
+]
+INTERVAL = 20
+TASKS = pytest.mark.parametrize("task", [MLP, CONV, TRANSFORMER], ids=str)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever would wait for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def rig_for(task: Task, batches: int = 4) -> Rig:
+    return attach(
+        task.build(), batches=task.batches(10), held_out=task.batches(16, seed=7), interval=INTERVAL, telemetry=EVERY,
+        capture=esper.CaptureConfig(batches=batches, rows=4096, timeout=10_000, max_age=10_000),
+        graft=replace(QUICK["graft"], ramp_steps=200, timeout=400),
+    )  # fmt: skip
+
+
+def between_decisions(rig: Rig) -> None:
+    """Train up to a decision, then nearly to the next without waiting once."""
+    rig.train(INTERVAL - rig.turn % INTERVAL + 1)
+    torch.cuda.synchronize()
+    with no_waiting():
+        rig.train(INTERVAL - 3)
+
+
+def test_the_check_itself_notices() -> None:
+    with no_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
+        torch.zeros((), device=DEVICE).item()
+
+
+@TASKS
+def test_dormant_with_telemetry_every_step(task: Task) -> None:
+    between_decisions(rig_for(task))
+
+
+@TASKS
+def test_capturing(task: Task) -> None:
+    rig = rig_for(task, batches=100)
+    cohort = rig.germinate(start="negative_gradient")
+    between_decisions(rig)
+    assert cohort.state in (Lifecycle.GERMINATED, Lifecycle.TRAINING)
+    captures = [site.capture for site in rig.grower.kasmina.sites.values()]
+    assert all(capture is not None and capture.filled > INTERVAL for capture in captures)
+
+
+@TASKS
+def test_grafting(task: Task) -> None:
+    rig = rig_for(task)
+    cohort = rig.until(rig.germinate(start="negative_gradient"), Lifecycle.GRAFTING)
+    between_decisions(rig)
+    assert cohort.state is Lifecycle.GRAFTING
+
+
+@TASKS
+def test_cuda_graphs(task: Task) -> None:
+    """``mode="reduce-overhead"`` replays a hooked model with what it computes eagerly, before and after a graft."""
+    rig = rig_for(task)
+    compiled = torch.compile(rig.model.eval(), mode="reduce-overhead")
+    x, _ = rig.batches[0]
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            torch.compiler.cudagraph_mark_step_begin()
+            results = [compiled(x).clone() for _ in range(4)]
+            assert all(same_bits(results[-1], result) for result in results[1:])
+            return rig.model(x), results[-1]
+
+    plain, replayed = both()
+    torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
+    rig.model.train()
+    rig.until(rig.germinate(start="negative_gradient"), Lifecycle.GRAFTING)
+    rig.train(30)
+    rig.model.eval()
+    grafted, replayed = both()
+    assert not torch.equal(grafted, plain)
+    torch.testing.assert_close(replayed, grafted, rtol=1e-4, atol=1e-5)
+
+
+def test_training_with_cuda_graphs() -> None:
+    """A compiled, graph-replayed training step takes the course of the eager one."""
+    ends = []
+    for compile_it in (False, True):
+        torch.manual_seed(3)
+        rig = rig_for(MLP)
+        model = torch.compile(rig.model, mode="reduce-overhead") if compile_it else rig.model
+        losses = []
+        for x, wanted in rig.batches * 6:
+            torch.compiler.cudagraph_mark_step_begin()
+            loss = mse(model, (x, wanted))
+            loss.backward()
+            rig.optimizer.step()
+            rig.optimizer.zero_grad()
+            rig.grower.step(loss)
+            losses.append(float(loss.detach()))
+        ends.append(torch.tensor(losses))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-4)
