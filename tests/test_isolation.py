@@ -138,7 +138,7 @@ def test_captured_rows_are_copies_of_what_the_host_saw() -> None:
     found = capture.rows()
     assert found.g.shape == (32, 12) and found.batch.unique().numel() == 2
     for batch in (0, 1):
-        assert found.g[found.batch == batch].square().mean().sqrt() == pytest.approx(1.0, rel=1e-5)
+        assert float(found.g[found.batch == batch].square().mean().sqrt()) == pytest.approx(1.0, rel=1e-5)
 
 
 def test_loss_scale_and_accumulation_do_not_change_what_is_captured() -> None:

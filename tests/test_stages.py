@@ -127,9 +127,46 @@ def accepted(rig: Rig, *, holds: bool) -> None:
     """Let judgements say yes, and the look after fine-tuning ``holds``."""
     result = paired_difference([0.1, 0.2, 0.3])
     verdict = Judgement(result, 100.0, 41.0, 0.01, 16, Gate("evidence", True, "accepted"))
-    rig.grower.judge.evaluate = lambda cohort, members: verdict  # type: ignore[method-assign]
+    rig.grower.judge.evaluate = lambda cohort, members, **_: verdict  # type: ignore[method-assign]
     gate = Gate("hold", holds, "still there" if holds else "the gain is gone")
     rig.grower.judge.hold = lambda cohort, members, **_: (result, gate)  # type: ignore[method-assign]
+
+
+def test_an_unproven_gain_sends_a_cohort_back_to_learn() -> None:
+    rig = attach(Pair())
+    result = paired_difference([0.1, 0.2, 0.3])
+    gates = iter([Gate("evidence", False, "undecided, it learns on"), Gate("evidence", True, "accepted")])
+    asked: list[bool] = []
+
+    def evaluate(cohort: int, members: object, *, further: bool) -> Judgement:
+        asked.append(further)
+        gate = next(gates)
+        return Judgement(result, 30.0, 41.0, 0.01, 16, gate, len(asked), not gate.passed)
+
+    rig.grower.judge.evaluate = evaluate  # type: ignore[method-assign]
+    cohort = rig.until(rig.germinate(), Lifecycle.EVALUATING)
+    rig.until(cohort, Lifecycle.GRAFTING)
+    assert cohort.alpha == 1.0, "it stays in the forward pass at full strength"
+    before = rig.bank(cohort).params["w2"].clone()
+    rig.train(2)
+    assert not torch.equal(before, rig.bank(cohort).params["w2"]), "it learns on"
+    rig.until(cohort, Lifecycle.FINE_TUNING)
+    assert asked == [True, True]
+    moves = [(e.source.name, e.target.name) for e in rig.events if isinstance(e, Transitioned)]
+    assert moves.count(("STABILIZATION", "EVALUATING")) == 2 and ("EVALUATING", "GRAFTING") in moves
+
+
+def test_no_further_look_where_no_time_is_left() -> None:
+    rig = attach(Pair(), total_steps=20)
+    asked: list[bool] = []
+
+    def evaluate(cohort: int, members: object, *, further: bool) -> Judgement:
+        asked.append(further)
+        return Judgement(paired_difference([0.1, 0.2]), 1.0, 41.0, 1.0, 16, Gate("evidence", False, "no"))
+
+    rig.grower.judge.evaluate = evaluate  # type: ignore[method-assign]
+    rig.until(rig.germinate(), Lifecycle.CULLED)
+    assert asked == [False]
 
 
 def test_a_gain_that_goes_while_fine_tuning_is_culled() -> None:

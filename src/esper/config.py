@@ -202,6 +202,8 @@ class EvidenceConfig:
     """False discovery rate over all cohorts of a run."""
     confirm_level: float = 0.05
     """Level of the single confirmation."""
+    looks: int = 3
+    """Most times a cohort is judged: while it shows a gain that is not proven yet, it learns on and is judged again."""
     calibration_share: float = 0.2
     """Share of the held-out batches that fix scales before a test starts."""
     confirm_share: float = 0.3
@@ -231,6 +233,7 @@ class EvidenceConfig:
 
     def __post_init__(self) -> None:
         self._check_trials()
+        _check(self.looks >= 1, "evidence.looks must be at least 1", self.looks, "use 3")
         _check(0 < self.fdr < 1, "evidence.fdr must lie between 0 and 1", self.fdr, "use 0.05")
         _check(
             0 < self.confirm_level < 1, "evidence.confirm_level must lie between 0 and 1", self.confirm_level, "0.05"

@@ -147,7 +147,7 @@ class Stages:
 
     def _evaluating(self, cohort: Cohort, step: int) -> None:
         before = self.ledger.spent["evidence"]
-        judged = self.judge.evaluate(cohort.number, cohort.sites)
+        judged = self.judge.evaluate(cohort.number, cohort.sites, further=self._another_look_fits(step))
         cohort.gain_shrunken = self._shrunken(judged.result)
         self._note_gain(cohort, judged.result)
         self.emit(
@@ -157,13 +157,21 @@ class Stages:
                 e_value=judged.e_value, e_threshold=judged.threshold, confirm_p=judged.confirm_p,
                 num_batches=judged.num_batches, accepted=judged.gate.passed, added_params=cohort.added_params,
                 added_flops_share=cohort.added_flops_share, flops=self.ledger.spent["evidence"] - before,
-                reason=judged.gate.reason,
+                reason=judged.gate.reason, look=judged.look, undecided=judged.undecided,
             )
         )  # fmt: skip
         if judged.gate.passed:
             self._move(cohort, Lifecycle.FINE_TUNING, step, judged.gate.reason)
+        elif judged.undecided:
+            self._move(cohort, Lifecycle.GRAFTING, step, judged.gate.reason)
         else:
             self.end(cohort, Lifecycle.CULLED, step, judged.gate.reason)
+
+    def _another_look_fits(self, step: int) -> bool:
+        """Whether a cohort that learns on from here could still become permanent before the planned end."""
+        graft, total = self.config.graft, self.config.total_steps
+        needed = graft.ramp_steps + graft.settle_steps + graft.stabilize_steps + graft.fine_tune_steps
+        return total is None or step + needed < total
 
     def _fine_tuning(self, cohort: Cohort, step: int) -> None:
         if step - cohort.entered >= self.config.graft.fine_tune_steps:

@@ -56,7 +56,12 @@ class Trial:
         return judge
 
     def judgement(self, *, control: str = "projected", seed: int = 0) -> Judgement:
-        return self.judge(control=control, seed=seed).evaluate(COHORT, [self.site])
+        """Looked at until it is decided, as in a run (but it does not learn in between)."""
+        judge = self.judge(control=control, seed=seed)
+        while True:
+            judged = judge.evaluate(COHORT, [self.site], further=True)
+            if not judged.undecided:
+                return judged
 
 
 def mean_squared_error(model: nn.Module, batch: Batch) -> Tensor:

@@ -75,6 +75,47 @@ def test_one_nan_among_the_gate_batches_refuses_too(trial: Trial) -> None:
     assert not judge.evaluate(COHORT, [trial.site]).gate.passed
 
 
+def _strict(trial: Trial, looks: int = 3) -> Judge:
+    """A judge whom no cohort satisfies."""
+    judge = trial.judge()
+    return Judge(judge.evaluator, judge.sites, EvidenceConfig(fdr=1e-12, looks=looks), seed=0)
+
+
+def test_looks_share_one_e_value(trial: Trial) -> None:
+    judge, whole = _strict(trial), _strict(trial, looks=1).evaluate(COHORT, [trial.site], further=True)
+    assert whole.look == 1 and not whole.undecided and whole.e_value > 1e3
+    looks = [judge.evaluate(COHORT, [trial.site], further=True) for _ in range(3)]
+    assert [judged.look for judged in looks] == [1, 2, 3]
+    assert [judged.undecided for judged in looks] == [True, True, False]
+    # the branch did not change in between, so each look finds the same: weights 1/2, 1/4, 1/4
+    expected = [share * whole.e_value for share in (0.5, 0.75, 1.0)]
+    assert [judged.e_value for judged in looks] == pytest.approx(expected, rel=1e-3)
+    assert not any(judged.gate.passed for judged in looks) and judge.fdr.num_tests == 1
+    assert judge.evaluate(COHORT, [trial.site], further=True).look == 1, "the next test begins anew"
+
+
+def test_without_time_for_more_a_look_counts_in_full(trial: Trial) -> None:
+    judge = _strict(trial)
+    first = judge.evaluate(COHORT, [trial.site], further=True)
+    last = judge.evaluate(COHORT, [trial.site], further=False)
+    assert not last.undecided and last.e_value == pytest.approx(2 * first.e_value, rel=1e-3)
+
+
+def test_a_test_that_was_begun_counts_when_its_cohort_goes(trial: Trial) -> None:
+    judge = _strict(trial)
+    assert judge.evaluate(COHORT, [trial.site], further=True).undecided
+    assert judge.fdr.num_tests == 0
+    judge.forget(COHORT)
+    judge.forget(COHORT)
+    assert (judge.fdr.num_tests, judge.fdr.num_rejected) == (1, 0)
+
+
+def test_no_gain_is_not_looked_at_again() -> None:
+    null = NULLS["noise_targets"](1)
+    judged = _strict(null).evaluate(COHORT, [null.site], further=True)
+    assert judged.result.mean <= 0 and not judged.undecided
+
+
 def _fingerprint(trial: Trial) -> dict[str, Any]:
     here = trial.kasmina.sites[trial.site]
     bank = here.banks[COHORT]

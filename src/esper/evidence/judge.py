@@ -38,6 +38,10 @@ class Judgement:
     confirm_p: float
     num_batches: int
     gate: Gate
+    look: int = 1
+    """Which look at the cohort this was."""
+    undecided: bool = False
+    """The gate is not passed, but there is a gain, and a later look may prove it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Judge:
         self.calibration = splits.calibration
         self._turn = 0
         self._before: dict[int, HostBefore] = {}
+        self._earlier: dict[int, list[float]] = {}
+        """Weighted e-values of the looks so far at cohorts that are not decided yet."""
         # all of a small split each time: half of a handful of batches confirms nothing
         window = min(len(splits.confirm), max(_CONFIRM_BATCHES, len(splits.confirm) // 2))
         self.confirm = Rotation(splits.confirm, window)
@@ -77,43 +83,71 @@ class Judge:
             self._before[cohort] = HostBefore(self.evaluator.model, self.sites, cohort)
 
     def forget(self, cohort: int) -> None:
-        """Called when a cohort has ended."""
+        """Called when a cohort has ended. A test that was begun counts, also if nobody waits for its result."""
         self._before.pop(cohort, None)
+        if self._earlier.pop(cohort, None) is not None:
+            self.fdr.record(False)
 
     # ---------------------------------------------------------------------------------------------- the tests
 
-    def evaluate(self, cohort: int, members: Sequence[str]) -> Judgement:
-        """The acceptance test: an e-process over gate batches, then one confirmation on batches of its own."""
+    def evaluate(self, cohort: int, members: Sequence[str], *, further: bool = False) -> Judgement:
+        """The acceptance test: an e-process over gate batches, then one confirmation on batches of its own.
+
+        A cohort is looked at up to ``looks`` times, while it learns on in between. The e-values of its looks are added
+        with weights of 1/2, 1/4, ... whose sum is 1: their sum is an e-value however the looks depend on each other
+        (Vovk and Wang, "E-values: calibration, combination and applications", Annals of Statistics 49(3), 2021).
+
+        Parameters
+        ----------
+        further:
+            Whether there is time for another look. It must not depend on what was measured.
+        """
         if self.config.accept == "always":
             return Judgement(paired_difference([]), NAN, NAN, NAN, 0, _UNJUDGED)
         control = self._control(cohort, members)
         calibration = self._differences(control, self.calibration)
         if not np.isfinite(calibration).all():
-            return self._refusal("the loss on a calibration batch is not finite; check evaluate= and the model")
-        scale = robust_scale(calibration)
-        process = PairedEProcess(scale, self.config.min_gain)
-        threshold = self.fdr.threshold()
-        seen: list[float] = []
-        for block in _blocks(self._gate_batches()):
-            for difference in self._differences(control, block):
-                seen.append(difference)
-                process.update(difference)
-            if process.peak >= threshold:  # a test that may stop at any time has crossed its line
-                break
-        result, confirm_p = paired_difference(seen), NAN
-        if process.peak >= threshold:
+            return self._refusal(cohort, "the loss on a calibration batch is not finite; check evaluate= and the model")
+        earlier = self._earlier.get(cohort, [])
+        look, threshold = len(earlier) + 1, self.fdr.threshold()
+        further = further and look < self.config.looks
+        weight = 2.0**-look if further else 2.0 ** (1 - look)
+        process = PairedEProcess(robust_scale(calibration), self.config.min_gain)
+        seen, capital = self._bet(control, process, needed=(threshold - sum(earlier)) / weight)
+        e_value, result, confirm_p = sum(earlier) + weight * capital, paired_difference(seen), NAN
+        crossed = capital >= (threshold - sum(earlier)) / weight
+        undecided = not crossed and further and not process.refused and result.mean > self.config.min_gain
+        if undecided:
+            self._earlier[cohort] = [*earlier, weight * capital]
+            reason = f"undecided, it learns on: gain {result.mean:.4g}, e-value {e_value:.4g} of {threshold:.4g}"
+            gate = Gate("evidence", False, f"{reason}, look {look} of {self.config.looks}")
+            return Judgement(result, e_value, threshold, NAN, len(seen), gate, look, True)
+        if crossed:
             result = paired_difference(self._differences(control, self.confirm.take()), min_gain=self.config.min_gain)
             confirm_p = result.p_one_sided
         gate = evidence_gate(
-            e_value=process.peak,
-            threshold=threshold,
-            confirm_p=confirm_p if process.peak >= threshold else 1.0,
-            level=self.config.confirm_level,
-            gain=result.mean,
-            min_gain=self.config.min_gain,
-        )
-        self.fdr.record(gate.passed)
-        return Judgement(result, process.peak, threshold, confirm_p, len(seen), gate)
+            e_value=e_value, threshold=threshold, confirm_p=confirm_p if crossed else 1.0,
+            level=self.config.confirm_level, gain=result.mean, min_gain=self.config.min_gain,
+        )  # fmt: skip
+        self._decided(cohort, gate.passed)
+        return Judgement(result, e_value, threshold, confirm_p, len(seen), gate, look)
+
+    def _bet(self, control: _Control, process: PairedEProcess, *, needed: float) -> tuple[list[float], float]:
+        """Differences on the gate batches, and the capital where it first reaches ``needed``, or at the end."""
+        seen: list[float] = []
+        capital = 1.0
+        for block in _blocks(self._gate_batches()):
+            for difference in self._differences(control, block):
+                seen.append(difference)
+                if capital < needed:  # a test that may stop at any time stops where it crosses its line
+                    capital = process.update(difference)
+            if capital >= needed:
+                break
+        return seen, capital
+
+    def _decided(self, cohort: int, accepted: bool) -> None:
+        self._earlier.pop(cohort, None)
+        self.fdr.record(accepted)
 
     def hold(
         self, cohort: int, members: Sequence[str], *, held_out: float, flops_share: float
@@ -189,10 +223,10 @@ class Judge:
         self._turn += 1
         return gate[start:] + gate[:start]
 
-    def _refusal(self, reason: str) -> Judgement:
-        threshold = self.fdr.threshold()
-        self.fdr.record(False)
-        return Judgement(paired_difference([]), NAN, threshold, NAN, 0, Gate("evidence", False, reason))
+    def _refusal(self, cohort: int, reason: str) -> Judgement:
+        threshold, look = self.fdr.threshold(), len(self._earlier.get(cohort, [])) + 1
+        self._decided(cohort, False)
+        return Judgement(paired_difference([]), NAN, threshold, NAN, 0, Gate("evidence", False, reason), look)
 
     def _differences(self, control: _Control, indices: Sequence[int]) -> list[float]:
         """Loss without minus loss with, batch by batch; the smaller one where two hosts are asked."""

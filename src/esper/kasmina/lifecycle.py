@@ -52,13 +52,15 @@ _WITHDRAW = {Lifecycle.CANCELLED: "command", Lifecycle.ROLLED_BACK: "guard"}
 """Open to every active seed. A capture that runs out of time is cancelled by the system."""
 
 _S = Lifecycle
+_REJECT = {_S.CULLED: "evidence", **_WITHDRAW}
 TABLE: tuple[StateRow, ...] = (
     StateRow(_S.DORMANT, "no", "none", {_S.GERMINATED: "germination"}),
     StateRow(_S.GERMINATED, "no", "none", {_S.TRAINING: "capture", **_WITHDRAW}),
     StateRow(_S.TRAINING, "no", "captured", {_S.GRAFTING: "sanity", _S.CULLED: "sanity", **_WITHDRAW}),
     StateRow(_S.GRAFTING, "slot", "task", {_S.STABILIZATION: "ramp", _S.CULLED: "ramp", **_WITHDRAW}),
     StateRow(_S.STABILIZATION, "slot", "none", {_S.EVALUATING: "stability", _S.CULLED: "stability", **_WITHDRAW}),
-    StateRow(_S.EVALUATING, "slot", "none", {_S.FINE_TUNING: "evidence", _S.CULLED: "evidence", **_WITHDRAW}),
+    # back to GRAFTING: a gain that is not proven yet; the branch learns on and is judged again
+    StateRow(_S.EVALUATING, "slot", "none", {_S.FINE_TUNING: "evidence", _S.GRAFTING: "evidence"} | _REJECT),
     StateRow(_S.FINE_TUNING, "slot", "task", {_S.FOSSILIZED: "hold", _S.CULLED: "hold", **_WITHDRAW}),
     StateRow(_S.FOSSILIZED, "annex", "task", {}),
     StateRow(_S.CULLED, "fading", "none", {}),

@@ -124,6 +124,10 @@ class Judged(Event, frozen=True, kw_only=True, tag="judged"):
     added_flops_share: float
     flops: float
     reason: str
+    look: int = 1
+    """Which look at the cohort this was, for ``evaluate``."""
+    undecided: bool = False
+    """Not accepted, but not rejected either: it learns on and is judged again."""
 
 
 class TwinScored(Event, frozen=True, kw_only=True, tag="twin_scored"):

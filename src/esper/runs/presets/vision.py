@@ -17,8 +17,8 @@ from esper.errors import DataError
 from esper.runs.preset import Preset, batch_generator
 
 _SIZES: dict[str, dict[str, Any]] = {
-    "gpu": {"trunk": (64, 128, 256), "batch": 512, "judge": 128, "steps": 900, "lrs": (0.2, 0.4, 0.8)},
-    "cpu": {"trunk": (8, 16, 32), "batch": 32, "judge": 32, "steps": 300, "lrs": (0.05, 0.1, 0.2)},
+    "gpu": {"trunk": (64, 128, 256), "batch": 512, "judge": 32, "steps": 900, "lrs": (0.2, 0.4, 0.8)},
+    "cpu": {"trunk": (8, 16, 32), "batch": 32, "judge": 16, "steps": 300, "lrs": (0.05, 0.1, 0.2)},
 }
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -104,7 +104,7 @@ class Vision(Preset):
         return torch.where(flipped[:, None, None, None], x.flip(3), x), self.y[index]
 
     def held_out(self) -> list[Any]:
-        size = min(self.size["judge"], len(self.held_x) // 16)  # a handful of batches could accept nothing
+        size = min(self.size["judge"], len(self.held_x) // 16)  # many small batches: an e-process bets on each
         return list(zip(self.held_x.split(size), self.held_y.split(size), strict=True))
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -130,7 +130,7 @@ class Vision(Preset):
 
     def config(self, steps: int) -> Config:
         return Config(
-            graft=GraftConfig(ramp_steps=20, warmup_steps=20, stabilize_steps=10),
+            graft=GraftConfig(ramp_steps=20, warmup_steps=20, settle_steps=steps // 12, stabilize_steps=10),
             evidence=EvidenceConfig(),
             tamiyo=TamiyoConfig(first=max(10, steps // 16), growth=1.0, last_share=0.4, min_gain_per_cost=0.01),
             total_steps=steps,
