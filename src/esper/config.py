@@ -219,6 +219,8 @@ class EvidenceConfig:
     """Calibration rows for fitting the projected control."""
     min_gain_per_cost: float = 0.0
     """Smallest relative gain per relative FLOPs at which a branch may become permanent."""
+    tolerated_harm: float = 0.01
+    """What becomes permanent must not raise the held-out loss by more than this share of it, at 95% confidence."""
     held_out_batches: int = 4
     """Gate batches behind the held-out curve."""
     twin_share: float = 0.0
@@ -233,6 +235,7 @@ class EvidenceConfig:
 
     def __post_init__(self) -> None:
         self._check_trials()
+        _check(self.tolerated_harm >= 0, "evidence.tolerated_harm must be at least 0", self.tolerated_harm, "0.01")
         _check(self.looks >= 1, "evidence.looks must be at least 1", self.looks, "use 3")
         _check(0 < self.fdr < 1, "evidence.fdr must lie between 0 and 1", self.fdr, "use 0.05")
         _check(

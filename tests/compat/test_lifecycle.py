@@ -35,12 +35,14 @@ GOOD: dict[tuple[E, E], dict[str, Any]] = {
     (E.EVALUATING, E.FINE_TUNING): {
         "e_value": 50.0, "threshold": 41.0, "confirm_p": 0.01, "level": 0.05, "gain": 0.1,
     },
-    (E.FINE_TUNING, E.FOSSILIZED): {"gain_p": 0.01, "level": 0.05, "gain_per_cost": 1.0, "min_gain_per_cost": 0.0},
+    (E.FINE_TUNING, E.FOSSILIZED): {
+        "gain": 0.1, "harm": -0.05, "tolerated_harm": 0.01, "gain_per_cost": 1.0, "min_gain_per_cost": 0.0,
+    },
 }  # fmt: skip
 """The way of a seed that is kept, with metrics that every gate accepts."""
 BAD = {
     E.TRAINING: {"t_statistic": 0.1}, E.GRAFTING: {"alpha": 0.5}, E.STABILIZATION: {"steps": 1},
-    E.EVALUATING: {"gain": -0.1}, E.FINE_TUNING: {"gain_p": float("nan")},
+    E.EVALUATING: {"gain": -0.1}, E.FINE_TUNING: {"gain": float("nan")},
 }  # fmt: skip
 """What makes the gate of a state refuse."""
 
@@ -87,7 +89,7 @@ def test_named_validators() -> None:
     assert manager.validate_positive_eval(**evaluation).passed
     assert not manager.validate_negative_eval(**evaluation).passed
     assert manager.validate_negative_eval(**{**evaluation, "gain": None}).passed
-    assert manager.validate_failure(**{**hold, "gain_p": 0.5}).passed
+    assert manager.validate_failure(**{**hold, "gain": -0.5}).passed
     assert manager.user_cancellation(reason="operator").reason == "operator"
     assert manager.emergency_rollback().passed
 

@@ -156,7 +156,10 @@ PASSING: dict[str, tuple[Callable[..., Gate], dict[str, Any]]] = {
         evidence_gate,
         {"e_value": 20.0, "threshold": 20.0, "confirm_p": 0.05, "level": 0.05, "gain": 0.01, "min_gain": 0.0},
     ),
-    "hold": (hold_gate, {"gain_p": 0.05, "level": 0.05, "gain_per_cost": 0.02, "min_gain_per_cost": 0.02}),
+    "hold": (
+        hold_gate,
+        {"gain": 0.001, "harm": 0.01, "tolerated_harm": 0.01, "gain_per_cost": 0.02, "min_gain_per_cost": 0.02},
+    ),
 }
 NO_CEILING = {("germination", "budget_params"), ("germination", "budget_flops")}
 
@@ -212,7 +215,8 @@ def test_a_missing_or_non_finite_metric_or_bound_refuses(name: str, argument: st
         ("evidence", "confirm_p", 0.051),
         ("evidence", "confirm_p", -1),
         ("evidence", "gain", 0.0),
-        ("hold", "gain_p", 0.0500001),
+        ("hold", "gain", 0.0),
+        ("hold", "harm", 0.0101),
         ("hold", "gain_per_cost", 0.019),
     ],
 )

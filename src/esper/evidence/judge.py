@@ -116,12 +116,6 @@ class Judge:
         seen, capital = self._bet(control, process, needed=(threshold - sum(earlier)) / weight)
         e_value, result, confirm_p = sum(earlier) + weight * capital, paired_difference(seen), NAN
         crossed = capital >= (threshold - sum(earlier)) / weight
-        undecided = not crossed and further and not process.refused and result.mean > self.config.min_gain
-        if undecided:
-            self._earlier[cohort] = [*earlier, weight * capital]
-            reason = f"undecided, it learns on: gain {result.mean:.4g}, e-value {e_value:.4g} of {threshold:.4g}"
-            gate = Gate("evidence", False, f"{reason}, look {look} of {self.config.looks}")
-            return Judgement(result, e_value, threshold, NAN, len(seen), gate, look, True)
         if crossed:
             result = paired_difference(self._differences(control, self.confirm.take()), min_gain=self.config.min_gain)
             confirm_p = result.p_one_sided
@@ -129,8 +123,15 @@ class Judge:
             e_value=e_value, threshold=threshold, confirm_p=confirm_p if crossed else 1.0,
             level=self.config.confirm_level, gain=result.mean, min_gain=self.config.min_gain,
         )  # fmt: skip
-        self._decided(cohort, gate.passed)
-        return Judgement(result, e_value, threshold, confirm_p, len(seen), gate, look)
+        undecided = not gate.passed and further and not process.refused and result.mean > self.config.min_gain
+        if undecided:
+            self._earlier[cohort] = [*earlier, weight * capital]
+            reason = f"undecided after look {look} of {self.config.looks}, it learns on: {gate.reason}"
+            gate = Gate("evidence", False, reason)
+        else:
+            self._earlier.pop(cohort, None)
+            self.fdr.record(gate.passed)
+        return Judgement(result, e_value, threshold, confirm_p, len(seen), gate, look, undecided)
 
     def _bet(self, control: _Control, process: PairedEProcess, *, needed: float) -> tuple[list[float], float]:
         """Differences on the gate batches, and the capital where it first reaches ``needed``, or at the end."""
@@ -145,19 +146,15 @@ class Judge:
                 break
         return seen, capital
 
-    def _decided(self, cohort: int, accepted: bool) -> None:
-        self._earlier.pop(cohort, None)
-        self.fdr.record(accepted)
-
     def hold(
         self, cohort: int, members: Sequence[str], *, held_out: float, flops_share: float
     ) -> tuple[PairedResult, Gate]:
         """Is the gain still there after fine-tuning, and worth its cost? Half the gate batches, or all of them.
 
-        A one-sided test at ``confirm_level``: that the cohort helps was decided at a controlled false discovery rate
-        before, and a second, harder test would throw proven cohorts away (docs/decisions/0007). All gate batches are
-        looked at where half of them leave it open. ``held_out`` is the loss that the gain is relative to,
-        ``flops_share`` the forward FLOPs the cohort adds.
+        The gain must be above zero, and harm beyond ``tolerated_harm`` excluded: that the cohort helps was decided at a
+        controlled false discovery rate before, and asking for the proof twice throws proven cohorts away
+        (docs/decisions/0015). All gate batches are looked at where half of them leave it open. ``held_out`` is the loss
+        that the gain is relative to, ``flops_share`` the forward FLOPs the cohort adds.
         """
         if self.config.accept == "always":
             return paired_difference([]), _UNJUDGED
@@ -169,9 +166,10 @@ class Judge:
             result = paired_difference(seen)
             if result.p_one_sided <= self.config.confirm_level:
                 break
-        per_cost = result.mean / abs(held_out) / max(flops_share, 1e-9) if held_out else NAN
+        share = 1 / abs(held_out) if held_out else NAN
         gate = hold_gate(
-            gain_p=result.p_one_sided, level=self.config.confirm_level, gain_per_cost=per_cost,
+            gain=result.mean, harm=-result.low * share, tolerated_harm=self.config.tolerated_harm,
+            gain_per_cost=result.mean * share / max(flops_share, 1e-9),
             min_gain_per_cost=self.config.min_gain_per_cost,
         )  # fmt: skip
         return result, gate
@@ -225,7 +223,8 @@ class Judge:
 
     def _refusal(self, cohort: int, reason: str) -> Judgement:
         threshold, look = self.fdr.threshold(), len(self._earlier.get(cohort, [])) + 1
-        self._decided(cohort, False)
+        self._earlier.pop(cohort, None)
+        self.fdr.record(False)
         return Judgement(paired_difference([]), NAN, threshold, NAN, 0, Gate("evidence", False, reason), look)
 
     def _differences(self, control: _Control, indices: Sequence[int]) -> list[float]:

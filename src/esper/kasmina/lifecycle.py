@@ -385,10 +385,17 @@ def evidence_gate(
     )
 
 
-def hold_gate(*, gain_p: Number, level: Number, gain_per_cost: Number, min_gain_per_cost: Number) -> Gate:
-    """FINE_TUNING -> FOSSILIZED: the gain is still there (one-sided p-value) and worth its cost."""
+def hold_gate(
+    *, gain: Number, harm: Number, tolerated_harm: Number, gain_per_cost: Number, min_gain_per_cost: Number
+) -> Gate:
+    """FINE_TUNING -> FOSSILIZED: the gain is still there, harm is excluded, and it is worth its cost.
+
+    ``gain`` is in units of the loss. ``harm`` is the lower end of the gain's 95% interval with its sign turned, as a
+    share of the loss: what is not excluded.
+    """
     return _judge(
         "hold",
-        _Rule("p-value of the gain", gain_p, "at most", level, "", least=0),
+        _Rule("gain", gain, "above", 0.0, ""),
+        _Rule("harm that is not excluded, as a share of the loss,", harm, "at most", tolerated_harm, ""),
         _Rule("gain per cost", gain_per_cost, "at least", min_gain_per_cost, ""),
     )
