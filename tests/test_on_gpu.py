@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +13,7 @@ from tests.models import CONV, DEVICE, MLP, TRANSFORMER, Task, mse, same_bits
 from tests.rigs import EVERY, QUICK, Rig, attach
 
 import esper
+from esper.kasmina.ops import dispatch
 from esper.protocol import Lifecycle
 
 pytestmark = [
@@ -51,6 +53,17 @@ def between_decisions(rig: Rig) -> None:
 def test_the_check_itself_notices() -> None:
     with no_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
         torch.zeros((), device=DEVICE).item()
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("operation", dispatch.OPERATIONS)
+def test_kernels_are_taken_whatever_precision_the_host_has_chosen(operation: str, precision: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        importlib.import_module(f"esper.kasmina.ops.{operation}.agreement").check(DEVICE)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @TASKS

@@ -11,6 +11,9 @@ from esper.kasmina.ops.graft import Seats, reference, triton
 def check(device: torch.device) -> None:
     """Scattered seeds of 3 columns and one of 20, forward and backward.
 
+    The reference computes in float64: in float32 it would follow the host's choice of matrix precision (TF32), which the
+    kernels do not.
+
     Raises
     ------
     DisagreementError
@@ -33,10 +36,11 @@ def check(device: torch.device) -> None:
             g, read, gy, w1, b1, w2, alpha, seats.columns, seats.own,
             runs=seats.runs, read_runs=seats.own_runs, weights=True,
         )  # fmt: skip
-        gx, *wanted = reference.gradients(g[:, seats.flat], y[:, seats.flat], w1, b1, w2, alpha)
+        exact = [value.double() for value in (w1, b1, w2, alpha)]
+        gx, *wanted = reference.gradients(g[:, seats.flat].double(), y[:, seats.flat].double(), *exact)
         pairs = [
-            (out, reference.graft(y, w1, b1, w2, alpha, seats.flat)),
-            (gy, g.index_add(1, seats.flat, gx)),
+            (out, reference.graft(y.double(), *exact, seats.flat)),
+            (gy, g.double().index_add(1, seats.flat, gx)),
             *zip(found, wanted, strict=True),
         ]
         dispatch.agree("graft", pairs, 1e-4)
