@@ -177,11 +177,42 @@ paired.
 """
 
 
+RECIPE = """Each row changes one thing against what is shipped, with a learning rate of its own; the loss is the
+held-out one (nothing is chosen by it but learning rates), paired by seed: **bold** where the interval excludes zero.
+Positive is worse. A branch on a single layer, another blueprint or another host may order them differently."""
+
+
+def _recipe(result: dict[str, Any]) -> str:
+    lines = [
+        f"**{result['title']}** ({result['seeds']} paired seeds, shipped: held-out loss "
+        f"{_mean(result['variants']['as shipped']['held_out']):.3f}). `{result['command']}`",
+        "",
+        "| variant | loss minus shipped, 95% interval | FLOPs | kept of germinated |",
+        "|---|---|---|---|",
+    ]
+    for name, variant in result["variants"].items():
+        if name == "as shipped":
+            continue
+        low, high = variant["minus_shipped_interval"]
+        text = f"{variant['minus_shipped']:+.3f} ({low:+.3f} to {high:+.3f})"
+        settled = f"**{text}**" if low > 0 or high < 0 else text
+        kept = f"{variant['accepted']} of {variant['germinated']}"
+        lines.append(f"| {name} | {settled} | {variant['flops_ratio']:.2f}x | {kept} |")
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
 def _results_page() -> str:
     results = _results()
     parts = [INTRO, "## In short", "", _overview(results)]
     for name, result in results.items():
         parts += ["", f"## {_title(name, result)}", "", _section(name, result)]
+    parts += ["", "## Which parts of the recipe pay", "", RECIPE]
+    for path in sorted(RESULTS.glob("recipe_*.json")):
+        parts += ["", _recipe(json.loads(path.read_text(encoding="utf-8")))]
     return "\n".join(parts) + "\n"
 
 

@@ -11,8 +11,8 @@ from esper.kasmina.ops.graft import Seats, reference, triton
 def check(device: torch.device) -> None:
     """Scattered seeds of 3 columns and one of 20, forward and backward.
 
-    The reference computes in float64: in float32 it would follow the host's choice of matrix precision (TF32), which the
-    kernels do not.
+    The reference computes in float64: in float32 it would follow the host's choice of matrix precision (TF32), which
+    the kernels do not.
 
     Raises
     ------
