@@ -177,6 +177,34 @@ paired.
 """
 
 
+SIZING = """One growing run against a sweep over five widths (1 to 16 times the starting one), both with the same grid
+of learning rates on the first seed; the sweep takes the width with the lowest held-out loss. The search costs are those
+of that seed, every training of either search counted; scores are on the test split, over all seeds, paired."""
+
+
+def _sizings(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| task | chosen by the sweep | parameters: grown, sweep | score: grown, sweep | grown minus sweep "
+        "| trainings: grown, sweep | FLOPs of the search: grown / sweep |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        found = result["sizing"]
+        params, score, search = found["params"], found["score"], found["search"]
+        contrast = found["grown_minus_sweep"]
+        cells = [
+            result["title"],
+            f"{found['chosen'].removeprefix('static_x')} times the width",
+            f"{params['grown']:,}, {params['sweep']:,}",
+            f"{score['grown']:.3f}, {score['sweep']:.3f}",
+            _with_interval(contrast["score"], contrast["score_interval"], "+"),
+            f"{search['grown']['trainings']}, {search['sweep']['trainings']}",
+            f"{found['search_flops_ratio']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"`{result['command']}`  " for result in results)])
+
+
 RECIPE = """Each row changes one thing against what is shipped, with a learning rate of its own; the loss is the
 held-out one (nothing is chosen by it but learning rates), paired by seed: **bold** where the interval excludes zero.
 Positive is worse. A branch on a single layer, another blueprint or another host may order them differently."""
@@ -210,6 +238,9 @@ def _results_page() -> str:
     parts = [INTRO, "## In short", "", _overview(results)]
     for name, result in results.items():
         parts += ["", f"## {_title(name, result)}", "", _section(name, result)]
+    sizings = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("sizing_*.json"))]
+    if sizings:
+        parts += ["", "## Finding the right size", "", SIZING, "", _sizings(sizings)]
     parts += ["", "## Which parts of the recipe pay", "", RECIPE]
     for path in sorted(RESULTS.glob("recipe_*.json")):
         parts += ["", _recipe(json.loads(path.read_text(encoding="utf-8")))]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from benchmarks.training import sizing
 from benchmarks.training.protocol import ARMS, TASKS, Plan, Source, Task
 from benchmarks.training.protocol.command import command
 from benchmarks.training.protocol.task import device_of, load_all
@@ -182,6 +184,29 @@ def test_the_command_trains_sums_up_and_goes_on(
     text = out.read_text(encoding="utf-8")
     assert '"incomplete": []' in text and str(tmp_path) not in text and str(data) not in text
     assert "run.py small_rows --data FOLDER --seeds 1" in text
+
+
+@pytest.mark.integration
+def test_sizing_counts_every_training_of_either_search(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "small_rows", Task(name="small_rows", title="Small rows", make=make_small))
+    monkeypatch.setattr(sizing, "MULTIPLES", (1, 3))
+    out = tmp_path / "sizing.json"
+    words = ["small_rows", "--data", str(data), "--seeds", "2", "--steps", "20", "--workers", "0", "--lr", "1e-3"]
+    sizing.main([*words, "--lr", "2e-3", "--out", str(out)])
+    result = json.loads(out.read_text(encoding="utf-8"))
+    found, widths = result["sizing"], result["widths"]
+    assert set(widths) == {"grown", "static_x1", "static_x3"} and found["chosen"] in widths
+    sweep = [widths[name]["search"] for name in ("static_x1", "static_x3")]
+    assert found["search"]["sweep"]["trainings"] == sum(search["trainings"] for search in sweep) >= 4
+    assert found["search_flops_ratio"] == pytest.approx(
+        widths["grown"]["search"]["flops"] / sum(search["flops"] for search in sweep)
+    )
+    # three times the inner width of a net with two inner layers
+    preset = make_small(Source())
+    assert widths["static_x3"]["params"] == sum(p.numel() for p in preset.host((6, 6)).parameters())
+    assert str(tmp_path) not in out.read_text(encoding="utf-8")
 
 
 def test_gromo_grows_to_the_widths_it_is_given() -> None:
