@@ -36,7 +36,7 @@ def check(device: torch.device) -> None:
             g, read, gy, w1, b1, w2, alpha, seats.columns, seats.own,
             runs=seats.runs, read_runs=seats.own_runs, weights=True,
         )  # fmt: skip
-        exact = [value.double() for value in (w1, b1, w2, alpha)]
+        exact = (w1.double(), b1.double(), w2.double(), alpha.double())
         gx, *wanted = reference.gradients(g[:, seats.flat].double(), y[:, seats.flat].double(), *exact)
         pairs = [
             (out, reference.graft(y.double(), *exact, seats.flat)),
