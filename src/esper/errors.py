@@ -50,5 +50,9 @@ class DivergenceError(EsperError, ArithmeticError):
     """A training has left the finite numbers; nothing can be concluded from it."""
 
 
+class StateError(EsperError, ValueError):
+    """A saved state is damaged, of another version or of another run, or something cannot be part of one."""
+
+
 class EvidenceError(EsperError, ValueError):
     """A measurement that a test needs is missing, not finite or out of order."""
