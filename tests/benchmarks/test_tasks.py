@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks.training import sizing
+from benchmarks.training import recipe, sizing
 from benchmarks.training.protocol import ARMS, TASKS, Outcome, Plan, Source, Task
 from benchmarks.training.protocol.arms import static_flops
 from benchmarks.training.protocol.command import command
@@ -21,6 +21,7 @@ from torch import Tensor
 from esper.errors import ConfigError
 from esper.kasmina.isolation import undisturbed
 from esper.runs.preset import Preset
+from esper.settings import with_settings
 
 pytestmark = pytest.mark.component
 
@@ -174,6 +175,14 @@ def test_every_arm_of_esper_is_trained_counted_and_scored() -> None:
     assert done["static_final_short"].flops == pytest.approx(0.75 * done["static_final"].flops, rel=0.01)
     assert done["static_final_short"].widths == done["static_final"].widths
     assert done["grown_short"].flops < done["grown"].flops
+
+
+def test_every_variant_of_the_recipe_changes_what_is_shipped() -> None:
+    preset = make_small(Source())
+    shipped = preset.config(preset.steps)
+    changed = {label: with_settings(shipped, words) for label, words in recipe.variants(shipped).items()}
+    assert [label for label, config in changed.items() if config == shipped] == [recipe.SHIPPED]
+    assert changed["allocation: half the units"].tamiyo.growth == shipped.tamiyo.growth / 2
 
 
 def test_growing_for_three_quarters_of_the_final_shapes_flops() -> None:
