@@ -180,7 +180,10 @@ def test_every_arm_of_esper_is_trained_counted_and_scored() -> None:
 def test_every_variant_of_the_recipe_changes_what_is_shipped() -> None:
     preset = make_small(Source())
     shipped = preset.config(preset.steps)
-    changed = {label: with_settings(shipped, words) for label, words in recipe.variants(shipped).items()}
+    changed = {
+        label: with_settings(shipped, dict(word.split("=", 1) for word in words))
+        for label, words in recipe.variants(shipped).items()
+    }
     assert [label for label, config in changed.items() if config == shipped] == [recipe.SHIPPED]
     assert changed["allocation: half the units"].tamiyo.growth == shipped.tamiyo.growth / 2
 
