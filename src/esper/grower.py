@@ -39,7 +39,7 @@ from esper.kasmina.execution import Kasmina
 from esper.kasmina.host import HostClock, read_loss
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import Ledger, forward_flops
-from esper.kasmina.preconditions import check_choices, check_host
+from esper.kasmina.preconditions import check_choices, check_host, check_optimizers
 from esper.protocol import (
     Absorbed,
     AnyEvent,
@@ -116,14 +116,14 @@ class Grower:
         self.controller = controller or make_controller(
             self.config.tamiyo.controller, self.config.tamiyo, seed=self.config.seed
         )
-        single = isinstance(optimizer, Optimizer)
+        optimizers, single = check_optimizers(optimizer), isinstance(optimizer, Optimizer)
         self._train_step = plain_step(loss) if train_step is None else as_given(train_step, single=single)
         self._audit = audit
         self._evaluator = Evaluator.of(model, loss, evaluate, self.config.evidence, seed=self.config.seed)
         with undisturbed(model):
             self.discovery = discover(model, self._evaluator.run_one, self.config.sites)
             probe_flops = forward_flops(model, self._evaluator.run_one)
-        self._attach([optimizer] if isinstance(optimizer, Optimizer) else list(optimizer), track, probe_flops, on_event)
+        self._attach(optimizers, track, probe_flops, on_event)
 
     def _attach(
         self,
