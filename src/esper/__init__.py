@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         ExportError,
         SilentSiteError,
         SiteError,
+        StateError,
         TransitionError,
         UnknownNameError,
     )
@@ -67,6 +68,7 @@ __all__ = [
     "SilentSiteError",
     "SiteError",
     "SitesConfig",
+    "StateError",
     "TamiyoConfig",
     "TelemetryConfig",
     "TransitionError",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +20,12 @@ import msgspec
 import numpy as np
 
 from esper.errors import EsperError
-from esper.files import sync
+from esper.files import lock_exclusively, sync
 from esper.protocol import SCHEMA_VERSION, AnyEvent, Record
 
 _ENCODER = msgspec.json.Encoder()
 # strict=False is what reads "NaN" back as a float.
 _DECODER = msgspec.json.Decoder(Record, strict=False)
-_LOCK_OFFSET = 1 << 62  # Windows locks are mandatory: lock a byte no reader ever touches.
 
 
 class _Head(msgspec.Struct):
@@ -248,15 +246,7 @@ def _last_byte(path: Path) -> bytes:
 
 def _lock(fd: int, path: Path) -> None:
     try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            os.lseek(fd, _LOCK_OFFSET, os.SEEK_SET)
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_exclusively(fd)
     except OSError as error:
         raise EsperError(
             f"an event log has one writer, but another process (or this one) already writes {path}; "
