@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-
 _LOCK_OFFSET = 1 << 62  # Windows locks are mandatory: lock a byte no reader ever touches.
 
 

@@ -298,8 +298,8 @@ def load(
             break
     reasons = "; ".join(f"checkpoint {damage.number}: {damage.reason}" for damage in damaged)
     raise StateError(
-        f"a folder of checkpoints holds an intact one, got none in {str(folder)!r} ({reasons or 'it has no manifest'}); "
-        "name another folder, or start afresh"
+        f"a folder of checkpoints holds an intact one, got none in {str(folder)!r} "
+        f"({reasons or 'it has no manifest'}); name another folder, or start afresh"
     )
 
 
@@ -354,9 +354,11 @@ def problem(disk: Disk, folder: Path, number: int) -> str | None:
 
 def versions() -> dict[str, str]:
     """Who writes."""
-    import esper
-
-    return {"esper": esper.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    return {
+        "esper": __import__("esper").__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
 
 
 def _read_tree(disk: Disk, folder: Path, manifest: Manifest) -> Tree:

@@ -1,8 +1,8 @@
 """The log of applied commands: append-only, on the disk before anything is acknowledged, replayed after a checkpoint.
 
 One line of JSON for each command. Every line carries a seal over itself and the line before, so a line that was
-changed, left out or moved is found. A crash can only leave the last line unfinished; that one was never acknowledged and is
-cut off. Anything else that does not fit is damage and is refused, not repaired in silence.
+changed, left out or moved is found. A crash can only leave the last line unfinished; that one was never acknowledged
+and is cut off. Anything else that does not fit is damage and is refused, not repaired in silence.
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ MAX_VALUES = 400_000
 MAX_DEPTH = 140
 """A tree may be 64 deep, and a level takes at most two in JSON."""
 
+_MOST = 1 << 62
+
 _HEAD, _MIDDLE, _TAIL = b'{"seal":"', b'","manifest":', b"}\n"
 _NAME = re.compile(r"checkpoint-(\d{8,12})(?:\.json|-\d{3,6}\.safetensors)")
 
@@ -105,7 +107,7 @@ def decode(data: bytes, *, number: int) -> Manifest:
         raise StateError(f"a checkpoint's manifest says {FORMAT!r}, got {manifest.format!r}; it is something else")
     if manifest.number != number:
         raise StateError(f"manifest {number} must carry its own number, got {manifest.number}; it was renamed")
-    if min(manifest.schema, manifest.step) < 0:
+    if not (0 <= manifest.schema <= _MOST and 0 <= manifest.step <= _MOST):
         raise StateError(f"schema and step count from 0, got {manifest.schema} and {manifest.step}; it is damaged")
     if manifest.schema > SCHEMA_VERSION:
         versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.written_by.items()))
@@ -141,5 +143,5 @@ def _typed(body: bytes) -> Manifest:
     document = named.pop("document", None)
     try:  # the document's integers may be larger than msgspec takes
         return msgspec.structs.replace(msgspec.convert({**named, "document": None}, Manifest), document=document)
-    except (msgspec.ValidationError, OverflowError) as error:
+    except (msgspec.ValidationError, ValueError, OverflowError) as error:  # ValueError: text that is no Unicode
         raise StateError(f"a manifest must have its fields ({error}); it is damaged or hostile") from error

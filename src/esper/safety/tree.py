@@ -71,7 +71,7 @@ def digest(tree: Tree) -> str:
         total.update(part)
     for name, tensor in tensors.items():
         value = tensor.detach()
-        total.update(f"|{name}:{value.dtype}:{tuple(value.shape)}:".encode())
+        total.update(f"|{name}:{value.dtype}:{tuple(value.shape)}:".encode("utf-8", "surrogatepass"))
         total.update(tensor_bytes(value))
     return total.hexdigest()
 

@@ -132,7 +132,8 @@ class _World:
         try:
             trainer = self.start()
             if trainer is not None:
-                for _ in range(self.rng.randrange(actions)):
+                most = actions if self.rng.random() < 0.6 else 3  # trouble comes soon after trouble
+                for _ in range(self.rng.randrange(most)):
                     self._act(trainer)
         except ProcessDeath:
             self._note("death")
@@ -267,7 +268,10 @@ class _World:
             self._violate(f"checkpoint {healthy[-1]} was acknowledged, but {number} was loaded")
         if trainer.loaded is None:
             return
-        if trainer.loaded.manifest.digest != self.saved[number] or digest(load(FOLDER, disk=self.disk).tree) != self.saved[number]:
+        if (
+            trainer.loaded.manifest.digest != self.saved[number]
+            or digest(load(FOLDER, disk=self.disk).tree) != self.saved[number]
+        ):
             self._violate(f"checkpoint {number} is not what was saved")
         passed = {damage.number for damage in trainer.loaded.passed_over}
         if passed - self.rotten:
@@ -275,7 +279,9 @@ class _World:
         for seen in manifest_numbers(self.disk, FOLDER):
             if seen not in self.rotten and problem(self.disk, FOLDER, seen) is not None:
                 self._violate(f"the manifest of {seen} can be seen, but it does not load")
-        self.acked_saves = [n for n in self.acked_saves if n <= number] + ([number] if number not in self.acked_saves else [])
+        self.acked_saves = [n for n in self.acked_saves if n <= number] + (
+            [number] if number not in self.acked_saves else []
+        )
 
     def _check_state(self, trainer: Trainer) -> None:
         """Every acknowledged command is in the state once, in order, and the state is what they make."""
