@@ -11,12 +11,16 @@ after every growth, as its old one holds tensors that are no longer the model's.
 Three things differ from the package's examples, each in the peer's favour: no singular value is too small to be used,
 the line search does not try a scale of zero (units of no weight at all never learn), and ReLU has slope 1 at zero.
 
+``gromo_tiny_equal_flops`` and ``gromo_gradmax_equal_flops`` grow to as many units as make the whole training cost what
+the grown one of the same seed did (estimated by growing an untrained network).
+
 Counted as FLOPs: training (three forwards a step, as for every arm), and in growth whatever PyTorch's counter sees.
 The decompositions of small matrices are not.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
@@ -35,6 +39,8 @@ from esper.runs.preset import Preset
 ROUNDS, GROWING = 16, 0.4
 STATISTICS_BATCHES, SEARCH_BATCHES = 16, 8
 SCALES = (1.0, 0.5, 0.1)  # the largest wins a tie: GradMax's units change nothing at first, whatever their scale
+TRIES = 5
+"""Widths that are tried to meet a cost."""
 THRESHOLD = 0.0  # of singular values; the package's default (1e-3) fits sums of gradients, and adds one unit on means
 METHODS: dict[str, dict[str, bool]] = {
     "gromo_tiny": {
@@ -69,11 +75,11 @@ class Extended(nn.Module):
 class Peer:
     """One training; ``flops`` and the model's optimizer are kept current as it grows."""
 
-    def __init__(self, preset: Preset, cell: Cell, target: Sequence[int]) -> None:
+    def __init__(self, preset: Preset, cell: Cell, target: Sequence[int], method: str) -> None:
         from gromo.containers.growing_mlp import GrowingMLP
 
         spec = preset.spec(preset.small_widths)
-        self.preset, self.cell, self.target = preset, cell, tuple(target)
+        self.preset, self.cell, self.target, self.method = preset, cell, tuple(target), method
         torch.manual_seed(cell.seed)
         self.model = GrowingMLP(
             in_features=spec["in_features"], out_features=spec["num_classes"], hidden_size=preset.small_widths[0],
@@ -129,7 +135,7 @@ class Peer:
             self.preset.loss(model, batch).backward()
             model.update_computation()
         model.compute_optimal_updates(
-            maximum_added_neurons=units, statistical_threshold=THRESHOLD, **METHODS[self.cell.arm]
+            maximum_added_neurons=units, statistical_threshold=THRESHOLD, **METHODS[self.method]
         )
         model.dummy_select_update()
         extended = Extended(model)
@@ -160,20 +166,24 @@ class Peer:
         return Result(outcome=outcome, score=score, loss=loss)
 
 
-def train(preset: Preset, cell: Cell, given: Given) -> Result:
+def train(preset: Preset, cell: Cell, given: Given, *, method: str) -> Result:
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"gromo\.")  # said of singular matrices at every growth
-        peer = Peer(preset, cell, given["widths"])
+        peer = Peer(preset, cell, given["widths"], method)
         finite = _train(peer)
         return peer.result(time.perf_counter() - started, diverged=not finite)
 
 
+def _moments(steps: int) -> dict[int, int]:
+    """The steps before which it grows, and the number of each round."""
+    return {round((number + 1) * GROWING * steps / ROUNDS): number for number in range(ROUNDS)}
+
+
 def _train(peer: Peer) -> bool:
     """All steps, growing on the way; ``False`` when it diverges."""
-    steps = peer.cell.steps
-    moments = {round((number + 1) * GROWING * steps / ROUNDS): number for number in range(ROUNDS)}
-    for step in range(steps):
+    moments = _moments(peer.cell.steps)
+    for step in range(peer.cell.steps):
         if step in moments:
             peer.grow(moments[step])
         if not peer.step(step):
@@ -181,20 +191,51 @@ def _train(peer: Peer) -> bool:
     return True
 
 
+def cost(preset: Preset, method: str, target: Sequence[int], steps: int) -> float:
+    """FLOPs of a whole training that grows to ``target``, without its training."""
+    cell = Cell(task=preset.name, arm=method, lr=0.0, seed=0, steps=steps, size="", code="")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"gromo\.")
+        peer, total, last = Peer(preset, cell, target, method), 0.0, 0
+        for step, number in sorted(_moments(steps).items()):
+            total, last = total + (step - last) * peer.step_flops, step
+            peer.grow(number)
+    return total + (steps - last) * peer.step_flops + peer.parts["growth"]
+
+
+def equal_flops(preset: Preset, twin: Outcome, steps: int, *, method: str) -> Given:
+    """Widths on the straight line through small and final whose training costs what the twin did."""
+    small = preset.small_widths
+
+    def between(share: float) -> list[int]:
+        return [max(a, round(a + share * (b - a))) for a, b in zip(small, twin.widths, strict=True)]
+
+    low, high = 0.0, 4.0
+    share = 1.0
+    for _ in range(TRIES):
+        low, high = (share, high) if cost(preset, method, between(share), steps) < twin.flops else (low, share)
+        share = (low + high) / 2
+    return {"widths": between(share)}
+
+
 def applies(preset: Preset) -> bool:
     return preset.spec(preset.small_widths).get("kind") == "mlp" and len(set(preset.small_widths)) == 1
 
 
 for _name, _title in (("gromo_tiny", "gromo 0.1.0, TINY"), ("gromo_gradmax", "gromo 0.1.0, GradMax")):
-    register_arm(
-        Arm(
-            name=_name,
-            title=_title,
-            train=train,
-            follows_grown=True,
-            derive=final_shape,
-            applies=applies,
-            requires="gromo",
-            priority=6,
+    for _suffix, _said, _derive in (
+        ("", "", final_shape),
+        ("_equal_flops", ", same FLOPs", functools.partial(equal_flops, method=_name)),
+    ):
+        register_arm(
+            Arm(
+                name=_name + _suffix,
+                title=_title + _said,
+                train=functools.partial(train, method=_name),
+                follows_grown=True,
+                derive=_derive,
+                applies=applies,
+                requires="gromo",
+                priority=6,
+            )
         )
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,6 @@ class HostClock:
         self.steps = 0
         self.backwards_since_step = 0
         self.hosts: dict[str, Hyperparameters] = {}
-        self.silent: list[str] = []
         self._scaler = next((t for t in tracked if hasattr(t, "get_scale") and hasattr(t, "unscale_")), None)
         self._scale_at_step = 1.0
         self._last_scale = 0.0
@@ -161,6 +160,30 @@ class HostClock:
 
     def _after_backward(self, _: torch.Tensor) -> None:
         self.backwards_since_step += 1
+
+    def state(self) -> dict[str, Any]:
+        """What was counted and noted, as a state tree; the tensors are its own, not copies."""
+        return {
+            "steps": self.steps,
+            "backwards_since_step": self.backwards_since_step,
+            "hosts": {name: asdict(host) for name, host in self.hosts.items()},
+            "scale_at_step": self._scale_at_step,
+            "last_scale": self._last_scale,
+            "measured": self._measured,
+            "norms": dict(self._norms),
+            "had_gradient": sorted(self._had_gradient),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` has told; it takes over the tensors."""
+        hosts = {name: Hyperparameters(**host) for name, host in state["hosts"].items()}
+        self.steps, self.backwards_since_step = state["steps"], state["backwards_since_step"]
+        self.hosts.clear()
+        self.hosts.update(hosts)
+        self._scale_at_step, self._last_scale = state["scale_at_step"], state["last_scale"]
+        self._measured = state["measured"]
+        self._norms = {name: norm.to(weight_of(self._plans[name].tail).device) for name, norm in state["norms"].items()}
+        self._had_gradient = set(state["had_gradient"])
 
     def detach(self) -> None:
         self.let_go()

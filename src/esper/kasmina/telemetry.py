@@ -39,6 +39,16 @@ class TelemetryBuffer:
         total = zeros.index_add(0, self.chunk_of, rows.float().square().mean(0))
         self.gradient_energy.copy_(total / self.chunk_sizes)
 
+    def state(self) -> dict[str, Tensor]:
+        """What was read so far, as a state tree; the tensors are its own, not copies."""
+        return {"statistics": self.statistics, "gradient_energy": self.gradient_energy, "reports": self.reports}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from what :meth:`state` has told, in the same memory."""
+        self.statistics.copy_(state["statistics"])
+        self.gradient_energy.copy_(state["gradient_energy"])
+        self.reports.copy_(state["reports"])
+
     def snapshot(self) -> npt.NDArray[np.float32]:
         """``(3, C)``: mean, variance, gradient energy. Synchronises with the device."""
         return torch.cat([self.statistics, self.gradient_energy[None]]).cpu().numpy()
