@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ KEEP = 2
 SAVE_EVERY_S = 8.0
 FOLDER = Path("/simulated/run/checkpoints")
 LOG = Path("/simulated/run/commands.jsonl")
+_BAD_SECTOR = re.compile(r"\d+ read checkpoint-(\d+)\S* EIO")
 _ERRORS = ("ENOSPC", "EIO", "EACCES", "short")
 
 
@@ -143,13 +145,17 @@ class _World:
 
     def start(self) -> Trainer | None:
         """What a restart finds must be what was promised."""
-        self.faulty = FaultyDisk(self.wrap(self.disk), self.faults)
+        faulty = FaultyDisk(self.wrap(self.disk), self.faults)
         try:
-            trainer = Trainer(self.faulty)
+            trainer = Trainer(faulty)
         except StateError as error:
             if not any(fault in _ERRORS for fault in self.faults.values()):
                 self._violate(f"a restart was refused: {error}")
             raise
+        finally:
+            # Not to be read once is as bad as rot: it is passed over, told and set aside.
+            bad_sectors = (_BAD_SECTOR.fullmatch(line) for line in faulty.log)
+            self.rotten |= {int(found[1]) for found in bad_sectors if found}
         self._check_checkpoints(trainer)
         self._check_state(trainer)
         return trainer
@@ -260,8 +266,6 @@ class _World:
 
     def _check_checkpoints(self, trainer: Trainer) -> None:
         """The newest acknowledged one is there; what can be seen is whole; damage is told."""
-        if any(" read " in line and line.endswith("EIO") for line in self.faulty.log):
-            return  # a bad sector: falling back is right, and told
         healthy = [n for n in self.acked_saves if n not in self.rotten]
         number = 0 if trainer.loaded is None else trainer.loaded.manifest.number
         if healthy and number < healthy[-1]:
