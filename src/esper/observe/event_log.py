@@ -37,6 +37,10 @@ class _Head(msgspec.Struct):
 _HEAD_DECODER = msgspec.json.Decoder(_Head)
 
 
+class DamagedLogError(EsperError):
+    """A line that is no whole event in order, and not the last one."""
+
+
 class EventLog:
     """Append-only writer of one log; a second writer on the same file is refused.
 
@@ -51,6 +55,9 @@ class EventLog:
         killed writer left unfinished is cut off.
     clock:
         Wall-clock time in seconds.
+    repair:
+        Cut a damaged log off before its first damaged line instead of refusing it; for those who can tell the rest
+        again.
 
     Raises
     ------
@@ -58,9 +65,9 @@ class EventLog:
         Another writer has the log open, the log is damaged, or it was written by a newer Esper.
     """
 
-    def __init__(self, path: str | Path, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: str | Path, *, clock: Callable[[], float] = time.time, repair: bool = False) -> None:
         self.path = Path(path)
-        self._clock = clock
+        self._clock, self._repairs = clock, repair
         self._mutex = threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not self.path.exists()
@@ -97,6 +104,13 @@ class EventLog:
             self._next_seq += 1
             return record
 
+    def cut(self, count: int) -> None:
+        """Keep the first ``count`` events only."""
+        with self._mutex:
+            ends = [end for record, end, _ in _scan(self.path) if record.seq < count]
+            os.ftruncate(self._fd, ends[-1] if ends else 0)
+            self._next_seq = len(ends)
+
     def close(self) -> None:
         """Force everything to the disk and let go of the lock. Closing twice is harmless."""
         with self._mutex:
@@ -131,8 +145,12 @@ class EventLog:
     def _recover(self) -> int:
         """Next ``seq`` of an existing log, after cutting off or ending its last line."""
         count, end = 0, 0
-        for record, end_byte, _ in _scan(self.path):
-            count, end = record.seq + 1, end_byte
+        try:
+            for record, end_byte, _ in _scan(self.path):
+                count, end = record.seq + 1, end_byte
+        except DamagedLogError:
+            if not self._repairs:
+                raise
         if os.fstat(self._fd).st_size > end:
             os.ftruncate(self._fd, end)
         if end and _last_byte(self.path) != b"\n":
@@ -204,11 +222,11 @@ def _scan(path: Path) -> Iterator[tuple[Record, int, int]]:
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 if not is_whole:
                     return
-                raise EsperError(_damage(path, number, str(error))) from error
+                raise DamagedLogError(_damage(path, number, str(error))) from error
             except EsperError as error:
                 raise EsperError(f"{path}, line {number}: {error}") from error
             if record.seq != expected:
-                raise EsperError(_damage(path, number, f"seq must be {expected}, got {record.seq}"))
+                raise DamagedLogError(_damage(path, number, f"seq must be {expected}, got {record.seq}"))
             end, expected = end + len(line), expected + 1
             yield record, end, number
 
