@@ -17,7 +17,6 @@ from esper.kasmina.geometry import Geometry
 
 Captured = tuple[Tensor, Tensor, Tensor, Tensor]
 """Rows of x, of y and of dL/dy, and the cluster of each."""
-_UNWRITTEN = (0, float("nan"))
 
 
 @dataclass
@@ -97,10 +96,12 @@ class Capture:
     def after_step(self, step: int) -> None:
         """Take what a compiled graph has left, then draw the places of the next batch's rows, or close."""
         if self._slots is not None and self._ran and not self.full:
-            self._keep(tuple(slot.clone() for slot in self._slots))
-            self._slots[2].fill_(torch.nan)  # where no backward pass comes by, this batch will be dropped
+            x, y, g, cluster = self._slots
+            self._keep((x.clone(), y.clone(), g.clone(), cluster.clone()))
+            g.fill_(torch.nan)  # where no backward pass comes by, the next batch will be dropped
         if self._like is not None:
-            self._slots = tuple(torch.full_like(rows, _UNWRITTEN[rows.is_floating_point()]) for rows in self._like)
+            x, y, _, cluster = self._like
+            self._slots = (torch.zeros_like(x), torch.zeros_like(y), torch.full_like(y, torch.nan), cluster.clone())
         self._like, self._ran = None, False
         if not self.full:
             self._places.uniform_(generator=self._generator)
