@@ -286,7 +286,7 @@ class Grower:
     def export(self, *, tolerance: float | None = None) -> nn.Module:
         """A plain copy of the grown model: wider layers, no Esper inside, checked equal on a held-out batch.
 
-        ``export_difference`` then holds how much the loss, and the output of each grown layer, differ (relative).
+        ``export_difference`` then holds how much the loss, the model's and each grown layer's output differ (relative).
 
         Raises
         ------

@@ -66,6 +66,8 @@ class Trained:
     events: list[AnyEvent] = field(default_factory=list[AnyEvent])
     weights: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     layers: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    difference: dict[str, float] = field(default_factory=dict[str, float])
+    """Of the plain network from the grown one: of the loss and of the output, relative."""
     score: float = float("nan")
     loss: float = float("nan")
 
@@ -270,6 +272,9 @@ def _add_growth(trained: Trained, grower: Grower, events: Sequence[AnyEvent]) ->
     trained.flops_parts = dict(grower.ledger.spent)
     trained.layers = grower.export_structure()
     plain = grower.export()
+    assert grower.export_difference is not None
+    measured = {f"{name}_difference": getattr(grower.export_difference, name) for name in ("loss", "output")}
+    trained.difference = {name: value for name, value in measured.items() if math.isfinite(value)}
     trained.params = _params(plain, None)  # a branch that folds into the host's own weight adds none
     return plain
 
