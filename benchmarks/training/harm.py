@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarks.training.intervals import upper_bound
+from esper.evidence.rates import upper_bound
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 

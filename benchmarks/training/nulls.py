@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.training.intervals import upper_bound
+from esper.evidence.rates import upper_bound
 from tests.evidence.cohorts import NULLS, useful
 
 from esper.evidence.judge import Judgement
