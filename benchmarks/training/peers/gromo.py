@@ -1,5 +1,5 @@
-"""``gromo_tiny`` and ``gromo_gradmax``: TINY (Verbockhaven et al., 2024) and GradMax (Evci et al., 2022) as the ``gromo``
-package implements them (:mod:`esper.runs.peers.gromo`), on the tasks whose host is an MLP of equal inner widths.
+"""``gromo_tiny`` and ``gromo_gradmax``: TINY (Verbockhaven et al., 2024) and GradMax (Evci et al., 2022) as the package
+``gromo`` implements them (:mod:`esper.runs.peers.gromo`), on the tasks whose host is an MLP of equal inner widths.
 
 The package leaves open when to grow, by how much, and when to stop. Here it grows to the final widths of the grown
 training of the same seed, in :data:`ROUNDS` rounds spread evenly over the first :data:`GROWING` of training, one layer

@@ -19,7 +19,7 @@ from esper.runs.peers import gromo
 from esper.runs.trials.records import CohortRecord, TrialRecord
 from esper.runs.trials.tasks import MLP_TASKS, Rows, task_name
 from esper.runs.trials.training import STEPS, Contrast, Setup, audit_losses, take_step
-from esper.runs.trials.trial import UNKNOWN, found, is_finite
+from esper.runs.trials.trial import UNKNOWN, found, is_finite, known
 
 PEERS = {"gromo": "gromo_tiny", "gromo-gradmax": "gromo_gradmax"}
 """Name on the command line to the method."""
@@ -65,11 +65,10 @@ def peer_trial(number: int, peer: str) -> TrialRecord:
         )
         for item in rounds
     )  # fmt: skip
+    effect = found(Contrast.between(alone, audit_losses(setup.task, model)))
     return TrialRecord(
-        number=number, kind=peer, task=setup.task.name, family=setup.task.family, width=setup.task.width,
-        noise=setup.task.noise, optimizer=setup.recipe.optimizer, lr=setup.recipe.lr, decays=setup.recipe.decays,
-        headroom=UNKNOWN, effect=found(Contrast.between(alone, audit_losses(setup.task, model))), seeds=0,
-        seeds_ended=0, seeds_cut=0, rolled_back=0, finite=is_finite(model), cohorts=cohorts,
+        number=number, kind=peer, **setup.described(), headroom=UNKNOWN, alone=known(sum(alone) / len(alone)),
+        effect=effect, seeds=0, seeds_ended=0, seeds_cut=0, rolled_back=0, finite=is_finite(model), cohorts=cohorts,
         seconds=round(time.perf_counter() - started, 2),
     )  # fmt: skip
 

@@ -44,11 +44,15 @@ class TrialRecord(msgspec.Struct, frozen=True, kw_only=True, tag="trial"):
     family: str
     width: int
     noise: float
+    gate_rows: int
+    """Rows of a held-out batch."""
     optimizer: str
     lr: float
     decays: bool
     headroom: Found
     """A plain host of four times the width against the plain host; unknown where it was not measured."""
+    alone: float | None
+    """Audit loss of the host trained alone."""
     effect: Found
     """The grown network at its end against the same host trained alone."""
     seeds: int

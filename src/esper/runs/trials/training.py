@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,6 +59,14 @@ class Setup:
         choose = torch.Generator().manual_seed(number)
         made = make_task(task or task_name(number), choose)
         return cls(number, made, Recipe.drawn(choose, made), choose)
+
+    def described(self) -> dict[str, Any]:
+        """What a record says of it."""
+        task, recipe = self.task, self.recipe
+        return {
+            "task": task.name, "family": task.family, "width": task.width, "noise": task.noise,
+            "gate_rows": len(task.gate[0][0]), "optimizer": recipe.optimizer, "lr": recipe.lr, "decays": recipe.decays,
+        }  # fmt: skip
 
     def host(self, scale: int = 1) -> nn.Module:
         """The host with its inner widths times ``scale``; the same weights each time."""
@@ -127,5 +136,3 @@ def trial_config(seed: int, *, twins: bool = True) -> Config:
         total_steps=STEPS,
         seed=seed,
     )  # fmt: skip
-
-

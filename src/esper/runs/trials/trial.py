@@ -44,6 +44,7 @@ def grown_trial(number: int) -> TrialRecord:
     grower = train_growing(setup, model, trial_config(number), events, audit=True)
     return trial_record(
         setup, "grown", events, grower.verdicts, headroom=found(Contrast.between(alone, wider)),
+        alone=known(sum(alone) / len(alone)),
         effect=found(Contrast.between(alone, audit_losses(setup.task, model))), finite=is_finite(model),
         seconds=time.perf_counter() - started,
     )  # fmt: skip
@@ -77,7 +78,7 @@ def train_growing(
 
 def trial_record(
     setup: Setup, kind: str, events: list[AnyEvent], verdicts: Iterable[Verdict], *, headroom: Found, effect: Found,
-    finite: bool, seconds: float, nulls: frozenset[int] = frozenset(),
+    finite: bool, seconds: float, alone: float | None = None, nulls: frozenset[int] = frozenset(),
 ) -> TrialRecord:  # fmt: skip
     """What the events of a run say."""
     seeds = {seed for event in events if isinstance(event, Germinated) for seed in event.seeds}
@@ -85,10 +86,9 @@ def trial_record(
     cut = {seed for move in moves if _is_cut(move) for seed in move.seeds}
     ended = {seed for move in moves if not _is_cut(move) for seed in move.seeds}
     return TrialRecord(
-        number=setup.number, kind=kind, task=setup.task.name, family=setup.task.family, width=setup.task.width,
-        noise=setup.task.noise, optimizer=setup.recipe.optimizer, lr=setup.recipe.lr, decays=setup.recipe.decays,
-        headroom=headroom, effect=effect, seeds=len(seeds), seeds_ended=len(ended & seeds),
-        seeds_cut=len(cut - ended), finite=finite, cohorts=tuple(_cohorts(events, verdicts, nulls)),
+        number=setup.number, kind=kind, **setup.described(), headroom=headroom, alone=alone, effect=effect,
+        seeds=len(seeds), seeds_ended=len(ended & seeds), seeds_cut=len(cut - ended), finite=finite,
+        cohorts=tuple(_cohorts(events, verdicts, nulls)),
         rolled_back=sum(v.state is Lifecycle.ROLLED_BACK and not _was_cut(v.reason) for v in verdicts),
         seconds=round(seconds, 2),
     )  # fmt: skip

@@ -39,7 +39,8 @@ class Expectation(Enum):
     REFUSED = "refused"
     """As above; and what was asked for is refused with a reason and has changed nothing."""
     RESTORED = "restored"
-    """As above; and the host is as good as before the fault: its suspects are gone, its weights are those from before."""
+    """As above; and the host is as good as before the fault: its suspects are gone, its weights
+    are those from before."""
     REPORTED = "reported"
     """It is the host's own trouble: the user is told so, and nothing of it is hidden."""
 
