@@ -358,4 +358,4 @@ def assert_gone(rig: Rig, cohort: Cohort) -> None:
 
 def guard(grower: esper.Grower) -> None:
     """What a decision point does about numbers that are not finite, now."""
-    expel_damage(grower.kasmina, grower.stages, grower._losses, grower.journal, grower.clock.steps)
+    expel_damage(grower.kasmina, grower.stages, grower.loop.losses, grower.journal, grower.clock.steps)

@@ -315,7 +315,7 @@ def test_a_grower_without_an_optimizer_step_warns_once() -> None:
         for _ in range(1000):
             rig.grower.step(1.0)
     rig.grower.step(1.0)
-    assert rig.grower.clock.steps == 0 and rig.grower._last_step == 0
+    assert rig.grower.clock.steps == 0 and rig.grower.loop.last_step == 0
 
 
 def test_iterating_a_loader_of_held_out_batches_moves_no_stream(unchanged_rng: None) -> None:

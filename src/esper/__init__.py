@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         ExportError,
         SilentSiteError,
         SiteError,
+        StateError,
         TransitionError,
         UnknownNameError,
     )
@@ -44,12 +45,14 @@ if TYPE_CHECKING:
         register_strategy,
     )
     from esper.protocol import Lifecycle
+    from esper.safety.batches import Batches
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AbsorbError",
     "AttachError",
+    "Batches",
     "BudgetConfig",
     "CaptureConfig",
     "Config",
@@ -67,6 +70,7 @@ __all__ = [
     "SilentSiteError",
     "SiteError",
     "SitesConfig",
+    "StateError",
     "TamiyoConfig",
     "TelemetryConfig",
     "TransitionError",
@@ -86,6 +90,8 @@ def _home(name: str) -> str:
         return "esper.grower"
     if name == "Lifecycle":
         return "esper.protocol"
+    if name == "Batches":
+        return "esper.safety.batches"
     if name.startswith("register_"):
         return "esper.plugins"
     return "esper.config" if name.endswith("Config") else "esper.errors"

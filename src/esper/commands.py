@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import chain, repeat
 from typing import Any, Protocol, TypeVar
+
+import msgspec
 
 from esper.accounts import Accounts
 from esper.errors import EsperError
@@ -34,6 +38,34 @@ from esper.stages import Stages
 T = TypeVar("T")
 
 
+class Orders:
+    """Commands that wait for the next step: from any thread, first come first served, none lost."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Command] = deque()
+        self._lock = threading.Lock()
+
+    def put(self, command: Command) -> None:
+        with self._lock:
+            self._waiting.append(command)
+
+    def take(self) -> Command | None:
+        """The oldest one, or ``None``."""
+        with self._lock:
+            return self._waiting.popleft() if self._waiting else None
+
+    def state(self) -> list[dict[str, Any]]:
+        """What waits, as plain values."""
+        with self._lock:
+            return [msgspec.to_builtins(command) for command in self._waiting]
+
+    def restore(self, state: list[dict[str, Any]]) -> None:
+        """Let exactly the commands wait that :meth:`state` has told of."""
+        commands = [msgspec.convert(plain, Command) for plain in state]
+        with self._lock:
+            self._waiting = deque(commands)
+
+
 class Run(Protocol):
     """What a command can read and change: a grower, seen from here."""
 
@@ -41,7 +73,9 @@ class Run(Protocol):
     stages: Stages
     accounts: Accounts
     journal: Journal
-    stopped: str | None
+
+    @property
+    def stopped(self) -> str | None: ...
 
     def stop(self, reason: str) -> None: ...
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import fnmatch
 import html
-import math
-import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -28,8 +26,9 @@ from torch.optim import Optimizer
 from esper import export as exporting
 from esper.absorption import absorb_growth
 from esper.accounts import Accounts
-from esper.commands import apply
+from esper.commands import Orders, apply
 from esper.config import BudgetConfig, Config
+from esper.decision import look, measure_held_out
 from esper.evidence.evaluator import Evaluator, Loss
 from esper.evidence.judge import Judge
 from esper.evidence.twins import as_given, plain_step
@@ -40,21 +39,21 @@ from esper.kasmina.execution import Kasmina
 from esper.kasmina.host import HostClock, read_loss
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import Ledger, forward_flops
-from esper.kasmina.preconditions import check_choices, check_host
-from esper.observation import observe
+from esper.kasmina.preconditions import check_choices, check_host, check_optimizers
 from esper.protocol import (
     Absorbed,
     AnyEvent,
     Attached,
     Command,
-    HeldOut,
     Lifecycle,
-    Observation,
     SiteInfo,
     Stopped,
     Verdict,
 )
+from esper.safety.training import Training
+from esper.safety.tree import Tree
 from esper.stages import Stages
+from esper.state import Loop, Setup, Thoughts, Whole
 from esper.summary import Report, describe
 from esper.tamiyo import Controller, make_controller
 from esper.trials import Trials
@@ -117,14 +116,14 @@ class Grower:
         self.controller = controller or make_controller(
             self.config.tamiyo.controller, self.config.tamiyo, seed=self.config.seed
         )
-        single = isinstance(optimizer, Optimizer)
+        optimizers, single = check_optimizers(optimizer), isinstance(optimizer, Optimizer)
         self._train_step = plain_step(loss) if train_step is None else as_given(train_step, single=single)
         self._audit = audit
         self._evaluator = Evaluator.of(model, loss, evaluate, self.config.evidence, seed=self.config.seed)
         with undisturbed(model):
             self.discovery = discover(model, self._evaluator.run_one, self.config.sites)
             probe_flops = forward_flops(model, self._evaluator.run_one)
-        self._attach([optimizer] if isinstance(optimizer, Optimizer) else list(optimizer), track, probe_flops, on_event)
+        self._attach(optimizers, track, probe_flops, on_event)
 
     def _attach(
         self,
@@ -135,7 +134,8 @@ class Grower:
     ) -> None:
         """Hang everything on the host; whatever goes wrong leaves no hook behind."""
         with ExitStack() as undo:
-            self.clock = HostClock(optimizers, self.discovery.sites, track)
+            self._training = Training(self.model, optimizers, track)
+            self.clock = HostClock(optimizers, self.discovery.sites, self._training.tracked)
             undo.callback(self.clock.detach)
             self._equip(probe_flops, on_event, undo)
             undo.pop_all()
@@ -149,19 +149,23 @@ class Grower:
         )
         self.judge = Judge(self._evaluator, self.kasmina.sites, self.config.evidence, seed=self.config.seed)
         self.journal = Journal(on_event)
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._losses: deque[Tensor] = deque(maxlen=self.config.graft.stabilize_window)
-        self._calls_without_step = 0
-        self._last_step = 0
-        self._held_out_initial = math.nan
-        self.stopped: str | None = None
+        self._orders = Orders()
+        self.loop = Loop(deque(maxlen=self.config.graft.stabilize_window))
+        self._setup = Setup(self.config, self.sites, self._evaluator.batches)
         self.export_difference: exporting.Difference | None = None
         self.trials = Trials(
             model, self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit, self.journal.warn,
             self._train_step, self._audit, lambda: self.accounts.training_flops,
         )  # fmt: skip
         self.stages = Stages(
-            self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit, self.trials, self._losses
+            self.kasmina,
+            self.judge,
+            self.clock,
+            self.ledger,
+            self.config,
+            self.journal.emit,
+            self.trials,
+            self.loop.losses,
         )
         self.kasmina.watch(True)  # the first step tells whether every site reports
         self._announce()
@@ -185,13 +189,13 @@ class Grower:
         ``loss`` is the user's training loss; it is read, never differentiated. ``batch`` is what was trained on, for
         twins; nothing else reads it.
         """
-        if self.clock.steps == self._last_step:
+        if self.clock.steps == self.loop.last_step:
             self._without_host_step()
             return
-        warn_if_misplaced(self.clock, self.journal, self._last_step)
-        self._last_step, self._calls_without_step = self.clock.steps, 0
-        step = self._last_step
-        self._losses.append(read_loss(loss))
+        warn_if_misplaced(self.clock, self.journal, self.loop.last_step)
+        self.loop.last_step, self.loop.calls_without_step = self.clock.steps, 0
+        step = self.loop.last_step
+        self.loop.losses.append(read_loss(loss))
         self.kasmina.note_rows(step)
         with self.journal.timed("learn"):
             self.accounts.count_step()
@@ -204,7 +208,7 @@ class Grower:
             check_reports(self.kasmina, self.clock)
         at_decision = step % self.config.interval == 0
         if at_decision:
-            expel_damage(self.kasmina, self.stages, self._losses, self.journal, step)
+            expel_damage(self.kasmina, self.stages, self.loop.losses, self.journal, step)
         self._obey(step)
         with self.journal.timed("advance"):
             self.stages.advance(step)
@@ -214,13 +218,13 @@ class Grower:
 
     def submit(self, command: Command) -> None:
         """Queue a command; it is judged and applied inside the next :meth:`step`. Safe from any thread."""
-        self._commands.put(command)
+        self._orders.put(command)
 
     def stop(self, reason: str) -> None:
         """Start no further cohort. Those alive go on to their end, and so does training."""
         if self.stopped is None:
-            self.stopped = reason
-            self.journal.emit(Stopped(step=self._last_step, reason=reason))
+            self.loop.stopped = reason
+            self.journal.emit(Stopped(step=self.loop.last_step, reason=reason))
 
     def set_budget(self, params: int | None, flops_share: float | None) -> None:
         """Change the ceiling (``None`` removes it).
@@ -237,13 +241,13 @@ class Grower:
 
         Cohorts whose acceptance was confirmed become permanent if they still hold; all others are removed at once.
         """
-        step = self._last_step
+        step = self.loop.last_step
         self.stop("end of training")
         for cohort in [c for c in self.kasmina.cohorts.values() if c.state is Lifecycle.FINE_TUNING]:
             self.stages.decide_hold(cohort, step)
         for cohort in list(self.kasmina.cohorts.values()):
             self.stages.expel(cohort, step, "training ended before it was judged")
-        self._measure_held_out(step)
+        measure_held_out(self, step)
         self.trials.finish(step, self.stages.verdicts)
         self.journal.report_overhead(step)
 
@@ -262,6 +266,11 @@ class Grower:
     def verdicts(self) -> tuple[Verdict, ...]:
         """How every cohort ended, oldest first."""
         return tuple(self.stages.verdicts)
+
+    @property
+    def stopped(self) -> str | None:
+        """Why growth ended; ``None`` while it goes on."""
+        return self.loop.stopped
 
     @property
     def stopped_because(self) -> str:
@@ -317,21 +326,43 @@ class Grower:
         """
         return absorb_growth(self, tolerance=tolerance)
 
-    def rediscover(self) -> None:
-        """Find the sites anew after the model's own layers have changed. Every chunk is dormant; counts go on."""
-        old = self.kasmina
-        old.detach()
-        with undisturbed(self.model):
-            self.discovery = discover(self.model, self._evaluator.run_one, self.config.sites)
-            probe_flops = forward_flops(self.model, self._evaluator.run_one)
-        self.kasmina = Kasmina(self.model, self.discovery, self.config, adaptive=self.clock.adaptive)
-        self.kasmina.go_on_from(old)
-        self.accounts = Accounts(
-            self.model, self._evaluator, self.discovery, self.kasmina, probe_flops=probe_flops,
-            budget=self.accounts.budget,
-        )  # fmt: skip
-        self.judge.sites, self.stages.kasmina, self.trials.kasmina = self.kasmina.sites, self.kasmina, self.kasmina
-        self.kasmina.watch(True)
+    def state_dict(self) -> Tree:
+        """Everything this run is made of, copied to the CPU: the model, the optimizers, what ``track=`` names, the
+        global random streams, and all of Esper. Call it after :meth:`step`, between two training steps.
+
+        Raises
+        ------
+        StateError
+            Something cannot be part of a state (its place is named).
+        """
+        return {**self._whole().saved(), "copies": self.trials.copies()}
+
+    def load_state_dict(self, state: Tree) -> None:
+        """Go on exactly where :meth:`state_dict` was called, in this process or another.
+
+        The Grower must have been built as the saved one was: the same model, optimizers, settings, held-out batches
+        and tracked things. Parameters stay the objects they are. After :meth:`absorb` build the model with the wider
+        layers first.
+
+        Raises
+        ------
+        StateError
+            The state belongs to another run or is damaged. Nothing was changed.
+        """
+        self._whole().load(state)
+        self.trials.let_go(state["copies"], self.loop.last_step)
+
+    def _whole(self) -> Whole:
+        """The run's state by its parts, in the order in which they are restored."""
+        for kind in self._training.without_state:
+            text = f"a tracked {kind} has no state_dict and load_state_dict, so no saved state holds it"
+            self.journal.warn(text, text, self.loop.last_step)
+        parts = {
+            "kasmina": self.kasmina, "clock": self.clock, "accounts": self.accounts, "judge": self.judge,
+            "stages": self.stages, "trials": self.trials, "journal": self.journal, "loop": self.loop,
+            "controller": Thoughts(self.controller), "orders": self._orders,
+        }  # fmt: skip
+        return Whole(self._setup, self._training, parts)
 
     def detach(self) -> None:
         """Remove every hook. Call :meth:`export` first to keep what was grown."""
@@ -344,55 +375,22 @@ class Grower:
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(describe(self))}</pre>"
 
-    # ---------------------------------------------------------------------------------------------- decide
+    # ---------------------------------------------------------------------------------------------- how
 
     def _decide(self, step: int) -> None:
-        if step % self.config.held_out_every == 0 or math.isnan(self._held_out_initial):
-            with self.journal.timed("evidence"):
-                self._measure_held_out(step)
-        with self.journal.timed("observe"):
-            observation = self._observe(step)
-        loss = float(self._losses[-1]) if self._losses else math.nan
-        self.journal.publish(observation, self.kasmina.cohorts.values(), loss=loss, flops=self.ledger.total)
+        observation = look(self, step)
         if self.stopped is None:
             with self.journal.timed("decide"):
                 commands = self.controller.decide(observation)
             for command in commands:
                 apply(self, command, step, issuer="tamiyo")
 
-    def _observe(self, step: int) -> Observation:
-        return observe(
-            self.kasmina,
-            step=step,
-            total_steps=self.config.total_steps,
-            held_out=self.stages.held_out,
-            held_out_initial=self._held_out_initial,
-            host_flops=self.accounts.host_flops_per_step,
-            budget_params=self.accounts.budget.params,
-            budget_flops=self.accounts.budget_flops,
-            verdicts=self.stages.verdicts,
-            stopped=self.stopped,
-        )
-
     def _obey(self, step: int) -> None:
-        while True:
-            try:
-                command = self._commands.get_nowait()
-            except queue.Empty:
-                return
+        while (command := self._orders.take()) is not None:
             apply(self, command, step, issuer="operator")
 
-    def _measure_held_out(self, step: int) -> None:
-        loss = self.judge.held_out(self.config.evidence.held_out_batches)
-        self.stages.held_out = loss
-        if math.isnan(self._held_out_initial):
-            self._held_out_initial = loss
-        self.journal.emit(HeldOut(step=step, loss=loss, params=self.kasmina.params, flops=self.ledger.total))
-
-    # ---------------------------------------------------------------------------------------------- misuse
-
     def _without_host_step(self) -> None:
-        self._calls_without_step += 1
+        self.loop.calls_without_step += 1
         if self.clock.overflowed(stepped=False):
             self.kasmina.forget_gradients()
-        warn_if_stuck(self._calls_without_step, self.journal, self._last_step)
+        warn_if_stuck(self.loop.calls_without_step, self.journal, self.loop.last_step)

@@ -6,7 +6,9 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -51,6 +53,16 @@ class Stages:
     def fitting(self) -> Fitting:
         """The isolated training, on the sites as they are now."""
         return Fitting(self.kasmina, self.ledger, self.config, self.emit, self.trials.step_flops)
+
+    def state(self) -> dict[str, Any]:
+        """What was decided so far, as a state tree."""
+        verdicts = [msgspec.to_builtins(verdict) for verdict in self.verdicts]
+        return {"held_out": self.held_out, "verdicts": verdicts, "looks": list(self.looks)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` has told."""
+        self.verdicts[:] = [msgspec.convert(plain, Verdict) for plain in state["verdicts"]]
+        self.held_out, self.looks[:] = state["held_out"], state["looks"]
 
     # ---------------------------------------------------------------------------------------------- the step
 

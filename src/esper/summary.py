@@ -19,7 +19,9 @@ class Run(Protocol):
 
     kasmina: Kasmina
     discovery: Discovery
-    stopped: str | None
+
+    @property
+    def stopped(self) -> str | None: ...
 
     trials: Trials
 

@@ -7,12 +7,16 @@ after the other. Neither method can add more units at a time than the rank of it
 others), so they may end narrower: by one unit a round before a single output. The optimizer is made anew after every
 growth, as its old one holds tensors that are no longer the model's.
 
+``gromo_tiny_equal_flops`` and ``gromo_gradmax_equal_flops`` grow to as many units as make the whole training cost what
+the grown one of the same seed did (estimated by growing an untrained network).
+
 Counted as FLOPs: training (three forwards a step, as for every arm), and in growth whatever PyTorch's counter sees.
 The decompositions of small matrices are not.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -28,14 +32,16 @@ from esper.runs.preset import Preset
 
 ROUNDS, GROWING = 16, 0.4
 STATISTICS_BATCHES = 16
+TRIES = 5
+"""Widths that are tried to meet a cost."""
 
 
 class Peer:
     """One training; ``flops`` and the model's optimizer are kept current as it grows."""
 
-    def __init__(self, preset: Preset, cell: Cell, target: Sequence[int]) -> None:
+    def __init__(self, preset: Preset, cell: Cell, target: Sequence[int], method: str) -> None:
         spec = preset.spec(preset.small_widths)
-        self.preset, self.cell, self.target = preset, cell, tuple(target)
+        self.preset, self.cell, self.target, self.method = preset, cell, tuple(target), method
         torch.manual_seed(cell.seed)
         self.model = gromo.growing_mlp(
             spec["in_features"], preset.small_widths[0], len(preset.small_widths), spec["num_classes"], preset.device
@@ -81,7 +87,7 @@ class Peer:
     def _grow_layer(self, index: int, units: int, round_number: int) -> None:
         first = self.cell.steps + round_number * STATISTICS_BATCHES  # batches that no step is made with
         batches = [self.preset.train_batch(self.cell.seed, first + number) for number in range(STATISTICS_BATCHES)]
-        gromo.grow_layer(self.model, index, units, batches, self.preset.loss, self.cell.arm)
+        gromo.grow_layer(self.model, index, units, batches, self.preset.loss, self.method)
 
     def result(self, seconds: float, *, diverged: bool) -> Result:
         preset, model = self.preset, self.model.eval()
@@ -99,19 +105,23 @@ class Peer:
         return Result(outcome=outcome, score=score, loss=loss)
 
 
-def train(preset: Preset, cell: Cell, given: Given) -> Result:
+def train(preset: Preset, cell: Cell, given: Given, *, method: str) -> Result:
     started = time.perf_counter()
     with gromo.quiet():
-        peer = Peer(preset, cell, given["widths"])
+        peer = Peer(preset, cell, given["widths"], method)
         finite = _train(peer)
         return peer.result(time.perf_counter() - started, diverged=not finite)
 
 
+def _moments(steps: int) -> dict[int, int]:
+    """The steps before which it grows, and the number of each round."""
+    return {round((number + 1) * GROWING * steps / ROUNDS): number for number in range(ROUNDS)}
+
+
 def _train(peer: Peer) -> bool:
     """All steps, growing on the way; ``False`` when it diverges."""
-    steps = peer.cell.steps
-    moments = {round((number + 1) * GROWING * steps / ROUNDS): number for number in range(ROUNDS)}
-    for step in range(steps):
+    moments = _moments(peer.cell.steps)
+    for step in range(peer.cell.steps):
         if step in moments:
             peer.grow(moments[step])
         if not peer.step(step):
@@ -119,20 +129,50 @@ def _train(peer: Peer) -> bool:
     return True
 
 
+def cost(preset: Preset, method: str, target: Sequence[int], steps: int) -> float:
+    """FLOPs of a whole training that grows to ``target``, without its training."""
+    cell = Cell(task=preset.name, arm=method, lr=0.0, seed=0, steps=steps, size="", code="")
+    with gromo.quiet():
+        peer, total, last = Peer(preset, cell, target, method), 0.0, 0
+        for step, number in sorted(_moments(steps).items()):
+            total, last = total + (step - last) * peer.step_flops, step
+            peer.grow(number)
+    return total + (steps - last) * peer.step_flops + peer.parts["growth"]
+
+
+def equal_flops(preset: Preset, twin: Outcome, steps: int, *, method: str) -> Given:
+    """Widths on the straight line through small and final whose training costs what the twin did."""
+    small = preset.small_widths
+
+    def between(share: float) -> list[int]:
+        return [max(a, round(a + share * (b - a))) for a, b in zip(small, twin.widths, strict=True)]
+
+    low, high = 0.0, 4.0
+    share = 1.0
+    for _ in range(TRIES):
+        low, high = (share, high) if cost(preset, method, between(share), steps) < twin.flops else (low, share)
+        share = (low + high) / 2
+    return {"widths": between(share)}
+
+
 def applies(preset: Preset) -> bool:
     return preset.spec(preset.small_widths).get("kind") == "mlp" and len(set(preset.small_widths)) == 1
 
 
 for _name, _title in (("gromo_tiny", "gromo 0.1.0, TINY"), ("gromo_gradmax", "gromo 0.1.0, GradMax")):
-    register_arm(
-        Arm(
-            name=_name,
-            title=_title,
-            train=train,
-            follows_grown=True,
-            derive=final_shape,
-            applies=applies,
-            requires="gromo",
-            priority=6,
+    for _suffix, _said, _derive in (
+        ("", "", final_shape),
+        ("_equal_flops", ", same FLOPs", functools.partial(equal_flops, method=_name)),
+    ):
+        register_arm(
+            Arm(
+                name=_name + _suffix,
+                title=_title + _said,
+                train=functools.partial(train, method=_name),
+                follows_grown=True,
+                derive=_derive,
+                applies=applies,
+                requires="gromo",
+                priority=6,
+            )
         )
-    )

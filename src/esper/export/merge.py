@@ -155,6 +155,11 @@ def check_equal(
                 f"a layer with branches beside it must be used by calling it, but the model reads more ({error}); "
                 "leave that layer out (SitesConfig(exclude=...)), or grow 'affine' or 'low_rank' there, which fold in"
             ) from error
+    if not math.isfinite(one):
+        raise ExportError(
+            "an exported model is compared with the grown one on a held-out batch, whose loss must be finite, got "
+            f"{one}: training has diverged, or the batch holds such values; go back to weights that were sound"
+        )
     difference = abs(one - two) / max(abs(one), 1e-12)
     if not math.isfinite(difference) or difference > tolerance:
         raise ExportError(

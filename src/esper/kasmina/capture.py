@@ -8,6 +8,7 @@ pass waits for the device, and a compiled graph holds only tensor operations.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,34 @@ class Capture:
     @property
     def full(self) -> bool:
         return self.filled >= self.num_batches
+
+    def state(self) -> dict[str, Any]:
+        """Everything of it as a state tree; the tensors are its own, not copies."""
+        return {
+            "num_batches": self.num_batches,
+            "rows_per_batch": self.rows_per_batch,
+            "generator": self._generator.get_state(),
+            "places": self._places,
+            "done": [list(part) for part in self._done],
+            "open": self.open,
+            "dropped_batches": self.dropped_batches,
+            "completed_at": self.completed_at,
+        }
+
+    @classmethod
+    def of(cls, state: dict[str, Any], geometry: Geometry, device: torch.device) -> Capture:
+        """The capture that :meth:`state` has told of; it takes over the tensors."""
+        capture = cls(
+            geometry, num_batches=state["num_batches"], rows_per_batch=state["rows_per_batch"],
+            generator=torch.Generator(), device=device,
+        )  # fmt: skip
+        capture._generator.set_state(state["generator"].cpu())
+        capture._places = state["places"].to(device)
+        for x, y, g, cluster in state["done"]:
+            capture._done.append((x.to(device), y.to(device), g.to(device), cluster.to(device)))
+        capture.open, capture.dropped_batches = state["open"], state["dropped_batches"]
+        capture.completed_at = state["completed_at"]
+        return capture
 
     def after_step(self, step: int) -> None:
         """Draw the places of the next batch's rows, or close."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,16 @@ class Member:
     """How many of its seeds go on after the isolated training; ``None``: all."""
     preserves_function: bool = False
     """Whether the branches' output is exactly zero when they are grafted."""
+
+    def state(self) -> dict[str, Any]:
+        """All of it as a state tree."""
+        return {**vars(self), "report": asdict(self.report)}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Member:
+        """The member that :meth:`state` has told of."""
+        values: dict[str, Any] = {**state, "report": StartReport(**state["report"])}
+        return cls(**values)
 
 
 @dataclass
@@ -62,6 +72,19 @@ class Cohort:
     """Step at which it was ready and drawn not to be grafted; it keeps its place in TRAINING for a while."""
     held_by: str | None = None
     """Why the strategy held alpha in the last step, if it did."""
+
+    def state_tree(self) -> dict[str, Any]:
+        """All of it as a state tree (``state`` is its place in the lifecycle)."""
+        plain = {part.name: getattr(self, part.name) for part in fields(self)}
+        members = {name: member.state() for name, member in self.members.items()}
+        return {**plain, "state": int(self.state), "members": members}
+
+    @classmethod
+    def of(cls, tree: dict[str, Any]) -> Cohort:
+        """The cohort that :meth:`state_tree` has told of."""
+        members = {name: Member.of(member) for name, member in tree["members"].items()}
+        values: dict[str, Any] = {**tree, "state": Lifecycle(tree["state"]), "members": members}
+        return cls(**values)
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ that has nothing to add and nothing to record returns the host's own tensor, unt
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
 import torch
@@ -201,7 +201,7 @@ class Site:
         return self.compose(x, y, self.grafted, training=training, writable=writable) if self.adds else None
 
     def compose(
-        self, x: Tensor, y: Tensor, cohorts: Iterable[int], *, training: bool, writable: bool = False
+        self, x: Tensor, y: Tensor, cohorts: AbstractSet[int], *, training: bool, writable: bool = False
     ) -> Tensor:
         """``y`` plus the annex and the branches of ``cohorts``; ``y`` is not written unless ``writable``.
 
@@ -209,7 +209,8 @@ class Site:
         finds its own still untouched in what the others have added to.
         """
         read = self.read(x)
-        behind = [*self.beside, *(self.banks[cohort] for cohort in cohorts)]
+        # in the order of germination: a set's own order would not survive a restore, and sums round by their order
+        behind = [*self.beside, *(bank for cohort, bank in self.banks.items() if cohort in cohorts)]
         fused = [] if self._shares_columns else [bank for bank in behind if _fuses(bank)]
         writable = writable and self.annex is None and len(fused) == len(behind)  # the others read y after them
         out = y
@@ -295,7 +296,45 @@ class Site:
         if self.capture is not None:
             self.capture.record(self.read(x), y)
 
-    # ---------------------------------------------------------------------------------------------- copies
+    # ---------------------------------------------------------------------------------------------- copies and state
+
+    def state(self) -> dict[str, Any]:
+        """Everything grown and recorded here, between steps; the tensors are its own, not copies.
+
+        The generator of dropout masks is left out: each training forward seeds it from the host's random state.
+        """
+        return {
+            "banks": {cohort: bank.state() for cohort, bank in self.banks.items()},
+            "grafted": sorted(self.grafted),
+            "annex": None if self.annex is None else self.annex.state(),
+            "beside": [bank.state() for bank in self.beside],
+            "capture": None if self.capture is None else self.capture.state(),
+            "telemetry": None if self.telemetry is None else self.telemetry.state(),
+            "telemetry_due": self.telemetry_due,
+            "refused": self.refused,
+            "counts": [self.num_calls, self.num_rows, self.num_samples],
+        }
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what :meth:`state` has told; it takes over the tensors. Call :meth:`refresh` afterwards."""
+
+        def bank(kept: dict[str, Any]) -> Bank:
+            return Bank.of(kept, self.geometry, device)
+
+        banks = {cohort: bank(kept) for cohort, kept in state["banks"].items()}
+        self.annex = None if state["annex"] is None else bank(state["annex"])
+        self.beside = [bank(kept) for kept in state["beside"]]
+        self.banks.clear()
+        self.banks.update(banks)
+        self.grafted = set(state["grafted"])
+        kept = state["capture"]
+        self.capture = None if kept is None else Capture.of(kept, self.geometry, device)
+        if self.telemetry is not None:
+            self.telemetry.restore(state["telemetry"])
+        self.telemetry_due, self.refused = state["telemetry_due"], state["refused"]
+        self.num_calls, self.num_rows, self.num_samples = state["counts"]
+        self.open()
+        self._open = not self.info.kind.is_span
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels with a copied or saved host: the added branches, and nothing that records."""

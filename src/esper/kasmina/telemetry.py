@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from esper.errors import SiteError
 from esper.kasmina.ops.telemetry import record_statistics
 
 
@@ -23,7 +24,18 @@ class TelemetryBuffer:
         self.rows = rows
 
     def record(self, y: Tensor, feature_axis: int) -> None:
-        """Read up to ``rows`` rows of ``y``, strided over the whole batch; ``y`` is not changed or kept."""
+        """Read up to ``rows`` rows of ``y``, strided over the whole batch; ``y`` is not changed or kept.
+
+        Raises
+        ------
+        SiteError
+            ``y`` is on another device than the site was found on.
+        """
+        if y.device != self.statistics.device:
+            raise SiteError(
+                f"the model must stay on its device, it was on {self.statistics.device} when the Grower was made and "
+                f"is on {y.device} now; move it first (model.to(device)), then make the optimizer and the Grower"
+            )
         self.reports.add_(1)
         record_statistics(self.statistics, y, feature_axis, self.rows, self.chunk_of, self.chunk_sizes)
 
@@ -38,6 +50,16 @@ class TelemetryBuffer:
         zeros = torch.zeros_like(self.chunk_sizes)
         total = zeros.index_add(0, self.chunk_of, rows.float().square().mean(0))
         self.gradient_energy.copy_(total / self.chunk_sizes)
+
+    def state(self) -> dict[str, Tensor]:
+        """What was read so far, as a state tree; the tensors are its own, not copies."""
+        return {"statistics": self.statistics, "gradient_energy": self.gradient_energy, "reports": self.reports}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from what :meth:`state` has told, in the same memory."""
+        self.statistics.copy_(state["statistics"])
+        self.gradient_energy.copy_(state["gradient_energy"])
+        self.reports.copy_(state["reports"])
 
     def snapshot(self) -> npt.NDArray[np.float32]:
         """``(3, C)``: mean, variance, gradient energy. Synchronises with the device."""

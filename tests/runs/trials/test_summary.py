@@ -83,7 +83,8 @@ def test_null_cohorts_count_where_a_gate_has_decided() -> None:
 
 def test_a_fault_that_never_struck_proves_nothing() -> None:
     records = [
-        fault(0, "nan_batch", held=True), fault(1, "nan_batch", held=False), fault(2, "nan_batch", held=False, struck=0),
+        fault(0, "nan_batch", held=True), fault(1, "nan_batch", held=False),
+        fault(2, "nan_batch", held=False, struck=0),
         fault(3, "two_growers", held=True, expects="refused"),
     ]  # fmt: skip
     summary = summarise("faults", records)
