@@ -31,7 +31,7 @@ def fake_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
 
     def install(error: BaseException | None = None, *, starts: bool = True) -> None:
         def execute(
-            options: RunOptions, on_event: Callable[[AnyEvent], None], on_note: Callable[[str], None]
+            options: RunOptions, on_event: Callable[[AnyEvent], None], on_note: Callable[[str], None], on_past: object
         ) -> dict[str, Any]:
             events = run_events() if starts else []
             if starts:
@@ -233,7 +233,7 @@ def test_run_started_alone_is_enough_for_the_first_line(
     fake_job: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def execute(
-        options: RunOptions, on_event: Callable[[AnyEvent], None], on_note: Callable[[str], None]
+        options: RunOptions, on_event: Callable[[AnyEvent], None], on_note: Callable[[str], None], on_past: object
     ) -> dict[str, Any]:
         on_event(RunStarted(step=0, run="digits-07", preset="digits", config={}, environment={}))
         return {"run_dir": "runs/digits-07"}
