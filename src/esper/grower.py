@@ -18,6 +18,7 @@ import html
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ from esper.protocol import (
     Stopped,
     Verdict,
 )
+from esper.safety.checkpoint import Loaded, Saved
+from esper.safety.shelf import Shelf
 from esper.safety.training import Training
 from esper.safety.tree import Tree
 from esper.stages import Stages
@@ -149,7 +152,7 @@ class Grower:
         )
         self.judge = Judge(self._evaluator, self.kasmina.sites, self.config.evidence, seed=self.config.seed)
         self.journal = Journal(on_event)
-        self._orders = Orders()
+        self._orders, self._shelf = Orders(), Shelf()
         self.loop = Loop(deque(maxlen=self.config.graft.stabilize_window))
         self._setup = Setup(self.config, self.sites, self._evaluator.batches)
         self.export_difference: exporting.Difference | None = None
@@ -158,15 +161,9 @@ class Grower:
             self._train_step, self._audit, lambda: self.accounts.training_flops,
         )  # fmt: skip
         self.stages = Stages(
-            self.kasmina,
-            self.judge,
-            self.clock,
-            self.ledger,
-            self.config,
-            self.journal.emit,
-            self.trials,
+            self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit, self.trials,
             self.loop.losses,
-        )
+        )  # fmt: skip
         self.kasmina.watch(True)  # the first step tells whether every site reports
         self._announce()
 
@@ -289,7 +286,7 @@ class Grower:
     def export(self, *, tolerance: float | None = None) -> nn.Module:
         """A plain copy of the grown model: wider layers, no Esper inside, checked equal on a held-out batch.
 
-        ``export_difference`` then holds how much the loss, and the output of each grown layer, differ (relative).
+        ``export_difference`` then holds how much the loss, the model's and each grown layer's output differ (relative).
 
         Raises
         ------
@@ -352,6 +349,32 @@ class Grower:
         self._whole().load(state)
         self.trials.let_go(state["copies"], self.loop.last_step)
 
+    def save(self, folder: str | Path, *, keep: int = 2) -> Saved:
+        """Write :meth:`state_dict` as a checkpoint into a folder, whose newest ``keep`` stay (docs/safety.md).
+
+        When this returns the checkpoint survives a power cut. The folder is this run's until :meth:`detach`.
+
+        Raises
+        ------
+        StateError
+            The state cannot be stored, another run writes there, or the disk refused it; older checkpoints stay.
+        """
+        return self._shelf.save(folder, self.state_dict(), step=self.loop.last_step, keep=keep)
+
+    def load(self, folder: str | Path) -> Loaded:
+        """:meth:`load_state_dict` with the newest intact checkpoint; damaged newer ones are warned of.
+
+        Raises
+        ------
+        StateError
+            No checkpoint is intact, or it belongs to another run. Nothing was changed.
+        """
+        loaded, told = self._shelf.load(folder)
+        self.load_state_dict(loaded.tree)
+        if told is not None:
+            self.journal.warn(told, told, self.loop.last_step)
+        return loaded
+
     def _whole(self) -> Whole:
         """The run's state by its parts, in the order in which they are restored."""
         for kind in self._training.without_state:
@@ -368,6 +391,7 @@ class Grower:
         """Remove every hook. Call :meth:`export` first to keep what was grown."""
         self.kasmina.detach()
         self.clock.detach()
+        self._shelf.close()
 
     def __repr__(self) -> str:
         return describe(self)
