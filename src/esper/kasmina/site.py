@@ -6,6 +6,7 @@ that has nothing to add and nothing to record returns the host's own tensor, unt
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from esper.errors import SiteError
+from esper.errors import CONTAINED, SiteError, contained
 from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import FusedBlueprint
 from esper.kasmina.capture import Capture
@@ -225,9 +226,31 @@ class Site:
         for bank in behind:
             if bank in fused:
                 continue
-            delta = bank.branch(bank.pick(read, y), training=training, generator=self.generator)
-            out = bank.scatter(out, delta)
+            delta = self._branch(bank, read, y, training)
+            out = out if delta is None else bank.scatter(out, delta)
         return out
+
+    def _branch(self, bank: Bank, read: Tensor, y: Tensor, training: bool) -> Tensor | None:
+        """What a bank adds. One on trial that raises adds nothing and counts as damaged: the host's forward goes on.
+
+        What is permanent cannot be left out without changing the network: its error is the caller's.
+        """
+        if torch.compiler.is_compiling() or any(bank is kept for kept in self.permanent):
+            return bank.branch(bank.pick(read, y), training=training, generator=self.generator)
+        try:
+            return bank.branch(bank.pick(read, y), training=training, generator=self.generator)
+        except CONTAINED as error:
+            what = contained(error)
+            bank.bad_steps += 1
+            if not bank.failed:
+                bank.failed = True
+                warnings.warn(
+                    f"a branch on trial at {self.info.name} failed in the forward pass and adds nothing; it leaves at "
+                    f"the next decision point ({what})",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return None
 
     @property
     def adds(self) -> bool:
