@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import esper
-from esper.protocol import AnyEvent, Cancel, Cull, Germinate, Lifecycle, Overhead, RollBack, SeedPlan
+from esper.protocol import AnyEvent, Cancel, Cull, Germinate, Lifecycle, Overhead, Resume, RollBack, SeedPlan
 from esper.safety.tree import digest, join, split
 
 pytestmark = pytest.mark.integration
@@ -25,6 +25,7 @@ S = Lifecycle
 EPOCH = 6
 """Batches an epoch."""
 FURTHER = 9
+OURS = {"telemetry": esper.TelemetryConfig(every=2), "evidence": esper.EvidenceConfig(accept="always")}
 
 
 class Samples(Dataset[tuple[Tensor, Tensor]]):
@@ -88,7 +89,7 @@ class Run:
         events: list[AnyEvent] = []
         grower = esper.Grower(
             model, optimizer, loss=mse, evaluate=rows(16, seed=7), track=[scheduler, average, batches],
-            config=esper.Config(**{**QUICK, "evidence": esper.EvidenceConfig(accept="always"), **settings}),
+            config=esper.Config(**{**QUICK, **OURS, **settings}),
             controller=Idle(), on_event=events.append,
         )  # fmt: skip
         return cls(model, optimizer, batches, scheduler, average, grower, events)
@@ -144,8 +145,15 @@ def bring(run: Run, state: Lifecycle, place: str) -> None:
     if state in (S.GERMINATED, S.STABILIZATION, S.EVALUATING, S.FINE_TUNING, S.GRAFTING, S.TRAINING):
         cohort = next(iter(run.grower.kasmina.cohorts.values()))
         run.grower.kasmina.set_paused(cohort, True, run.grower.clock.steps)
-        run.until(lambda: run.batches.position % EPOCH == wanted % EPOCH)
-        run.grower.kasmina.set_paused(cohort, False, run.grower.clock.steps)
+        early = int(state is S.TRAINING)  # it takes a step to get the snapshot that a graft waits for
+        run.until(lambda: (run.batches.position + early) % EPOCH == wanted % EPOCH)
+        if early:
+            run.grower.submit(Resume(cohort=cohort.number))
+            run.train()
+            assert cohort.number in run.grower.guard.snapshots and not cohort.paused
+        else:
+            run.grower.kasmina.set_paused(cohort, False, run.grower.clock.steps)
+        assert run.state is state
         return
     for _ in range(EPOCH):
         if run.batches.position % EPOCH == wanted % EPOCH:
