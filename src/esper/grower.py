@@ -127,12 +127,9 @@ class Grower:
         self._attach([optimizer] if isinstance(optimizer, Optimizer) else list(optimizer), track, probe_flops, on_event)
 
     def _attach(
-        self,
-        optimizers: list[Optimizer],
-        track: Iterable[Any],
-        probe_flops: float,
+        self, optimizers: list[Optimizer], track: Iterable[Any], probe_flops: float,
         on_event: Callable[[AnyEvent], None] | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Hang everything on the host; whatever goes wrong leaves no hook behind."""
         with ExitStack() as undo:
             self.training = Training(self.model, optimizers, track)
@@ -145,13 +142,9 @@ class Grower:
         self.kasmina = Kasmina(self.model, self.discovery, self.config, adaptive=self.clock.adaptive)
         undo.callback(self.kasmina.detach)
         self.accounts = Accounts(
-            self.model,
-            self._evaluator,
-            self.discovery,
-            self.kasmina,
-            probe_flops=probe_flops,
+            self.model, self._evaluator, self.discovery, self.kasmina, probe_flops=probe_flops,
             budget=self.config.budget,
-        )
+        )  # fmt: skip
         self.judge = Judge(self._evaluator, self.kasmina.sites, self.config.evidence, seed=self.config.seed)
         self.journal = Journal(on_event)
         self._orders = Orders()

@@ -88,10 +88,14 @@ class Guard:
         self._recent: list[Tensor] = []
         """Losses since the last look."""
         self._suspicion: Suspicion | None = None
+        self._seen: dict[int, int] = {}
+        """Cohorts in the forward pass of late, and the last step in which: who has just left is suspect still."""
         self._unbounded = {name for name, value in _tensors(run.training) if not bool(torch.isfinite(value).all())}
         """What holds infinities from the beginning: a mask, say."""
         self._without: str | None = None if settings.snapshots else "safety.snapshots is off"
         """Why there are no snapshots."""
+        self._reported = False
+        """Whether what goes wrong in the user's own training has been said; again after it was in order."""
 
     # ---------------------------------------------------------------------------------------------- every step
 
@@ -106,14 +110,14 @@ class Guard:
 
     def after_step(self, step: int) -> None:
         """End of a step: cohorts that may be grafted in the next one get a snapshot of the run as it is now."""
-        needed = {cohort.number for cohort in self._run.kasmina.cohorts.values() if not _is_held(cohort)}
+        cohorts = self._run.kasmina.cohorts.values()
+        self._seen.update({cohort.number: step for cohort in cohorts if _is_suspect(cohort)})
+        needed = {cohort.number for cohort in cohorts if not _is_held(cohort)} | self._seen.keys()
         if self._suspicion is not None:
             needed.add(self._suspicion.cohort)
         self.snapshots.keep_only(needed)
         self._orders.forget(self.snapshots.oldest_step)
-        ready = [
-            c.number for c in self._run.kasmina.cohorts.values() if _is_ready(c) and c.number not in self.snapshots
-        ]
+        ready = [cohort.number for cohort in cohorts if _is_ready(cohort) and cohort.number not in self.snapshots]
         if ready and self._without is None:
             self._take(ready, step)
 
@@ -140,11 +144,16 @@ class Guard:
         """Judge the steps since the last look. Afterwards the run may stand at an earlier step."""
         losses: list[float] = stacked(self._recent).tolist() if self._recent else []
         self._recent.clear()
+        self._judge(losses, step)
+        late = self._run.clock.steps - self._run.config.interval
+        self._seen = {number: last for number, last in self._seen.items() if last >= late}
+
+    def _judge(self, losses: list[float], step: int) -> None:
         damage = self._run.kasmina.damaged()
         if not all(map(math.isfinite, losses)):
             self._run.loop.losses.clear()  # one incident has one culprit: the window must not accuse the next cohort
             newest = self._newest()
-            damage = damage or ({newest.number: "a non-finite loss"} if newest is not None else {})
+            damage = damage or ({newest: "a non-finite loss"} if newest is not None else {})
             if not damage and self._suspicion is None:
                 self._report("the training loss is not finite and nothing of Esper is on trial: it is the host's", step)
                 return
@@ -161,8 +170,7 @@ class Guard:
             for number, what in damage.items():
                 self._remove(number, step, what)
             return
-        suspects = {cohort.number for cohort in self._run.kasmina.cohorts.values() if _is_suspect(cohort)}
-        number = max(suspects & damage.keys() or suspects or damage.keys())
+        number = max(self._seen.keys() & damage.keys() or self._seen.keys() or damage.keys())
         what = damage.get(number, next(iter(damage.values())))
         self._restore(number, step, f"{what}, and the host is hurt")
 
@@ -176,7 +184,7 @@ class Guard:
         wrong, suspicion = self._watch.verdict(losses), self._suspicion
         if wrong is None:
             self._watch.take(losses)
-            self._suspicion = None
+            self._suspicion, self._reported = None, False
             return
         if suspicion is not None:
             if step >= suspicion.until:
@@ -187,8 +195,8 @@ class Guard:
             self._watch.take(losses)
             self._report(f"{wrong}, and nothing of Esper is on trial: it is the training's own", step)
             return
-        self._suspicion = Suspicion(newest.number, wrong, step + self._run.config.safety.recovery)
-        self._remove(newest.number, step, wrong)
+        self._suspicion = Suspicion(newest, wrong, step + self._run.config.safety.recovery)
+        self._remove(newest, step, wrong)
 
     def skipped(self, num: int, step: int) -> None:
         """A GradScaler has skipped ``num`` steps in a row: a broken branch would make it skip for ever."""
@@ -198,25 +206,31 @@ class Guard:
         damage = self._run.kasmina.damaged()
         if newest is not None:
             what = f"{num} steps in a row were skipped for gradients that are not finite"
-            for number in damage or [newest.number]:
+            for number in damage or [newest]:
                 self._remove(number, step, what)
 
-    def _newest(self) -> Cohort | None:
-        """The cohort that has entered the forward pass last."""
-        suspects = [cohort for cohort in self._run.kasmina.cohorts.values() if _is_suspect(cohort)]
-        return max(suspects, key=lambda cohort: (cohort.born, cohort.number), default=None)
+    def _newest(self) -> int | None:
+        """The newest cohort that is in the forward pass, or was of late."""
+        return max(self._seen, default=None)
 
     # ---------------------------------------------------------------------------------------------- what is done
 
     def _report(self, what: str, step: int) -> None:
-        self._run.journal.emit(Incident(step=step, cohort=None, action="reported", reason=what))
-        self._run.journal.warn("loss", what, step)
+        """Nothing is changed; once, until the loss is in order again."""
+        if not self._reported:
+            self._reported = True
+            self._run.journal.emit(Incident(step=step, cohort=None, action="reported", reason=what))
+            self._run.journal.warn("loss", what, step)
 
     def _remove(self, number: int, step: int, what: str) -> None:
         """Soft: one cohort out at once, the host as it is."""
         cohort = self._run.kasmina.cohorts.get(number)
+        if cohort is None:
+            what, action = f"{what}; cohort {number} has left already", "reported"
+        else:
+            action = "removed"
+        self._run.journal.emit(Incident(step=step, cohort=number, action=action, reason=what))
         if cohort is not None:
-            self._run.journal.emit(Incident(step=step, cohort=number, action="removed", reason=what))
             self._run.stages.expel(cohort, step, f"guard: {what}")
 
     def take_back(self, cohort: Cohort, step: int, reason: str) -> Gate:
@@ -271,12 +285,19 @@ class Guard:
     def state(self) -> dict[str, Any]:
         """Losses and suspicion, as a state tree; snapshots are not part of it."""
         suspicion = None if self._suspicion is None else asdict(self._suspicion)
-        return {"watch": self._watch.state(), "recent": list(self._recent), "suspicion": suspicion}
+        return {
+            "watch": self._watch.state(),
+            "recent": list(self._recent),
+            "suspicion": suspicion,
+            "reported": self._reported,
+            "seen": dict(self._seen),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` has told."""
         self._watch.restore(state["watch"])
-        self._recent = list(state["recent"])
+        self._recent, self._reported = list(state["recent"]), state["reported"]
+        self._seen = dict(state["seen"])
         suspicion = state["suspicion"]
         self._suspicion = None if suspicion is None else Suspicion(**suspicion)
 

@@ -120,6 +120,18 @@ def score(trained: Trained, preset: Preset) -> ArmFinished:
     )  # fmt: skip
 
 
+class _ByStep:
+    """Tells the grower that batches and learning rates follow from the step alone, so that they go back with it."""
+
+    rewinds = True
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
+
 def _loop(
     cell: Cell, preset: Preset, model: nn.Module, optimizer: torch.optim.Optimizer, grower: Grower | None, record: Emit
 ) -> float:
@@ -130,19 +142,22 @@ def _loop(
         batch = preset.train_batch(cell.seed, 0)
         with undisturbed(model):
             per_step = 3.0 * forward_flops(model, lambda: preset.loss(model, batch))
-    for step in range(cell.steps):
+    step = 0
+    while step < cell.steps:
         obey()
         for group in optimizer.param_groups:
             group["lr"] = cell.lr * preset.schedule(step / cell.steps)
         batch = preset.train_batch(cell.seed, step)
         loss = _train_step(preset, model, optimizer, batch)
+        step += 1
         if grower is not None:
             grower.step(loss, batch=batch)
-        elif (step + 1) % preset.held_out_every == 0:
-            spent = per_step * (step + 1)
-            record(TrainLoss(step=step + 1, loss=float(loss.detach()), flops=spent))
+            step = grower.clock.steps  # behind what was just done, where the grower has taken the training back
+        elif step % preset.held_out_every == 0:
+            spent = per_step * step
+            record(TrainLoss(step=step, loss=float(loss.detach()), flops=spent))
             value = _mean_loss(preset, model, held[:: max(1, len(held) // 8)])
-            record(HeldOut(step=step + 1, loss=value, params=_params(model, None), flops=spent))
+            record(HeldOut(step=step, loss=value, params=_params(model, None), flops=spent))
     return per_step * cell.steps
 
 
@@ -167,7 +182,7 @@ def _grower(
         config = dataclasses.replace(config, evidence=dataclasses.replace(config.evidence, accept="always"))
     return Grower(
         model, optimizer, loss=preset.loss, evaluate=preset.held_out(), config=config, controller=controller,
-        train_step=functools.partial(_train_step, preset), on_event=record,
+        train_step=functools.partial(_train_step, preset), on_event=record, track=[_ByStep()],
     )  # fmt: skip
 
 

@@ -90,7 +90,7 @@ class Training:
             )
 
     def restore(self, state: Mapping[str, Tree]) -> None:
-        """Go on from what :meth:`state` has told; tensors may be taken over. Random streams come last: loading may draw."""
+        """Go on from what :meth:`state` has told; tensors may be taken over. Random streams last: loading may draw."""
         restore_module(self.model, state["host"])
         for name, module in self.model.named_modules():
             module.training = state["training"][name]
