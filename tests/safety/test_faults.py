@@ -164,7 +164,8 @@ def check_survives(fault: str, state: Lifecycle, make: Any, further: int, then: 
             assert run.hash() == host[step], f"step {step} differs from the host that never germinated"
         run.train()
     assert all(bool(torch.isfinite(p).all()) for p in run.model.parameters())
-    assert run.told(Incident) and run.told(Incident)[0].cohort == 1
+    unnoticed = fault == "gradient" and state in (S.CULLED, S.CANCELLED)  # it may leave by itself before a decision
+    assert unnoticed or run.told(Incident)[0].cohort == 1
     return "restored" if restored else "removed"
 
 
@@ -185,8 +186,16 @@ def test_injected_faults(part: int) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_a_thousand_injected_faults() -> None:
-    done = Counter((check_survives(*case), case[0], case[1].name) for case in map(draw, range(1000)))
+    done: Counter[tuple[str, str, str]] = Counter()
+    failed: dict[int, str] = {}
+    for number in range(1000):
+        case = draw(number)
+        try:
+            done[check_survives(*case), case[0], case[1].name] += 1
+        except AssertionError as error:
+            failed[number] = f"{case}: {error}"
     print(sorted(done.items()))
+    assert not failed, failed
     assert sum(done.values()) == 1000
 
 
