@@ -71,6 +71,9 @@ class Stages:
 
     def advance(self, step: int) -> None:
         """Give every cohort its turn; paused ones stand still (alpha as it is, timers stopped)."""
+        for number, what in self.kasmina.take_failures().items():
+            if number in self.kasmina.cohorts:
+                self.expel(self.kasmina.cohorts[number], step, f"its branch failed at {what}")
         running = [cohort for cohort in list(self.kasmina.cohorts.values()) if not cohort.paused]
         if running:
             self.kasmina.table.tick()

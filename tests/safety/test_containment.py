@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.models import Mlp, mse
-from tests.rigs import Rig, attach
+from tests.rigs import Rig, attach, host_of
 from torch import nn
 
 import esper
@@ -180,3 +180,59 @@ def test_a_broken_start_does_not_stop_the_run(monkeypatch: pytest.MonkeyPatch) -
             break
         rig.train()
     unharmed(rig, "TRAINING failed with TypeError: bad rows")
+
+
+@pytest.mark.usefixtures("own_registries")
+def test_a_users_blueprint_that_raises_in_the_forward_pass_is_left_out_and_leaves() -> None:
+    armed = [False]
+
+    class Moody(nn.Module):
+        def __init__(self, in_features: int, out_features: int) -> None:
+            super().__init__()
+            self.map = nn.Linear(in_features, out_features)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if armed[0]:
+                raise RuntimeError("not today")
+            return self.map(x)
+
+    esper.register_module("moody", kinds=[SiteKind.LINEAR_LAYER])(Moody)
+    rig = attach(Mlp(), sites=esper.SitesConfig(layers=True))
+    rig.train(3)
+    layer = next(info.name for info in rig.grower.sites() if not info.kind.is_span)
+    rig.order(Germinate(seeds=(SeedPlan(site=layer, blueprint="moody"),)))
+    cohort = next(iter(rig.grower.kasmina.cohorts.values()))
+    rig.until(cohort, S.GRAFTING)
+    x = rig.batches[0][0]
+    armed[0] = True
+    assert torch.equal(rig.model(x), host_of(rig.model)(x)), "the host's own output was to go on"
+    rig.train()
+    armed[0] = False
+    unharmed(rig, f"its branch failed at {layer}: RuntimeError: not today")
+
+
+@pytest.mark.usefixtures("own_registries")
+def test_a_permanent_branch_that_raises_is_an_error() -> None:
+    armed = [False]
+
+    class Moody(nn.Module):
+        def __init__(self, in_features: int, out_features: int) -> None:
+            super().__init__()
+            self.map = nn.Linear(in_features, out_features)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if armed[0]:
+                raise RuntimeError("not today")
+            return self.map(x)
+
+    esper.register_module("moody", kinds=[SiteKind.LINEAR_LAYER])(Moody)
+    evidence = esper.EvidenceConfig(accept="always")
+    rig = attach(Mlp(), sites=esper.SitesConfig(layers=True), evidence=evidence)
+    rig.train(3)
+    layer = next(info.name for info in rig.grower.sites() if not info.kind.is_span)
+    rig.order(Germinate(seeds=(SeedPlan(site=layer, blueprint="moody"),)))
+    while rig.grower.kasmina.cohorts:
+        rig.train()
+    armed[0] = True
+    with pytest.raises(RuntimeError, match="not today"):
+        rig.model(rig.batches[0][0])

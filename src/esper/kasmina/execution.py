@@ -338,6 +338,14 @@ class Kasmina:
                 found.setdefault(number, f"a non-finite {what}")
         return found
 
+    def take_failures(self) -> dict[int, str]:
+        """Cohorts with a branch that has raised in the forward pass since the last call, and what."""
+        found: dict[int, str] = {}
+        for name, site in self.sites.items():
+            found.update({cohort: f"{name}: {what}" for cohort, what in site.failures.items()})
+            site.failures.clear()
+        return found
+
     def forget_gradients(self) -> None:
         """Drop accumulated gradients of everything that learns (the host skipped its step)."""
         for site in self.sites.values():
