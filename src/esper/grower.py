@@ -5,7 +5,7 @@
     y = host_module(x)                  # hooks: y itself, or y + alpha * branch
     loss.backward(); optimizer.step()   # the user's own
     grower.step(loss):                  # the only place where anything changes
-        guard                           # non-finite: the newest branches leave at once
+        guard                           # damage or divergence: suspects leave, or everything goes back
         learn                           # grafted branches and annexes, in step with the host
         advance                         # every cohort by its state's gate; alpha moves
         every `interval` steps: observe -> decide -> act
@@ -39,7 +39,7 @@ from esper.kasmina.execution import Kasmina
 from esper.kasmina.host import HostClock, read_loss
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import Ledger, forward_flops
-from esper.kasmina.preconditions import check_choices, check_host
+from esper.kasmina.preconditions import check_choices, check_host, check_optimizers
 from esper.misuse import check_reports, warn_if_misplaced, warn_if_stuck
 from esper.protocol import (
     Absorbed,
@@ -51,16 +51,17 @@ from esper.protocol import (
     Stopped,
     Verdict,
 )
+from esper.safety.shelf import Shelf
 from esper.safety.training import Training
-from esper.safety.tree import Tree
 from esper.stages import Stages
-from esper.state import Loop, Part, Setup, Thoughts, Whole
+from esper.state import Loop, Setup
+from esper.stored import Stored
 from esper.summary import Report, describe
 from esper.tamiyo import Controller, make_controller
 from esper.trials import Trials
 
 
-class Grower:
+class Grower(Stored):
     """Grows ``model`` while the user's own loop trains it.
 
     Parameters
@@ -117,14 +118,14 @@ class Grower:
         self.controller = controller or make_controller(
             self.config.tamiyo.controller, self.config.tamiyo, seed=self.config.seed
         )
-        single = isinstance(optimizer, Optimizer)
+        optimizers, single = check_optimizers(optimizer), isinstance(optimizer, Optimizer)
         self._train_step = plain_step(loss) if train_step is None else as_given(train_step, single=single)
         self._audit = audit
         self._evaluator = Evaluator.of(model, loss, evaluate, self.config.evidence, seed=self.config.seed)
         with undisturbed(model):
             self.discovery = discover(model, self._evaluator.run_one, self.config.sites)
             probe_flops = forward_flops(model, self._evaluator.run_one)
-        self._attach([optimizer] if isinstance(optimizer, Optimizer) else list(optimizer), track, probe_flops, on_event)
+        self._attach(optimizers, track, probe_flops, on_event)
 
     def _attach(
         self, optimizers: list[Optimizer], track: Iterable[Any], probe_flops: float,
@@ -147,7 +148,7 @@ class Grower:
         )  # fmt: skip
         self.judge = Judge(self._evaluator, self.kasmina.sites, self.config.evidence, seed=self.config.seed)
         self.journal = Journal(on_event)
-        self._orders = Orders()
+        self._orders, self._shelf = Orders(), Shelf()
         self.loop = Loop(deque(maxlen=self.config.graft.stabilize_window))
         self._setup = Setup(self.config, self.sites, self._evaluator.batches)
         self.export_difference: exporting.Difference | None = None
@@ -289,7 +290,7 @@ class Grower:
     def export(self, *, tolerance: float | None = None) -> nn.Module:
         """A plain copy of the grown model: wider layers, no Esper inside, checked equal on a held-out batch.
 
-        ``export_difference`` then holds how much the loss, and the output of each grown layer, differ (relative).
+        ``export_difference`` then holds how much the loss, the model's and each grown layer's output differ (relative).
 
         Raises
         ------
@@ -328,45 +329,11 @@ class Grower:
         self.guard.begin_anew(self.loop.last_step)
         return absorbed
 
-    def state_dict(self) -> Tree:
-        """All that this run is made of, copied to the CPU; call it after :meth:`step`, between two training steps.
-
-        Raises
-        ------
-        StateError
-            Something cannot be part of a state (its place is named).
-        """
-        return {**self._whole(waiting=True).saved(), "copies": self.trials.copies()}
-
-    def load_state_dict(self, state: Tree) -> None:
-        """Go on exactly where :meth:`state_dict` was called, with a Grower that was built in the same way.
-
-        Parameters stay the objects they are. After :meth:`absorb` build the model with the wider layers first.
-
-        Raises
-        ------
-        StateError
-            The state belongs to another run or is damaged. Nothing was changed.
-        """
-        self._whole(waiting=True).load(state)
-        self.trials.let_go(state["copies"], self.loop.last_step)
-        self.guard.begin_anew(self.loop.last_step)
-
-    def _whole(self, *, waiting: bool) -> Whole:
-        """The run's state by its parts, in the order in which they are restored; commands that ``waiting`` asks for."""
-        parts: dict[str, Part] = {
-            "kasmina": self.kasmina, "clock": self.clock, "accounts": self.accounts, "judge": self.judge,
-            "stages": self.stages, "trials": self.trials, "journal": self.journal, "loop": self.loop,
-            "controller": Thoughts(self.controller), "guard": self.guard,
-        }  # fmt: skip
-        if waiting:
-            parts["orders"] = self._orders
-        return Whole(self._setup, self.training, parts)
-
     def detach(self) -> None:
         """Remove every hook. Call :meth:`export` first to keep what was grown."""
         self.kasmina.detach()
         self.clock.detach()
+        self._shelf.close()
 
     def __repr__(self) -> str:
         return describe(self)

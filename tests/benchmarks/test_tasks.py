@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from benchmarks.training import sizing
-from benchmarks.training.protocol import ARMS, TASKS, Plan, Source, Task
+from benchmarks.training import recipe, sizing
+from benchmarks.training.protocol import ARMS, TASKS, Outcome, Plan, Source, Task
+from benchmarks.training.protocol.arms import static_flops
 from benchmarks.training.protocol.command import command
 from benchmarks.training.protocol.task import device_of, load_all
 from benchmarks.training.rows import Rows, parts
@@ -19,6 +21,7 @@ from torch import Tensor
 from esper.errors import ConfigError
 from esper.kasmina.isolation import undisturbed
 from esper.runs.preset import Preset
+from esper.settings import with_settings
 
 pytestmark = pytest.mark.component
 
@@ -150,7 +153,10 @@ def make_small(source: Source) -> Small:
 
 
 def test_every_arm_of_esper_is_trained_counted_and_scored() -> None:
-    arms = ("grown", "always", "static_small", "static_final", "static_equal_flops", "random_growth")
+    arms = (
+        "grown", "always", "static_small", "static_final", "static_equal_flops", "random_growth", "grown_short",
+        "static_final_short",
+    )  # fmt: skip
     task = Task(name="small_rows", title="Small rows", make=make_small)
     plan = Plan(task, seeds=(0,), source=Source(), code="test", arms=arms, steps=200)
     preset = plan.preset(0)
@@ -166,6 +172,39 @@ def test_every_arm_of_esper_is_trained_counted_and_scored() -> None:
     assert done["static_equal_flops"].flops == pytest.approx(done["grown"].flops, rel=0.1)
     assert done["static_small"].widths == (2, 2) and done["static_small"].flops < done["grown"].flops
     assert done["random_growth"].cohorts["accepted"] == done["grown"].cohorts["accepted"]
+    assert done["static_final_short"].flops == pytest.approx(0.75 * done["static_final"].flops, rel=0.01)
+    assert done["static_final_short"].widths == done["static_final"].widths
+    assert done["grown_short"].flops < done["grown"].flops
+
+
+def test_every_variant_of_the_recipe_changes_what_is_shipped() -> None:
+    preset = make_small(Source())
+    shipped = preset.config(preset.steps)
+    changed = {
+        label: with_settings(shipped, dict(word.split("=", 1) for word in words))
+        for label, words in recipe.variants(shipped).items()
+    }
+    assert [label for label, config in changed.items() if config == shipped] == [recipe.SHIPPED]
+    assert changed["allocation: half the units"].tamiyo.growth == shipped.tamiyo.growth / 2
+
+
+def test_variants_that_are_no_setting_change_what_they_say() -> None:
+    preset, task = make_small(Source()), Task(name="small_rows", title="", make=make_small)
+    plan = Plan(task, seeds=(0,), source=Source(), code="test", steps=400)
+    absorbed, frozen = recipe.CHANGED_CODE.values()
+    grown = absorbed.train(preset, plan.cell(absorbed.name, 0, 1e-2, None), {}).outcome
+    assert grown.cohorts["accepted"] > 0 and min(grown.widths) > 2 and np.isfinite(grown.held_out)
+    stuck = frozen.train(preset, plan.cell(frozen.name, 0, 1e-2, None), {}).outcome
+    assert stuck.cohorts["accepted"] == 0, "a branch whose output starts at zero adds nothing unless it learns"
+
+
+def test_growing_for_three_quarters_of_the_final_shapes_flops() -> None:
+    preset, steps = make_small(Source()), 400
+    twin = Outcome(held_out=1.0, flops=2 * static_flops(preset, (6, 6), steps), params=0, seconds=0.0, widths=(6, 6))
+    given = ARMS["grown_short"].derive(preset, twin, steps)
+    assert given == {"steps": 150}  # 0.75 / 2 of the steps
+    cheap = dataclasses.replace(twin, flops=twin.flops / 4)
+    assert ARMS["grown_short"].derive(preset, cheap, steps) == {"steps": steps}, "never longer than the others"
 
 
 @pytest.mark.integration
@@ -217,3 +256,9 @@ def test_gromo_grows_to_the_widths_it_is_given() -> None:
         result = ARMS[name].train(preset, plan.cell(name, 0, 3e-3, 3e-3), {"widths": [6, 6]})
         assert result.outcome.widths == (6, 6) and np.isfinite(result.score)
         assert result.outcome.flops_parts["growth"] > 0
+        equal = ARMS[f"{name}_equal_flops"]
+        twin = dataclasses.replace(result.outcome, flops=3 * result.outcome.flops)
+        given = equal.derive(preset, twin, 60)
+        assert min(given["widths"]) > 6
+        again = equal.train(preset, plan.cell(equal.name, 0, 3e-3, 3e-3), given)
+        assert again.outcome.flops == pytest.approx(twin.flops, rel=0.2)

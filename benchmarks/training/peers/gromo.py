@@ -1,15 +1,14 @@
-"""``gromo_tiny`` and ``gromo_gradmax``: the methods of TINY (Verbockhaven et al., 2024) and GradMax (Evci et al., 2022)
-as the ``gromo`` package (0.1.0) implements them, on the tasks whose host is an MLP of equal inner widths.
+"""``gromo_tiny`` and ``gromo_gradmax``: TINY (Verbockhaven et al., 2024) and GradMax (Evci et al., 2022) as the package
+``gromo`` implements them (:mod:`esper.runs.peers.gromo`), on the tasks whose host is an MLP of equal inner widths.
 
 The package leaves open when to grow, by how much, and when to stop. Here it grows to the final widths of the grown
 training of the same seed, in :data:`ROUNDS` rounds spread evenly over the first :data:`GROWING` of training, one layer
-after the other, by its documented loop: statistics over batches, the optimal update, a line search of its scale on
-those batches, the change. Neither method can add more units at a time than the rank of its statistics (the layer's
-outputs among others), so they may end narrower: by one unit a round before a single output. The optimizer is made anew
-after every growth, as its old one holds tensors that are no longer the model's.
+after the other. Neither method can add more units at a time than the rank of its statistics (the layer's outputs among
+others), so they may end narrower: by one unit a round before a single output. The optimizer is made anew after every
+growth, as its old one holds tensors that are no longer the model's.
 
-Three things differ from the package's examples, each in the peer's favour: no singular value is too small to be used,
-the line search does not try a scale of zero (units of no weight at all never learn), and ReLU has slope 1 at zero.
+``gromo_tiny_equal_flops`` and ``gromo_gradmax_equal_flops`` grow to as many units as make the whole training cost what
+the grown one of the same seed did (estimated by growing an untrained network).
 
 Counted as FLOPs: training (three forwards a step, as for every arm), and in growth whatever PyTorch's counter sees.
 The decompositions of small matrices are not.
@@ -17,74 +16,42 @@ The decompositions of small matrices are not.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from benchmarks.training.protocol.arms import Arm, Given, Result, final_shape, register_arm
 from benchmarks.training.protocol.cells import Cell, Outcome
-from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.kasmina.ledger import forward_flops
+from esper.runs.peers import gromo
 from esper.runs.preset import Preset
 
 ROUNDS, GROWING = 16, 0.4
-STATISTICS_BATCHES, SEARCH_BATCHES = 16, 8
-SCALES = (1.0, 0.5, 0.1)  # the largest wins a tie: GradMax's units change nothing at first, whatever their scale
-THRESHOLD = 0.0  # of singular values; the package's default (1e-3) fits sums of gradients, and adds one unit on means
-METHODS: dict[str, dict[str, bool]] = {
-    "gromo_tiny": {
-        "compute_delta": False, "use_covariance": True, "alpha_zero": False, "omega_zero": False,
-        "use_projection": True, "ignore_singular_values": False,
-    },
-    "gromo_gradmax": {
-        "compute_delta": False, "use_covariance": False, "alpha_zero": True, "omega_zero": False,
-        "use_projection": False, "ignore_singular_values": True,
-    },
-}  # fmt: skip
-
-
-class ReLU(nn.Module):
-    """ReLU with slope 1 at zero, as GradMax asks for: its units start with inputs of zero and would stay dead."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.where(x >= 0, x, torch.zeros_like(x))
-
-
-class Extended(nn.Module):
-    """The model with the update that is being tried, for the line search."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model.extended_forward(x)
+STATISTICS_BATCHES = 16
+TRIES = 5
+"""Widths that are tried to meet a cost."""
 
 
 class Peer:
     """One training; ``flops`` and the model's optimizer are kept current as it grows."""
 
-    def __init__(self, preset: Preset, cell: Cell, target: Sequence[int]) -> None:
-        from gromo.containers.growing_mlp import GrowingMLP
-
+    def __init__(self, preset: Preset, cell: Cell, target: Sequence[int], method: str) -> None:
         spec = preset.spec(preset.small_widths)
-        self.preset, self.cell, self.target = preset, cell, tuple(target)
+        self.preset, self.cell, self.target, self.method = preset, cell, tuple(target), method
         torch.manual_seed(cell.seed)
-        self.model = GrowingMLP(
-            in_features=spec["in_features"], out_features=spec["num_classes"], hidden_size=preset.small_widths[0],
-            number_hidden_layers=len(preset.small_widths), activation=ReLU(), device=preset.device,
-        )  # fmt: skip
+        self.model = gromo.growing_mlp(
+            spec["in_features"], preset.small_widths[0], len(preset.small_widths), spec["num_classes"], preset.device
+        )
         self.parts = {"host": 0.0, "growth": 0.0}
         self.renew()
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return tuple(layer.out_features for layer in self.model.layers[:-1])
+        return gromo.widths(self.model)
 
     def renew(self) -> None:
         """A new optimizer, and the cost of a step at the present size."""
@@ -120,29 +87,7 @@ class Peer:
     def _grow_layer(self, index: int, units: int, round_number: int) -> None:
         first = self.cell.steps + round_number * STATISTICS_BATCHES  # batches that no step is made with
         batches = [self.preset.train_batch(self.cell.seed, first + number) for number in range(STATISTICS_BATCHES)]
-        model = self.model
-        model.eval()
-        model.set_growing_layers(index=index)
-        model.init_computation()
-        for batch in batches:
-            model.zero_grad(set_to_none=True)
-            self.preset.loss(model, batch).backward()
-            model.update_computation()
-        model.compute_optimal_updates(
-            maximum_added_neurons=units, statistical_threshold=THRESHOLD, **METHODS[self.cell.arm]
-        )
-        model.dummy_select_update()
-        extended = Extended(model)
-        losses: list[float] = []
-        with torch.no_grad():
-            for scale in SCALES:
-                model.set_scaling_factor(scale)
-                losses.append(sum(float(self.preset.loss(extended, batch)) for batch in batches[:SEARCH_BATCHES]))
-        model.set_scaling_factor(SCALES[losses.index(min(losses))])
-        model.apply_change()
-        model.reset_computation()
-        model.zero_grad(set_to_none=True)
-        model.train()
+        gromo.grow_layer(self.model, index, units, batches, self.preset.loss, self.method)
 
     def result(self, seconds: float, *, diverged: bool) -> Result:
         preset, model = self.preset, self.model.eval()
@@ -160,20 +105,23 @@ class Peer:
         return Result(outcome=outcome, score=score, loss=loss)
 
 
-def train(preset: Preset, cell: Cell, given: Given) -> Result:
+def train(preset: Preset, cell: Cell, given: Given, *, method: str) -> Result:
     started = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"gromo\.")  # said of singular matrices at every growth
-        peer = Peer(preset, cell, given["widths"])
+    with gromo.quiet():
+        peer = Peer(preset, cell, given["widths"], method)
         finite = _train(peer)
         return peer.result(time.perf_counter() - started, diverged=not finite)
 
 
+def _moments(steps: int) -> dict[int, int]:
+    """The steps before which it grows, and the number of each round."""
+    return {round((number + 1) * GROWING * steps / ROUNDS): number for number in range(ROUNDS)}
+
+
 def _train(peer: Peer) -> bool:
     """All steps, growing on the way; ``False`` when it diverges."""
-    steps = peer.cell.steps
-    moments = {round((number + 1) * GROWING * steps / ROUNDS): number for number in range(ROUNDS)}
-    for step in range(steps):
+    moments = _moments(peer.cell.steps)
+    for step in range(peer.cell.steps):
         if step in moments:
             peer.grow(moments[step])
         if not peer.step(step):
@@ -181,20 +129,50 @@ def _train(peer: Peer) -> bool:
     return True
 
 
+def cost(preset: Preset, method: str, target: Sequence[int], steps: int) -> float:
+    """FLOPs of a whole training that grows to ``target``, without its training."""
+    cell = Cell(task=preset.name, arm=method, lr=0.0, seed=0, steps=steps, size="", code="")
+    with gromo.quiet():
+        peer, total, last = Peer(preset, cell, target, method), 0.0, 0
+        for step, number in sorted(_moments(steps).items()):
+            total, last = total + (step - last) * peer.step_flops, step
+            peer.grow(number)
+    return total + (steps - last) * peer.step_flops + peer.parts["growth"]
+
+
+def equal_flops(preset: Preset, twin: Outcome, steps: int, *, method: str) -> Given:
+    """Widths on the straight line through small and final whose training costs what the twin did."""
+    small = preset.small_widths
+
+    def between(share: float) -> list[int]:
+        return [max(a, round(a + share * (b - a))) for a, b in zip(small, twin.widths, strict=True)]
+
+    low, high = 0.0, 4.0
+    share = 1.0
+    for _ in range(TRIES):
+        low, high = (share, high) if cost(preset, method, between(share), steps) < twin.flops else (low, share)
+        share = (low + high) / 2
+    return {"widths": between(share)}
+
+
 def applies(preset: Preset) -> bool:
     return preset.spec(preset.small_widths).get("kind") == "mlp" and len(set(preset.small_widths)) == 1
 
 
 for _name, _title in (("gromo_tiny", "gromo 0.1.0, TINY"), ("gromo_gradmax", "gromo 0.1.0, GradMax")):
-    register_arm(
-        Arm(
-            name=_name,
-            title=_title,
-            train=train,
-            follows_grown=True,
-            derive=final_shape,
-            applies=applies,
-            requires="gromo",
-            priority=6,
+    for _suffix, _said, _derive in (
+        ("", "", final_shape),
+        ("_equal_flops", ", same FLOPs", functools.partial(equal_flops, method=_name)),
+    ):
+        register_arm(
+            Arm(
+                name=_name + _suffix,
+                title=_title + _said,
+                train=functools.partial(train, method=_name),
+                follows_grown=True,
+                derive=_derive,
+                applies=applies,
+                requires="gromo",
+                priority=6,
+            )
         )
-    )

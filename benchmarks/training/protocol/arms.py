@@ -5,16 +5,19 @@ A peer is one more arm: one file in ``benchmarks/training/peers`` that calls :fu
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 from benchmarks.training.protocol.cells import Cell, Outcome
 
 from esper.errors import ConfigError
+from esper.kasmina.isolation import undisturbed
+from esper.kasmina.ledger import forward_flops
 from esper.protocol import Germinated, Judged
 from esper.runs import arms as training
 from esper.runs.options import RunOptions
@@ -22,6 +25,8 @@ from esper.runs.preset import Preset
 
 Given = Mapping[str, Any]
 GROWN = "grown"
+SHORT = 0.75
+"""Of the FLOPs of the final shape's training: what the arms with fewer steps may cost."""
 JUDGED = (
     "step", "stage", "gain", "gain_low", "gain_high", "e_value", "e_threshold", "confirm_p", "accepted", "reason",
 )  # fmt: skip
@@ -161,5 +166,53 @@ register_arm(
         follows_grown=True,
         derive=schedule,
         priority=2,
+    )
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fewer steps: is the final shape's quality there for three quarters of its FLOPs?
+
+
+def static_flops(preset: Preset, widths: Sequence[int], steps: int) -> float:
+    """FLOPs of training a network that never grows."""
+    model, batch = preset.host(widths).to(preset.device), preset.train_batch(0, 0)
+    with undisturbed(model):
+        return 3.0 * steps * forward_flops(model, lambda: preset.loss(model, batch))
+
+
+def short_growth(preset: Preset, twin: Outcome, steps: int) -> Given:
+    """As many steps of growing as cost ``SHORT`` of the final shape's training, by what a step cost the twin."""
+    allowed = SHORT * static_flops(preset, twin.widths, steps)
+    return {"steps": max(1, min(steps, int(steps * allowed / twin.flops)))}
+
+
+def short_training(preset: Preset, twin: Outcome, steps: int) -> Given:
+    return {"widths": list(twin.widths), "steps": round(SHORT * steps)}
+
+
+def train_shorter(preset: Preset, cell: Cell, given: Given, *, arm: str) -> Result:
+    """An arm of Esper's over fewer steps; its schedules are those of a training of that length."""
+    return train_esper(preset, replace(cell, arm=arm, steps=int(given["steps"])), given)
+
+
+register_arm(
+    Arm(
+        name="grown_short",
+        title="grown, at 75% of the final shape's FLOPs",
+        train=functools.partial(train_shorter, arm=GROWN),
+        follows_grown=True,
+        derive=short_growth,
+        priority=3,
+    )
+)
+register_arm(
+    Arm(
+        name="static_final_short",
+        title="final shape, at 75% of the steps",
+        train=functools.partial(train_shorter, arm="static_final"),
+        follows_grown=True,
+        derive=short_training,
+        priority=4,
     )
 )

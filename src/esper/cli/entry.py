@@ -20,6 +20,8 @@ COMMANDS = {
     "report": ("esper.cli.report", "Report", "Write a run's report again and print its summary."),
     "export": ("esper.cli.export", "Export", "Write a grown model as an ordinary PyTorch model."),
     "sites": ("esper.cli.sites", "Sites", "List where a model can grow, and why not elsewhere."),
+    "trials": ("esper.cli.trials", "Trials", "Grow many small hosts and count what growth does to them."),
+    "soak": ("esper.cli.soak", "Soak", "Train and grow small hosts without a rest and watch for what leaks."),
     "doctor": ("esper.cli.doctor", "Doctor", "Check that this installation works."),
 }
 SHELLS = ("bash", "zsh", "tcsh", "fish")

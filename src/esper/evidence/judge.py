@@ -232,6 +232,7 @@ class Judge:
         recorders = {name: recorder_for(self.sites[name], cohort, rows, self.generator) for name in members}
         self._arm(recorders, self.calibration)
         projected = {name: stand_in_of(recorders[name], self.sites[name]) for name in members}
+        self.evaluator.ledger.add("evidence", sum(recorder.flops for recorder in recorders.values()))
         if not any(probe.stands_in for probe in projected.values()):
             return _Control(plain)
         losses = [float(np.mean(self._arm(arm, self.calibration))) for arm in (plain, projected)]

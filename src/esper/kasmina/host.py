@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from esper.errors import AttachError
@@ -24,7 +26,8 @@ class HostClock:
     optimizers:
         The user's optimizers, in order; the first one's steps are the clock.
     tracked:
-        Whatever the user named with ``track=``; a GradScaler among it tells the loss scale.
+        Whatever the user named with ``track=``; a GradScaler among it tells the loss scale. One that is not among it is
+        found when it takes its first step.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], plans: Iterable[SitePlan], tracked: Iterable[Any]) -> None:
@@ -149,6 +152,8 @@ class HostClock:
 
     def _before_step(self, *_: Any) -> None:
         self.note_hyperparameters()
+        if self._scaler is None and not torch.compiler.is_compiling():
+            self._scaler = _calling_scaler()
         if self._scaler is not None:
             self._scale_at_step = float(self._scaler.get_scale())
 
@@ -192,10 +197,38 @@ class HostClock:
         self._handles = []
 
 
+_FRAMES = 16
+"""How far up the stack a scaler is looked for: a scheduler and a trainer may have wrapped the optimizer's step."""
+
+
+def _calling_scaler() -> GradScaler | None:
+    """The GradScaler that is calling the optimizer's step, if one is.
+
+    Gradients are unscaled by then and, unless the optimizer is fused, nothing on it tells of the scale; grown units,
+    which the scaler does not know, would learn from gradients that are still scaled.
+    """
+    frame = inspect.currentframe()
+    for _ in range(_FRAMES):
+        frame = None if frame is None else frame.f_back
+        if frame is None:
+            return None
+        if frame.f_code.co_name == "step":
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, GradScaler):
+                return caller
+    return None
+
+
 def read_loss(loss: Tensor | float) -> Tensor:
     """A copy of the user's loss: a static buffer is overwritten by the next step."""
     if not isinstance(loss, Tensor):
-        return torch.tensor(float(loss))
+        try:
+            return torch.tensor(float(loss))
+        except (TypeError, ValueError):
+            raise AttachError(
+                f"grower.step(loss) takes the training loss, one number, got {type(loss).__name__}; pass the value "
+                "on which backward() was called"
+            ) from None
     if loss.numel() != 1:
         raise AttachError(
             f"grower.step(loss) takes one number, got a tensor of shape {tuple(loss.shape)}; pass the mean loss"

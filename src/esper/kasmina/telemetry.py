@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from esper.errors import SiteError
 from esper.kasmina.ops.telemetry import record_statistics
 
 
@@ -23,7 +24,18 @@ class TelemetryBuffer:
         self.rows = rows
 
     def record(self, y: Tensor, feature_axis: int) -> None:
-        """Read up to ``rows`` rows of ``y``, strided over the whole batch; ``y`` is not changed or kept."""
+        """Read up to ``rows`` rows of ``y``, strided over the whole batch; ``y`` is not changed or kept.
+
+        Raises
+        ------
+        SiteError
+            ``y`` is on another device than the site was found on.
+        """
+        if y.device != self.statistics.device:
+            raise SiteError(
+                f"the model must stay on its device, it was on {self.statistics.device} when the Grower was made and "
+                f"is on {y.device} now; move it first (model.to(device)), then make the optimizer and the Grower"
+            )
         self.reports.add_(1)
         record_statistics(self.statistics, y, feature_axis, self.rows, self.chunk_of, self.chunk_sizes)
 
