@@ -160,7 +160,7 @@ def test_a_call_that_hangs_is_broken_off() -> None:
 # Whole trials
 
 
-HOLDS = ("clock_jumps", "evaluation_hangs", "host_nan", "two_growers")
+HOLDS = STEP_FAULTS
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
