@@ -47,11 +47,7 @@ class Bank:
         (no gradient is computed for them, while gradients still flow through the branch to the host).
     alpha:
         ``(S,)`` fp32 on the device, rewritten in place.
-    failed:
-        Whether it has raised in a forward pass.
     """
-
-    failed: bool = False
 
     def __init__(
         self,

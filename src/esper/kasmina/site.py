@@ -6,7 +6,6 @@ that has nothing to add and nothing to record returns the host's own tensor, unt
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
@@ -109,6 +108,8 @@ class Site:
         """Tells this site's dropout masks from those of others."""
         self.probe: Probe | None = None
         """Set during judgements only."""
+        self.failures: dict[int, str] = {}
+        """Cohorts whose branch has raised in a forward pass since the last step, and what."""
         self.recording = True
         self.telemetry_due = False
         self.engaged = False
@@ -211,7 +212,8 @@ class Site:
         """
         read = self.read(x)
         # in the order of germination: a set's own order would not survive a restore, and sums round by their order
-        behind = [*self.beside, *(bank for cohort, bank in self.banks.items() if cohort in cohorts)]
+        trial = {cohort: bank for cohort, bank in self.banks.items() if cohort in cohorts}
+        behind = [*self.beside, *trial.values()]
         fused = [] if self._shares_columns else [bank for bank in behind if _fuses(bank)]
         writable = writable and self.annex is None and len(fused) == len(behind)  # the others read y after them
         out = y
@@ -223,34 +225,30 @@ class Site:
             h = self.annex.hidden(self.annex.pick(read, y), training=training, generator=self.generator)
             self._grown = h if self.downstream_reads or self.probe is not None else None
             out = self.annex.scatter(out, self.annex.project(h))
-        for bank in behind:
-            if bank in fused:
-                continue
-            delta = self._branch(bank, read, y, training)
-            out = out if delta is None else bank.scatter(out, delta)
+        for bank in self.beside:
+            if bank not in fused:
+                out = self._plus(out, bank, read, y, training)
+        for cohort, bank in trial.items():
+            if bank not in fused:
+                out = self._attempt(cohort, out, bank, read, y, training)
         return out
 
-    def _branch(self, bank: Bank, read: Tensor, y: Tensor, training: bool) -> Tensor | None:
-        """What a bank adds. One on trial that raises adds nothing and counts as damaged: the host's forward goes on.
+    def _plus(self, out: Tensor, bank: Bank, read: Tensor, y: Tensor, training: bool) -> Tensor:
+        delta = bank.branch(bank.pick(read, y), training=training, generator=self.generator)
+        return bank.scatter(out, delta)
 
-        What is permanent cannot be left out without changing the network: its error is the caller's.
+    def _attempt(self, cohort: int, out: Tensor, bank: Bank, read: Tensor, y: Tensor, training: bool) -> Tensor:
+        """As :meth:`_plus` for a branch on trial: one that raises is left out, and noted, and the host goes on.
+
+        A compiler's trace has no place for that.
         """
-        if torch.compiler.is_compiling() or any(bank is kept for kept in self.permanent):
-            return bank.branch(bank.pick(read, y), training=training, generator=self.generator)
+        if torch.compiler.is_compiling():
+            return self._plus(out, bank, read, y, training)
         try:
-            return bank.branch(bank.pick(read, y), training=training, generator=self.generator)
+            return self._plus(out, bank, read, y, training)
         except CONTAINED as error:
-            what = contained(error)
-            bank.bad_steps += 1
-            if not bank.failed:
-                bank.failed = True
-                warnings.warn(
-                    f"a branch on trial at {self.info.name} failed in the forward pass and adds nothing; it leaves at "
-                    f"the next decision point ({what})",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            return None
+            self.failures.setdefault(cohort, contained(error))
+            return out
 
     @property
     def adds(self) -> bool:
