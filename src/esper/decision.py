@@ -7,6 +7,7 @@ from typing import Protocol
 
 from esper.accounts import Accounts
 from esper.config import Config
+from esper.errors import CONTAINED, contained
 from esper.evidence.judge import Judge
 from esper.journal import Journal
 from esper.kasmina.execution import Kasmina
@@ -43,7 +44,11 @@ def look(run: Run, step: int) -> Observation:
 
 def measure_held_out(run: Run, step: int) -> None:
     """One point of the held-out curve; the first one is what gains are relative to."""
-    loss = run.judge.held_out(run.config.evidence.held_out_batches)
+    try:
+        loss = run.judge.held_out(run.config.evidence.held_out_batches)
+    except CONTAINED as error:
+        run.journal.warn("held-out", f"the held-out loss cannot be measured ({contained(error)}); check loss=", step)
+        return
     run.stages.held_out = loss
     if math.isnan(run.loop.held_out_initial):
         run.loop.held_out_initial = loss

@@ -5,7 +5,7 @@
     y = host_module(x)                  # hooks: y itself, or y + alpha * branch
     loss.backward(); optimizer.step()   # the user's own
     grower.step(loss):                  # the only place where anything changes
-        guard                           # non-finite: the newest branches leave at once
+        guard                           # damage or divergence: suspects leave, or everything goes back
         learn                           # grafted branches and annexes, in step with the host
         advance                         # every cohort by its state's gate; alpha moves
         every `interval` steps: observe -> decide -> act
@@ -18,7 +18,6 @@ import html
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from esper.decision import look, measure_held_out
 from esper.evidence.evaluator import Evaluator, Loss
 from esper.evidence.judge import Judge
 from esper.evidence.twins import as_given, plain_step
-from esper.guard import check_reports, expel_damage, warn_if_misplaced, warn_if_stuck
+from esper.guard import Guard
 from esper.journal import Journal
 from esper.kasmina.discovery import discover
 from esper.kasmina.execution import Kasmina
@@ -41,6 +40,7 @@ from esper.kasmina.host import HostClock, read_loss
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import Ledger, forward_flops
 from esper.kasmina.preconditions import check_choices, check_host, check_optimizers
+from esper.misuse import check_reports, warn_if_misplaced, warn_if_stuck
 from esper.protocol import (
     Absorbed,
     AnyEvent,
@@ -51,18 +51,17 @@ from esper.protocol import (
     Stopped,
     Verdict,
 )
-from esper.safety.checkpoint import Loaded, Saved
 from esper.safety.shelf import Shelf
 from esper.safety.training import Training
-from esper.safety.tree import Tree
 from esper.stages import Stages
-from esper.state import Loop, Setup, Thoughts, Whole
+from esper.state import Loop, Setup
+from esper.stored import Stored
 from esper.summary import Report, describe
 from esper.tamiyo import Controller, make_controller
 from esper.trials import Trials
 
 
-class Grower:
+class Grower(Stored):
     """Grows ``model`` while the user's own loop trains it.
 
     Parameters
@@ -129,27 +128,24 @@ class Grower:
         self._attach(optimizers, track, probe_flops, on_event)
 
     def _attach(
-        self,
-        optimizers: list[Optimizer],
-        track: Iterable[Any],
-        probe_flops: float,
+        self, optimizers: list[Optimizer], track: Iterable[Any], probe_flops: float,
         on_event: Callable[[AnyEvent], None] | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Hang everything on the host; whatever goes wrong leaves no hook behind."""
         with ExitStack() as undo:
-            self._training = Training(self.model, optimizers, track)
-            self.clock = HostClock(optimizers, self.discovery.sites, self._training.tracked)
+            self.training = Training(self.model, optimizers, track)
+            self.clock = HostClock(optimizers, self.discovery.sites, self.training.tracked)
             undo.callback(self.clock.detach)
             self._equip(probe_flops, on_event, undo)
             undo.pop_all()
 
     def _equip(self, probe_flops: float, on_event: Callable[[AnyEvent], None] | None, undo: ExitStack) -> None:
-        model = self.model
-        self.kasmina = Kasmina(model, self.discovery, self.config, adaptive=self.clock.adaptive)
+        self.kasmina = Kasmina(self.model, self.discovery, self.config, adaptive=self.clock.adaptive)
         undo.callback(self.kasmina.detach)
         self.accounts = Accounts(
-            model, self._evaluator, self.discovery, self.kasmina, probe_flops=probe_flops, budget=self.config.budget
-        )
+            self.model, self._evaluator, self.discovery, self.kasmina, probe_flops=probe_flops,
+            budget=self.config.budget,
+        )  # fmt: skip
         self.judge = Judge(self._evaluator, self.kasmina.sites, self.config.evidence, seed=self.config.seed)
         self.journal = Journal(on_event)
         self._orders, self._shelf = Orders(), Shelf()
@@ -157,12 +153,13 @@ class Grower:
         self._setup = Setup(self.config, self.sites, self._evaluator.batches)
         self.export_difference: exporting.Difference | None = None
         self.trials = Trials(
-            model, self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit, self.journal.warn,
-            self._train_step, self._audit, lambda: self.accounts.training_flops,
+            self.model, self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit,
+            self.journal.warn, self._train_step, self._audit, lambda: self.accounts.training_flops,
         )  # fmt: skip
+        self.guard = Guard(self, self._orders, lambda: self._whole(waiting=False))
         self.stages = Stages(
             self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit, self.trials,
-            self.loop.losses,
+            self.loop.losses, self.guard.may_graft,
         )  # fmt: skip
         self.kasmina.watch(True)  # the first step tells whether every site reports
         self._announce()
@@ -172,10 +169,10 @@ class Grower:
         self.journal.emit(
             Attached(
                 step=0, sites=infos, skipped=self.discovery.skipped, host_params=self.kasmina.host_params,
-                covered_params=sum(info.weights for info in infos), total_steps=self.config.total_steps,
+                covered_params=self.discovery.covered_params, total_steps=self.config.total_steps,
             )
         )  # fmt: skip
-        for text in self.clock.approximations:
+        for text in [*self.clock.approximations, *self.training.omissions]:
             self.journal.warn(text, text, 0)
 
     # ---------------------------------------------------------------------------------------------- the step
@@ -190,9 +187,10 @@ class Grower:
             self._without_host_step()
             return
         warn_if_misplaced(self.clock, self.journal, self.loop.last_step)
-        self.loop.last_step, self.loop.calls_without_step = self.clock.steps, 0
+        self.loop.last_step, self.loop.calls_without_step, self.loop.skipped = self.clock.steps, 0, 0
         step = self.loop.last_step
         self.loop.losses.append(read_loss(loss))
+        self.guard.note(self.loop.losses[-1])
         self.kasmina.note_rows(step)
         with self.journal.timed("learn"):
             self.accounts.count_step()
@@ -205,13 +203,19 @@ class Grower:
             check_reports(self.kasmina, self.clock)
         at_decision = step % self.config.interval == 0
         if at_decision:
-            expel_damage(self.kasmina, self.stages, self.loop.losses, self.journal, step)
+            self.guard.look(step)
         self._obey(step)
+        if self.clock.steps != step:
+            return  # everything was taken back to the end of an earlier step
         with self.journal.timed("advance"):
             self.stages.advance(step)
         if at_decision:
             self._decide(step)
+        if self.clock.steps != step:
+            return
         self.kasmina.watch((step + 1) % self.config.telemetry.every == 0)
+        with self.journal.timed("safety"):
+            self.guard.after_step(step)
 
     def submit(self, command: Command) -> None:
         """Queue a command; it is judged and applied inside the next :meth:`step`. Safe from any thread."""
@@ -321,71 +325,9 @@ class Grower:
         ExportError
             When the wider layers would not compute the same (relative difference of the loss above ``tolerance``).
         """
-        return absorb_growth(self, tolerance=tolerance)
-
-    def state_dict(self) -> Tree:
-        """Everything this run is made of, copied to the CPU: the model, the optimizers, what ``track=`` names, the
-        global random streams, and all of Esper. Call it after :meth:`step`, between two training steps.
-
-        Raises
-        ------
-        StateError
-            Something cannot be part of a state (its place is named).
-        """
-        return {**self._whole().saved(), "copies": self.trials.copies()}
-
-    def load_state_dict(self, state: Tree) -> None:
-        """Go on exactly where :meth:`state_dict` was called, in this process or another.
-
-        The Grower must have been built as the saved one was: the same model, optimizers, settings, held-out batches
-        and tracked things. Parameters stay the objects they are. After :meth:`absorb` build the model with the wider
-        layers first.
-
-        Raises
-        ------
-        StateError
-            The state belongs to another run or is damaged. Nothing was changed.
-        """
-        self._whole().load(state)
-        self.trials.let_go(state["copies"], self.loop.last_step)
-
-    def save(self, folder: str | Path, *, keep: int = 2) -> Saved:
-        """Write :meth:`state_dict` as a checkpoint into a folder, whose newest ``keep`` stay (docs/safety.md).
-
-        When this returns the checkpoint survives a power cut. The folder is this run's until :meth:`detach`.
-
-        Raises
-        ------
-        StateError
-            The state cannot be stored, another run writes there, or the disk refused it; older checkpoints stay.
-        """
-        return self._shelf.save(folder, self.state_dict(), step=self.loop.last_step, keep=keep)
-
-    def load(self, folder: str | Path) -> Loaded:
-        """:meth:`load_state_dict` with the newest intact checkpoint; damaged newer ones are warned of.
-
-        Raises
-        ------
-        StateError
-            No checkpoint is intact, or it belongs to another run. Nothing was changed.
-        """
-        loaded, told = self._shelf.load(folder)
-        self.load_state_dict(loaded.tree)
-        if told is not None:
-            self.journal.warn(told, told, self.loop.last_step)
-        return loaded
-
-    def _whole(self) -> Whole:
-        """The run's state by its parts, in the order in which they are restored."""
-        for kind in self._training.without_state:
-            text = f"a tracked {kind} has no state_dict and load_state_dict, so no saved state holds it"
-            self.journal.warn(text, text, self.loop.last_step)
-        parts = {
-            "kasmina": self.kasmina, "clock": self.clock, "accounts": self.accounts, "judge": self.judge,
-            "stages": self.stages, "trials": self.trials, "journal": self.journal, "loop": self.loop,
-            "controller": Thoughts(self.controller), "orders": self._orders,
-        }  # fmt: skip
-        return Whole(self._setup, self._training, parts)
+        absorbed = absorb_growth(self, tolerance=tolerance)
+        self.guard.begin_anew(self.loop.last_step)
+        return absorbed
 
     def detach(self) -> None:
         """Remove every hook. Call :meth:`export` first to keep what was grown."""
@@ -407,14 +349,17 @@ class Grower:
             with self.journal.timed("decide"):
                 commands = self.controller.decide(observation)
             for command in commands:
-                apply(self, command, step, issuer="tamiyo")
+                if self.clock.steps == step:
+                    apply(self, command, step, issuer="tamiyo")
 
     def _obey(self, step: int) -> None:
-        while (command := self._orders.take()) is not None:
+        while self.clock.steps == step and (command := self._orders.take(step)) is not None:
             apply(self, command, step, issuer="operator")
 
     def _without_host_step(self) -> None:
         self.loop.calls_without_step += 1
         if self.clock.overflowed(stepped=False):
             self.kasmina.forget_gradients()
+            self.loop.skipped += 1
+            self.guard.skipped(self.loop.skipped, self.loop.last_step)
         warn_if_stuck(self.loop.calls_without_step, self.journal, self.loop.last_step)

@@ -91,6 +91,10 @@ class Journal:
             self._seconds.clear()
             self._overhead_since = step
 
+    def remember(self, state: dict[str, Any]) -> None:
+        """What was said before a restore was said, although the restored run does not know of it."""
+        self._warned |= set(state["warned"])
+
     def state(self) -> dict[str, Any]:
         """What was said once, and when the last overhead was told (times belong to a process, not to the run)."""
         return {"warned": sorted(self._warned), "overhead_since": self._overhead_since}

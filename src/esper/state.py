@@ -38,6 +38,8 @@ class Loop:
     """Detached task losses of the last steps, oldest first."""
     last_step: int = 0
     calls_without_step: int = 0
+    skipped: int = 0
+    """Steps that a GradScaler has skipped in a row."""
     held_out_initial: float = math.nan
     stopped: str | None = None
 
@@ -50,6 +52,7 @@ class Loop:
         self.losses.clear()
         self.losses.extend(state["losses"])
         self.last_step, self.calls_without_step = state["last_step"], state["calls_without_step"]
+        self.skipped = state["skipped"]
         self.held_out_initial, self.stopped = state["held_out_initial"], state["stopped"]
 
 
@@ -128,7 +131,7 @@ class Whole:
         return {"version": VERSION, **self.training.state(), "esper": esper}
 
     def restore(self, tree: Mapping[str, Any]) -> None:
-        """Go on from a state of this very run. It takes over the tensors of Esper's parts."""
+        """Go on from a state of this very run. It takes over the tensors."""
         for name, part in self.parts.items():
             part.restore(tree["esper"][name])
         self.training.restore(tree)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import esper
-from esper.protocol import AnyEvent, Cancel, Cull, Germinate, Lifecycle, Overhead, RollBack, SeedPlan
+from esper.protocol import AnyEvent, Cancel, Cull, Germinate, Judged, Lifecycle, Overhead, Resume, RollBack, SeedPlan
 from esper.safety.tree import digest, join, split
 
 pytestmark = pytest.mark.integration
@@ -25,6 +25,7 @@ S = Lifecycle
 EPOCH = 6
 """Batches an epoch."""
 FURTHER = 9
+OURS = {"telemetry": esper.TelemetryConfig(every=2), "evidence": esper.EvidenceConfig(accept="always")}
 
 
 class Samples(Dataset[tuple[Tensor, Tensor]]):
@@ -88,7 +89,7 @@ class Run:
         events: list[AnyEvent] = []
         grower = esper.Grower(
             model, optimizer, loss=mse, evaluate=rows(16, seed=7), track=[scheduler, average, batches],
-            config=esper.Config(**{**QUICK, "evidence": esper.EvidenceConfig(accept="always"), **settings}),
+            config=esper.Config(**{**QUICK, **OURS, **settings}),
             controller=Idle(), on_event=events.append,
         )  # fmt: skip
         return cls(model, optimizer, batches, scheduler, average, grower, events)
@@ -144,8 +145,15 @@ def bring(run: Run, state: Lifecycle, place: str) -> None:
     if state in (S.GERMINATED, S.STABILIZATION, S.EVALUATING, S.FINE_TUNING, S.GRAFTING, S.TRAINING):
         cohort = next(iter(run.grower.kasmina.cohorts.values()))
         run.grower.kasmina.set_paused(cohort, True, run.grower.clock.steps)
-        run.until(lambda: run.batches.position % EPOCH == wanted % EPOCH)
-        run.grower.kasmina.set_paused(cohort, False, run.grower.clock.steps)
+        early = int(state is S.TRAINING)  # it takes a step to get the snapshot that a graft waits for
+        run.until(lambda: (run.batches.position + early) % EPOCH == wanted % EPOCH)
+        if early:
+            run.grower.submit(Resume(cohort=cohort.number))
+            run.train()
+            assert cohort.number in run.grower.guard.snapshots and not cohort.paused
+        else:
+            run.grower.kasmina.set_paused(cohort, False, run.grower.clock.steps)
+        assert run.state is state
         return
     for _ in range(EPOCH):
         if run.batches.position % EPOCH == wanted % EPOCH:
@@ -199,3 +207,38 @@ def test_a_loader_with_workers_resumes_bit_for_bit() -> None:
 @pytest.mark.parametrize("state", list(Lifecycle), ids=lambda state: state.name)
 def test_the_whole_matrix(state: Lifecycle, make: Any, workers: int, place: str) -> None:
     check_resumes(state, make, workers, place)
+
+
+@pytest.mark.parametrize("place", ["span", "layer"])
+def test_tests_go_on_where_they_were(place: str) -> None:
+    """Looks, levels, draws and the host from before a graft: what is judged after a resume is judged the same."""
+    settings = {
+        "evidence": esper.EvidenceConfig(projection_rows=24, looks=3),
+        "sites": esper.SitesConfig(layers=place == "layer"),
+    }
+    one = Run.build(1, **settings)
+    one.train(2)
+    names = [info.name for info in one.grower.sites() if info.kind.is_span == (place == "span")]
+    blueprint = None if place == "span" else "low_rank"
+
+    def germinate(run: Run, name: str) -> None:
+        run.grower.submit(Germinate(seeds=(SeedPlan(site=name, width=3, blueprint=blueprint),)))
+        run.train()
+
+    germinate(one, names[0])
+    one.until(lambda: any(isinstance(event, Judged) for event in one.events))
+    germinate(one, names[1])
+    one.until(lambda: any(c.number == 2 and c.state is S.STABILIZATION for c in one.grower.kasmina.cohorts.values()))
+    saved = one.grower.state_dict()
+    assert saved["esper"]["judge"]["fdr"]["num_tests"] + len(saved["esper"]["judge"]["earlier"]) > 0
+    assert place == "span" or 2 in saved["esper"]["judge"]["before"]
+    told = len(one.events)
+    one.train(40)
+    state = one.grower.state_dict()
+    again = Run.build(3, **settings)
+    again.grower.load_state_dict(saved)
+    begun = len(again.events)
+    again.train(40)
+    assert again.told(begun) == one.told(told)
+    assert any(isinstance(event, Judged) for event in one.events[told:])
+    assert digest(again.grower.state_dict()) == digest(state)

@@ -113,10 +113,11 @@ class Kasmina:
         table = dict(state["table"])
         for name, registry in (("blueprint", BLUEPRINTS), ("strategy", STRATEGIES)):
             table[name] = _translated(table[name], state["codes"][name], registry)
-        cohorts = [Cohort.of(tree) for tree in state["cohorts"]]
+        devices = {name: plan.weight.device for name, plan in self.plans.items()}
+        cohorts = [Cohort.of(tree, devices) for tree in state["cohorts"]]
         self.table.restore(table)
         for name, site in self.sites.items():
-            site.restore(state["sites"][name], self.plans[name].weight.device)
+            site.restore(state["sites"][name], devices[name])
         self.cohorts.clear()
         self.cohorts.update({cohort.number: cohort for cohort in cohorts})
         for name in ("rows_per_step", "samples_per_batch", "rows_per_batch"):
@@ -314,16 +315,36 @@ class Kasmina:
                 if bank.learning:
                     self.optimizer.step(bank, hosts[name], inverse_scale=inverse_scale)
 
-    def damaged(self) -> list[Cohort]:
-        """Cohorts with a non-finite gradient since the last look, or non-finite parameters. Synchronises."""
-        found: list[Cohort] = []
+    def damaged(self) -> dict[int, str]:
+        """Cohorts with a non-finite gradient since the last look, non-finite parameters, or non-finite activations at
+        a site that they add to; what it is, by number. Waits for the device once."""
+        asked: list[tuple[int, str]] = []
+        flags: list[torch.Tensor] = []
         for site in self.sites.values():
             for number, bank in site.banks.items():
                 sums = torch.stack([value.detach().sum() for value in bank.params.values()]).sum()
-                if int(bank.bad_steps) or not bool(torch.isfinite(sums)):
-                    found.append(self.cohorts[number])
+                asked += [(number, "gradient"), (number, "parameter")]
+                flags += [bank.bad_steps > 0, ~torch.isfinite(sums)]
                 bank.bad_steps.zero_()
-        return list({cohort.number: cohort for cohort in found}.values())
+            if site.grafted and site.telemetry is not None:
+                asked.append((max(site.grafted), f"activation at {site.info.name}"))
+                flags.append(site.telemetry.is_damaged())
+        if not flags:
+            return {}
+        values = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+        found: dict[int, str] = {}
+        for (number, what), value in zip(asked, values, strict=True):
+            if value:
+                found.setdefault(number, f"a non-finite {what}")
+        return found
+
+    def take_failures(self) -> dict[int, str]:
+        """Cohorts with a branch that has raised in the forward pass since the last call, and what."""
+        found: dict[int, str] = {}
+        for name, site in self.sites.items():
+            found.update({cohort: f"{name}: {what}" for cohort, what in site.failures.items()})
+            site.failures.clear()
+        return found
 
     def forget_gradients(self) -> None:
         """Drop accumulated gradients of everything that learns (the host skipped its step)."""

@@ -234,3 +234,9 @@ def read_loss(loss: Tensor | float) -> Tensor:
             f"grower.step(loss) takes one number, got a tensor of shape {tuple(loss.shape)}; pass the mean loss"
         )
     return loss.detach().clone().reshape(())
+
+
+def stacked(losses: Collection[Tensor]) -> Tensor:
+    """Losses ``(N,)`` fp32, oldest first, where the newest one lies (restored ones come from the CPU)."""
+    values = list(losses)
+    return torch.stack([value.to(values[-1].device, torch.float32) for value in values])

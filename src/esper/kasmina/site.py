@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from esper.errors import SiteError
+from esper.errors import CONTAINED, SiteError, contained
 from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import FusedBlueprint
 from esper.kasmina.capture import Capture
@@ -108,6 +108,8 @@ class Site:
         """Tells this site's dropout masks from those of others."""
         self.probe: Probe | None = None
         """Set during judgements only."""
+        self.failures: dict[int, str] = {}
+        """Cohorts whose branch has raised in a forward pass since the last step, and what."""
         self.recording = True
         self.telemetry_due = False
         self.engaged = False
@@ -210,7 +212,8 @@ class Site:
         """
         read = self.read(x)
         # in the order of germination: a set's own order would not survive a restore, and sums round by their order
-        behind = [*self.beside, *(bank for cohort, bank in self.banks.items() if cohort in cohorts)]
+        trial = {cohort: bank for cohort, bank in self.banks.items() if cohort in cohorts}
+        behind = [*self.beside, *trial.values()]
         fused = [] if self._shares_columns else [bank for bank in behind if _fuses(bank)]
         writable = writable and self.annex is None and len(fused) == len(behind)  # the others read y after them
         out = y
@@ -222,12 +225,30 @@ class Site:
             h = self.annex.hidden(self.annex.pick(read, y), training=training, generator=self.generator)
             self._grown = h if self.downstream_reads or self.probe is not None else None
             out = self.annex.scatter(out, self.annex.project(h))
-        for bank in behind:
-            if bank in fused:
-                continue
-            delta = bank.branch(bank.pick(read, y), training=training, generator=self.generator)
-            out = bank.scatter(out, delta)
+        for bank in self.beside:
+            if bank not in fused:
+                out = self._plus(out, bank, read, y, training)
+        for cohort, bank in trial.items():
+            if bank not in fused:
+                out = self._attempt(cohort, out, bank, read, y, training)
         return out
+
+    def _plus(self, out: Tensor, bank: Bank, read: Tensor, y: Tensor, training: bool) -> Tensor:
+        delta = bank.branch(bank.pick(read, y), training=training, generator=self.generator)
+        return bank.scatter(out, delta)
+
+    def _attempt(self, cohort: int, out: Tensor, bank: Bank, read: Tensor, y: Tensor, training: bool) -> Tensor:
+        """As :meth:`_plus` for a branch on trial: one that raises is left out, and noted, and the host goes on.
+
+        A compiler's trace has no place for that.
+        """
+        if torch.compiler.is_compiling():
+            return self._plus(out, bank, read, y, training)
+        try:
+            return self._plus(out, bank, read, y, training)
+        except CONTAINED as error:
+            self.failures.setdefault(cohort, contained(error))
+            return out
 
     @property
     def adds(self) -> bool:

@@ -44,6 +44,10 @@ class TelemetryBuffer:
         """Whether the hook has ever run with telemetry on (also inside a compiled graph). Synchronises."""
         return int(self.reports) > 0
 
+    def is_damaged(self) -> Tensor:
+        """On the device: has the site reported, and were its last activations not finite?"""
+        return (self.reports > 0) & ~torch.isfinite(self.statistics.sum())
+
     def record_gradient(self, g: Tensor, feature_axis: int) -> None:
         """Mean squared gradient a chunk, from captured rows (scaled to unit mean square over the site)."""
         rows = g.movedim(feature_axis, -1).reshape(-1, g.shape[feature_axis])

@@ -129,6 +129,18 @@ def score(trained: Trained, preset: Preset) -> ArmFinished:
     )  # fmt: skip
 
 
+class _ByStep:
+    """Tells the grower that batches and learning rates follow from the step alone, so that they go back with it."""
+
+    rewinds = True
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
+
 class _Teller:
     """Tags the events of a training and tells them; what was told before an interruption is told from memory."""
 
@@ -183,21 +195,24 @@ class _Course:
         cell, preset, model = self.cell, self.preset, self.model
         held = preset.held_out()
         per_step = 0.0 if self.grower is not None else self._flops_per_step()
-        for step in range(self._first, cell.steps):
+        step = self._first
+        while step < cell.steps:
             obey()
             for group in self.optimizer.param_groups:
                 group["lr"] = cell.lr * preset.schedule(step / cell.steps)
             batch = preset.train_batch(cell.seed, step)
             loss = _train_step(preset, model, self.optimizer, batch)
+            step += 1
             if self.grower is not None:
                 self.grower.step(loss, batch=batch)
-            elif (step + 1) % preset.held_out_every == 0:
-                spent = per_step * (step + 1)
-                self.teller.tell(TrainLoss(step=step + 1, loss=float(loss.detach()), flops=spent))
+                step = self.grower.clock.steps  # an earlier one, where the grower has taken the training back
+            elif step % preset.held_out_every == 0:
+                spent = per_step * step
+                self.teller.tell(TrainLoss(step=step, loss=float(loss.detach()), flops=spent))
                 value = _mean_loss(preset, model, held[:: max(1, len(held) // 8)])
-                self.teller.tell(HeldOut(step=step + 1, loss=value, params=_params(model, None), flops=spent))
+                self.teller.tell(HeldOut(step=step, loss=value, params=_params(model, None), flops=spent))
             if self.store is not None and self.store.is_due():
-                self._keep(self.store, step + 1)
+                self._keep(self.store, step)
         return per_step * cell.steps
 
     def _keep(self, store: CellStore, step: int) -> None:
@@ -234,7 +249,7 @@ def _grower(
         config = dataclasses.replace(config, evidence=dataclasses.replace(config.evidence, accept="always"))
     return Grower(
         model, optimizer, loss=preset.loss, evaluate=preset.held_out(), config=config, controller=controller,
-        train_step=functools.partial(_train_step, preset), on_event=record,
+        train_step=functools.partial(_train_step, preset), on_event=record, track=[_ByStep()],
     )  # fmt: skip
 
 

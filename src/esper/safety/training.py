@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.errors import StateError
-from esper.safety.tree import Tree, copy_of
+from esper.safety.tree import Tree
 
 KEYS = ("host", "training", "optimizers", "tracked", "random")
 
@@ -33,9 +33,10 @@ class Training:
         self.model, self.optimizers, self.tracked = model, optimizers, list(tracked)
 
     @property
-    def without_state(self) -> list[str]:
-        """Names of tracked things that a state cannot hold."""
-        return [type(thing).__name__ for thing in self.tracked if not _has_state(thing)]
+    def omissions(self) -> list[str]:
+        """What to tell the user of tracked things that no state can hold."""
+        kinds = [type(thing).__name__ for thing in self.tracked if not _has_state(thing)]
+        return [f"a tracked {kind} has no state_dict and load_state_dict, so no state holds it" for kind in kinds]
 
     @property
     def rewinds(self) -> bool:
@@ -89,17 +90,17 @@ class Training:
             )
 
     def restore(self, state: Mapping[str, Tree]) -> None:
-        """Go on from what :meth:`state` has told. Random streams come last: loading may draw."""
+        """Go on from what :meth:`state` has told; tensors may be taken over. Random streams last: loading may draw."""
         restore_module(self.model, state["host"])
         for name, module in self.model.named_modules():
             module.training = state["training"][name]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(copy_of(saved["state"]))  # it would keep the very tensors
+            optimizer.load_state_dict(saved["state"])
         for thing, saved in zip(self.tracked, state["tracked"], strict=True):
             if isinstance(thing, nn.Module):
                 restore_module(thing, saved["state"])
             elif saved["state"] is not None:
-                thing.load_state_dict(_shaped_like(thing.state_dict(), copy_of(saved["state"])))
+                thing.load_state_dict(_shaped_like(thing.state_dict(), saved["state"]))
         set_random_streams(state["random"])
 
 
