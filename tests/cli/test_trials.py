@@ -59,7 +59,8 @@ def test_rates_on_standard_output_progress_on_standard_error(
     assert out.splitlines()[-1] == "kept in    runs/trials"
     assert asked == [TrialOptions(num=1, seed=7)]
     result = json.loads(Path("trials.json").read_text(encoding="utf-8"))
-    assert result["kind"] == "grown" and result["rates"]["cohorts that became permanent"]["share"] == 0.5
+    assert result["command"] == "esper trials --n 1 --seed 7" and result["kind"] == "grown"
+    assert result["rates"]["cohorts that became permanent"]["share"] == 0.5
 
 
 def test_a_missed_bar_fails_the_command(fake_trials: Install, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,8 @@ class Soak:
             summary = execute(options, _Progress().on_sample)
         lines = summary_lines(summary)
         lines.append(labelled("kept in", str(options.run_dir)))
-        return Outcome(result=summary | {"run_dir": str(options.run_dir)}, lines=lines, ok=summary["met"])
+        result = {"command": options.command} | summary | {"run_dir": str(options.run_dir)}
+        return Outcome(result=result, lines=lines, ok=summary["met"])
 
 
 class _Progress:

@@ -71,7 +71,8 @@ class Trials:
             summary = execute(options, _Progress().on_record)
         lines = summary_lines(summary, columns(sys.stdout))
         lines.append(labelled("kept in", str(options.run_dir)))
-        return Outcome(result=summary | {"run_dir": str(options.run_dir)}, lines=lines, ok=not summary["missed"])
+        result = {"command": options.command} | summary | {"run_dir": str(options.run_dir)}
+        return Outcome(result=result, lines=lines, ok=not summary["missed"])
 
 
 class _Progress:

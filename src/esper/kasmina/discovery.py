@@ -63,6 +63,12 @@ class Discovery:
     sites: tuple[SitePlan, ...]
     skipped: tuple[Skipped, ...]
 
+    @property
+    def covered_params(self) -> int:
+        """Parameters of the layers that sites lie on; a layer that two spans share counts once."""
+        modules = {id(m): m for plan in self.sites for m in (plan.head, plan.up, plan.tail) if m is not None}
+        return sum(parameter.numel() for module in modules.values() for parameter in module.parameters())
+
 
 def discover(model: nn.Module, run: Callable[[], object], config: SitesConfig) -> Discovery:
     """Probe ``model`` once and list the sites that ``config`` asks for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import time
@@ -50,27 +51,33 @@ def execute(options: SoakOptions, on_sample: OnSample) -> dict[str, Any]:
         raise ConfigError(f"the folder {str(options.run_dir)!r} cannot be made ({error}); use --run-dir") from error
     if options.fresh and path.exists():
         path.unlink()
-    samples = read_samples(path)
+    last = next(reversed(read_samples(path)), None)
     with one_thread(), own_temporary_folder(options.run_dir) as temporary:
-        sitting = _Sitting(options, samples, path, temporary, torch.device(device), on_sample)
+        sitting = _Sitting(options, last, path, temporary, torch.device(device), on_sample)
         try:
             sitting.run()
         finally:
             sitting.close()
-    return summarise(samples, device)
+    return summarise(read_samples(path), device)
 
 
 class _Sitting:
-    """One process's share of a soak; ``samples`` grows with it, as does the file."""
+    """One process's share of a soak. It keeps no sample: what it holds would show in them.
+
+    Parameters
+    ----------
+    last:
+        The newest sample of earlier sittings.
+    """
 
     def __init__(
-        self, options: SoakOptions, samples: list[Sample], path: Path, temporary: Path, device: torch.device,
+        self, options: SoakOptions, last: Sample | None, path: Path, temporary: Path, device: torch.device,
         on_sample: OnSample,
     ) -> None:  # fmt: skip
-        self.options, self.samples, self.path, self.temporary = options, samples, path, temporary
+        self.options, self.path, self.temporary = options, path, temporary
         self.device, self.on_sample = device, on_sample
-        self.counts = Counts() if not samples else samples[-1].restored()
-        self.number = 1 + max((sample.sitting for sample in samples), default=0)
+        self.counts = Counts() if last is None else last.restored()
+        self.number = 1 if last is None else last.sitting + 1
         self.began = self.sampled = _now()
         self.begun_steps = sum(self.counts.steps.values())
         self.faults = usable_faults() if options.faults else ()
@@ -83,6 +90,8 @@ class _Sitting:
                 life = self.lives.get(family) or self._begin(family)
                 if not life.train(EPISODE):
                     self.lives.pop(family).close()
+                    del life
+                    gc.collect()  # hosts and growers refer to each other
             if _now() - self.sampled >= SAMPLE_S:
                 self._sample()
 
@@ -119,7 +128,6 @@ class _Sitting:
         if self.stream is None:
             self.stream = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.write(self.stream, msgspec.json.encode(sample) + b"\n")
-        self.samples.append(sample)
         self.on_sample(sample)
 
 

@@ -26,6 +26,16 @@ class SoakOptions:
     fresh: bool = False
     """Forget earlier sittings."""
 
+    @property
+    def command(self) -> str:
+        """What asks for the same, on the command line."""
+        words = ["esper soak"]
+        words += [] if self.hours is None else [f"--hours {self.hours:g}"]
+        words += [] if self.steps is None else [f"--steps {self.steps}"]
+        words += [] if self.faults else ["--no-faults"]
+        words += [f"--seed {self.seed}"] if self.seed else []
+        return " ".join(words if self.device == "auto" else [*words, f"--device {self.device}"])
+
     def __post_init__(self) -> None:
         if self.hours is None and self.steps is None:
             raise ConfigError("a soak needs an end, got neither hours nor steps; say --hours 1 or --steps 100000")

@@ -41,6 +41,15 @@ class TrialOptions:
         _require(known, f"peer must be one of {', '.join(PEER_NAMES)}", self.peer, "use gromo")
 
     @property
+    def command(self) -> str:
+        """What asks for the same trials, on the command line."""
+        words = ["esper trials", f"--n {self.num}"]
+        words += [f"--faults {' '.join(self.faults)}"] if self.faults else []
+        words += ["--null"] if self.null else []
+        words += [f"--peer {self.peer}"] if self.peer else []
+        return " ".join([*words, f"--seed {self.seed}"] if self.seed else words)
+
+    @property
     def kind(self) -> str:
         """``grown``, ``null``, ``faults`` or the peer's name."""
         return "null" if self.null else "faults" if self.faults else self.peer or "grown"

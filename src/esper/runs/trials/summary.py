@@ -121,6 +121,7 @@ def _grown(trials: Sequence[TrialRecord]) -> tuple[dict[str, Any], list[Bar]]:
         "rates": {name: plain(rate) for name, rate in rates.items()},
         "gains": {"on_off": _spread(kept, on_off), "twin": _spread(kept, twin)},
         "by_task": _by(trials, lambda trial: trial.task, _task_counts),
+        "on_mlps": _on_mlps(trials),
         "harmful": _worst(trials),
     }, bars
 
@@ -171,13 +172,31 @@ def _twin_rates(kept: Sequence[CohortRecord]) -> dict[str, Rate]:
 def _final_rates(trials: Sequence[TrialRecord]) -> dict[str, Rate]:
     """The whole training against the same host alone; only where something was kept can it differ."""
     grew = [t for t in trials if any(c.end in ("FOSSILIZED", "KEPT") for c in t.cohorts) and t.effect.gain is not None]
-    gains = [(trial.effect.gain or 0.0, trial.effect.high or 0.0) for trial in grew]
+    roomy = [trial for trial in grew if has_headroom(trial)]
+    better = sum((trial.effect.gain or 0.0) > 0 for trial in grew)
     return {
-        "grown hosts better at the end than the same host alone": Rate(sum(g > 0 for g, _ in gains), len(grew)),
+        "grown hosts better at the end than the same host alone": Rate(better, len(grew)),
         "grown hosts worse by over 1% at the end, beyond the noise of the audit": Rate(
-            sum(gain < -HARM and high < 0 for gain, high in gains), len(grew)
+            sum(map(_is_worse, grew)), len(grew)
         ),
+        "the same, of hosts with headroom": Rate(sum(map(_is_worse, roomy)), len(roomy)),
     }
+
+
+def _on_mlps(trials: Sequence[TrialRecord]) -> dict[str, Any]:
+    """The hosts that peers can grow too, with what is comparable."""
+    some = [trial for trial in trials if trial.family == "mlp"]
+    kept = [cohort for trial in some for cohort in trial.cohorts if cohort.end == "FOSSILIZED"]
+    rates = {**_twin_rates(kept), **_final_rates(some)}
+    return {
+        "trials": len(some), "kept": len(kept), "rates": {name: plain(rate) for name, rate in rates.items()},
+        "gains": {"on_off": _spread(kept, on_off), "twin": _spread(kept, twin)},
+    }  # fmt: skip
+
+
+def _is_worse(trial: TrialRecord) -> bool:
+    gain, high = trial.effect.gain, trial.effect.high
+    return gain is not None and high is not None and gain < -HARM and high < 0
 
 
 def _spread(cohorts: Sequence[CohortRecord], read: Read) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from tests.models import Pair
-from tests.rigs import Rig, attach
+from tests.rigs import Rig, attach, host_of, keep_visible
 from torch import nn
 
 import esper
@@ -69,6 +69,7 @@ def act(fault: Fault, rig: Rig) -> Strikes:
     return strikes
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", STEP_FAULTS)
 def test_a_fault_strikes_and_takes_everything_back(name: str) -> None:
     fault, rig = FAULTS[name], attach(Pair())
@@ -169,6 +170,31 @@ def test_what_must_hold_after_it_holds(name: str) -> None:
     record = fault_trial(2, faults=(name,))
     assert record.struck > 0 and record.held, record.detail
     assert record.phase != "never came" and record.kind == name
+
+
+def failing(*_: object, **__: object) -> torch.Tensor:
+    raise IndexError("no such unit")
+
+
+def test_a_branch_that_raises_adds_nothing_and_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = attach(Pair())
+    cohort = rig.germinate("fc1-fc2")
+    rig.until(cohort, Lifecycle.GRAFTING)
+    monkeypatch.setattr(BLUEPRINTS[rig.bank(cohort).blueprint], "hidden", failing)
+    x = rig.batches[0][0]
+    assert torch.equal(rig.model(x), host_of(rig.model)(x))
+    rig.train(2 * rig.grower.config.interval)
+    assert [verdict.state for verdict in rig.grower.verdicts] == [Lifecycle.ROLLED_BACK]
+    assert "IndexError: no such unit" in rig.grower.verdicts[0].reason
+
+
+def test_a_permanent_branch_that_raises_is_the_callers_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaving it out would silently make another network of it."""
+    rig = attach(Pair())
+    keep_visible(rig, "fc1-fc2", 3)
+    monkeypatch.setattr(BLUEPRINTS["bottleneck"], "hidden", failing)
+    with pytest.raises(IndexError, match="no such unit"):
+        rig.model(rig.batches[0][0])
 
 
 class Trace(Fault):
