@@ -375,12 +375,8 @@ class Grower:
         )
 
     def _obey(self, step: int) -> None:
-        while True:
-            try:
-                command = self._commands.get_nowait()
-            except queue.Empty:
-                return
-            apply(self, command, step, issuer="operator")
+        while not self._commands.empty():
+            apply(self, self._commands.get(), step, issuer="operator")
 
     def _measure_held_out(self, step: int) -> None:
         loss = self.judge.held_out(self.config.evidence.held_out_batches)

@@ -17,7 +17,8 @@ from esper.stages import Stages
 def expel_damage(kasmina: Kasmina, stages: Stages, losses: deque[torch.Tensor], journal: Journal, step: int) -> None:
     """Non-finite losses or gradients: what is on trial leaves at once, the newest first."""
     damaged = kasmina.damaged()
-    recent = torch.stack([value.float() for value in losses])
+    kinds = {value.dtype for value in losses}
+    recent = torch.stack(list(losses) if len(kinds) == 1 else [value.float() for value in losses])
     suspects = [c for c in kasmina.cohorts.values() if bool(in_slot(int(c.state), c.alpha))]
     if not bool(torch.isfinite(recent).all()):
         losses.clear()  # one incident has one culprit: the window must not accuse the next cohort

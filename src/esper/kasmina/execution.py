@@ -71,6 +71,10 @@ class Kasmina:
             rows_per_step=self.rows_per_step, rows_per_batch=self.rows_per_batch,
             samples_per_batch=self.samples_per_batch, generator=self.generator,
         )  # fmt: skip
+        self.changes = 0
+        """Counts changes of what is alive or grown."""
+        self._grown = self._working = False
+        self._watching: bool | None = None
         self._prepare_sites()
         self._handles = attach(list(discovery.sites), self.sites)
 
@@ -245,6 +249,7 @@ class Kasmina:
         cohort.seed_ids = tuple(self.table.seed_id[cohort.slots].tolist())
         self.table.transition(leaving, Lifecycle.CULLED, step)
         self.table.release(leaving, step, embargo)
+        self.changes += 1
         return ids
 
     def host_units(self, name: str) -> HostUnits:
@@ -270,8 +275,15 @@ class Kasmina:
 
     # ---------------------------------------------------------------------------------------------- every step
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing is alive and nothing has been grown: every site is as the host made it."""
+        return not self._grown
+
     def learn(self, hosts: dict[str, Hyperparameters], *, inverse_scale: float) -> None:
         """One update of everything that learns, after a real host step."""
+        if self.at_rest:
+            return
         for name, site in self.sites.items():
             for bank in [*site.banks.values(), *site.permanent]:
                 if bank.learning:
@@ -297,6 +309,8 @@ class Kasmina:
 
     def note_rows(self, step: int) -> None:
         """Read and reset what the hooks counted since the last real step; note which captures are complete."""
+        if not self._working:
+            return  # no hook had anything to do
         for name, site in self.sites.items():
             if site.capture is not None:
                 site.capture.after_step(step)
@@ -308,10 +322,21 @@ class Kasmina:
 
     def watch(self, due: bool) -> None:
         """Arm or disarm telemetry for the next step."""
+        if due == self._watching:
+            return  # whatever else changes what hooks do refreshes by itself
+        self._watching = due
         for site in self.sites.values():
             site.telemetry_due = due and site.refused is None
-        self.refresh()
+        self._refresh_sites()
 
     def refresh(self) -> None:
+        """After a change: let every site decide what its hooks have to do from now on."""
+        self.changes += 1
+        self._refresh_sites()
+
+    def _refresh_sites(self) -> None:
+        self._grown = False
         for site in self.sites.values():
             site.refresh()
+            self._grown = self._grown or bool(site.banks) or site.adds
+        self._working = any(site.engaged for site in self.sites.values())
