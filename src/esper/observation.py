@@ -39,15 +39,18 @@ def observe(
 ) -> Observation:
     """Build the observation. Waits for the device once (telemetry)."""
     fixed = _fixed(kasmina)
-    still = _still(kasmina, fixed, step)
-    rows, energies = _site_rows(kasmina, fixed, still, verdicts, step)
+    free = kasmina.table.num_free_chunks(step)
+    refused = np.array([site.refused is not None for site in kasmina.sites.values()])
+    grown = np.array([kasmina.units(name) for name in fixed.names], dtype=np.int64)
+    rows, energies = _site_rows(kasmina, fixed, free / fixed.chunks, grown, verdicts, step)
     pressing = _pressing(energies)
+    costs = [_unit_cost(site) for site in kasmina.sites.values()]
     return Observation(
         step=step,
         total_steps=total_steps,
         held_out=held_out,
         held_out_initial=held_out_initial,
-        params=still.params,
+        params=kasmina.params,
         host_params=kasmina.host_params,
         budget_params=budget_params,
         flops_per_step=host_flops + kasmina.added_flops_per_step(),
@@ -56,16 +59,16 @@ def observe(
         site_names=fixed.names,
         sites=rows,
         hidden=fixed.hidden.copy(),
-        grown=still.grown.copy(),
-        eligible=still.eligible.copy(),
+        grown=grown,
+        eligible=(free == fixed.chunks) & ~kasmina.table.has_seeds() & ~refused,
         chunk_site=pressing[0],
         chunk_index=pressing[1],
         chunk_pressure=pressing[2],
         alive=tuple(_view(kasmina, number, step) for number in kasmina.cohorts),
         verdicts=tuple(verdicts),
         stopped=stopped,
-        unit_params=still.unit_params.copy(),
-        unit_flops=still.unit_flops_per_row * np.array(list(kasmina.rows_per_step.values())),
+        unit_params=np.array([cost.params for cost in costs], dtype=np.float64),
+        unit_flops=np.array([cost.flops_per_row for cost in costs]) * np.array(list(kasmina.rows_per_step.values())),
     )
 
 
@@ -96,7 +99,7 @@ class _Fixed:
     chunks: npt.NDArray[np.int64]
     hidden: npt.NDArray[np.int64]
     rows: npt.NDArray[np.float64]
-    """Site features; NaN where they change."""
+    """Site features as long as nothing has grown; NaN where sensors tell."""
 
 
 _known: weakref.WeakKeyDictionary[Kasmina, _Fixed] = weakref.WeakKeyDictionary()
@@ -114,66 +117,29 @@ def _fixed(kasmina: Kasmina) -> _Fixed:
             rows[row, _COLUMN["log_out"]] = math.log(info.out_features)
             if info.hidden_features:
                 rows[row, _COLUMN["log_hidden"]] = math.log(info.hidden_features)
+                rows[row, _COLUMN["grown_share"]] = 0.0
         chunks = np.array([info.num_chunks for info in infos], dtype=np.int64)
         hidden = np.array([info.hidden_features for info in infos], dtype=np.int64)
         found = _known[kasmina] = _Fixed(tuple(kasmina.sites), chunks, hidden, rows)
     return found
 
 
-@dataclass(frozen=True)
-class _Still:
-    """What stays the same while nothing germinates, moves, grows or ends."""
-
-    key: tuple[int, int]
-    grown: npt.NDArray[np.int64]
-    free_share: npt.NDArray[np.float64]
-    eligible: npt.NDArray[np.bool_]
-    unit_params: npt.NDArray[np.float64]
-    unit_flops_per_row: npt.NDArray[np.float64]
-    params: int
-    until_next_embargo_ends: float
-    """Chunks that rest come free at this step (infinite where none rests)."""
-
-
-_last: weakref.WeakKeyDictionary[Kasmina, _Still] = weakref.WeakKeyDictionary()
-
-
-def _still(kasmina: Kasmina, fixed: _Fixed, step: int) -> _Still:
-    key = (kasmina.changes, sum(site.refused is not None for site in kasmina.sites.values()))
-    found = _last.get(kasmina)
-    if found is not None and found.key == key and step < found.until_next_embargo_ends:
-        return found
-    free = kasmina.table.num_free_chunks(step)
-    refused = np.array([site.refused is not None for site in kasmina.sites.values()])
-    resting = kasmina.table.embargo_until[kasmina.table.embargo_until > step]
-    costs = [_unit_cost(site) for site in kasmina.sites.values()]
-    found = _last[kasmina] = _Still(
-        key=key,
-        grown=np.array([kasmina.units(name) for name in fixed.names], dtype=np.int64),
-        free_share=free / fixed.chunks,
-        eligible=(free == fixed.chunks) & ~kasmina.table.has_seeds() & ~refused,
-        unit_params=np.array([cost.params for cost in costs], dtype=np.float64),
-        unit_flops_per_row=np.array([cost.flops_per_row for cost in costs]),
-        params=kasmina.params,
-        until_next_embargo_ends=float(resting.min()) if resting.size else math.inf,
-    )
-    return found
-
-
 def _site_rows(
     kasmina: Kasmina,
     fixed: _Fixed,
-    still: _Still,
+    free_share: npt.NDArray[np.float64],
+    grown: npt.NDArray[np.int64],
     verdicts: Sequence[Verdict],
     step: int,
 ) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.float32]]]:
     table = fixed.rows.copy()
-    table[:, _COLUMN["free_chunk_share"]] = still.free_share
-    spans = fixed.hidden > 0
-    table[spans, _COLUMN["grown_share"]] = still.grown[spans] / fixed.hidden[spans]
+    table[:, _COLUMN["free_chunk_share"]] = free_share
+    if grown.any():
+        spans = fixed.hidden > 0
+        table[spans, _COLUMN["grown_share"]] = grown[spans] / fixed.hidden[spans]
     sensed = snapshots([site.telemetry for site in kasmina.sites.values() if site.telemetry is not None])
     for row, (name, snapshot) in enumerate(zip(fixed.names, sensed, strict=True)):
-        table[row, _SENSORS] = snapshot.mean(axis=1)
+        table[row, _SENSORS] = np.add.reduce(snapshot, axis=1) / snapshot.shape[1]
         past = [verdict for verdict in verdicts if name in verdict.sites]
         if past:
             table[row, _COLUMN["last_gain"]] = past[-1].gain

@@ -71,8 +71,6 @@ class Kasmina:
             rows_per_step=self.rows_per_step, rows_per_batch=self.rows_per_batch,
             samples_per_batch=self.samples_per_batch, generator=self.generator,
         )  # fmt: skip
-        self.changes = 0
-        """Counts changes of what is alive or grown."""
         self._grown = self._working = False
         self._watching: bool | None = None
         self._prepare_sites()
@@ -249,7 +247,6 @@ class Kasmina:
         cohort.seed_ids = tuple(self.table.seed_id[cohort.slots].tolist())
         self.table.transition(leaving, Lifecycle.CULLED, step)
         self.table.release(leaving, step, embargo)
-        self.changes += 1
         return ids
 
     def host_units(self, name: str) -> HostUnits:
@@ -327,14 +324,10 @@ class Kasmina:
         self._watching = due
         for site in self.sites.values():
             site.telemetry_due = due and site.refused is None
-        self._refresh_sites()
+        self.refresh()
 
     def refresh(self) -> None:
         """After a change: let every site decide what its hooks have to do from now on."""
-        self.changes += 1
-        self._refresh_sites()
-
-    def _refresh_sites(self) -> None:
         self._grown = False
         for site in self.sites.values():
             site.refresh()

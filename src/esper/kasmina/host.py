@@ -15,7 +15,6 @@ from esper.kasmina.discovery import SitePlan
 from esper.kasmina.layer_kinds import weight_name, weight_of
 from esper.kasmina.optim import Hyperparameters, approximation, hyperparameters, is_adaptive, refusal
 
-
 _RULE = ("lr", "weight_decay", "betas", "eps", "momentum", "nesterov", "decoupled_weight_decay")
 """What of a parameter group says how it steps."""
 
