@@ -42,7 +42,7 @@ format: $(VENV)/.dev-ready
 	@$(BIN)/ruff format .
 
 bench: $(VENV)/.dev-ready
-	@set -e; for file in $$(find benchmarks -name 'bench_*.py' | sort); do echo "== $$file"; $(BIN)/python "$$file"; done
+	@$(BIN)/esper bench $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .coverage .coverage.* htmlcov

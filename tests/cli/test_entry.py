@@ -188,7 +188,10 @@ def test_control_characters_in_names_do_not_reach_the_screen(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["rum"], "esper: no command is called 'rum'; did you mean 'run'? known: run, report, export, sites, doctor"),
+        (
+            ["rum"],
+            "esper: no command is called 'rum'; did you mean 'run'? known: run, report, export, sites, bench, doctor",
+        ),
         (["--verson"], "esper: no option is called '--verson'; did you mean '--version'?"),
         (["--print-completion"], "--print-completion takes one shell of bash, zsh, tcsh, fish, got ''"),
         (["--print-completion", "csh"], "--print-completion takes one shell of bash, zsh, tcsh, fish, got 'csh'"),

@@ -20,6 +20,7 @@ COMMANDS = {
     "report": ("esper.cli.report", "Report", "Write a run's report again and print its summary."),
     "export": ("esper.cli.export", "Export", "Write a grown model as an ordinary PyTorch model."),
     "sites": ("esper.cli.sites", "Sites", "List where a model can grow, and why not elsewhere."),
+    "bench": ("esper.cli.bench", "Bench", "Measure what Esper costs on this machine."),
     "doctor": ("esper.cli.doctor", "Doctor", "Check that this installation works."),
 }
 SHELLS = ("bash", "zsh", "tcsh", "fish")

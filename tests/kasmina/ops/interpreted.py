@@ -12,13 +12,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmarks.ops import graft as graft_problems
-from benchmarks.ops import measure
-from benchmarks.ops import slot_adam as optimizer_problems
-from benchmarks.ops import telemetry as telemetry_problems
 from tests.example_sites import attached, plant
 from torch import Tensor, nn
 
+from esper.bench import parity
+from esper.bench.ops import operation as problems_of
 from esper.kasmina.bank import Bank
 from esper.kasmina.chunks import chunk_bounds
 from esper.kasmina.ops import dispatch
@@ -30,19 +28,18 @@ from esper.kasmina.telemetry import TelemetryBuffer
 pytestmark = pytest.mark.component
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = measure.DTYPES if torch.cuda.is_available() else (torch.float32,)
-PROBLEMS = {"telemetry": telemetry_problems, "graft": graft_problems, "slot_adam": optimizer_problems}
+DTYPES = parity.DTYPES if torch.cuda.is_available() else (torch.float32,)
 
 
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
-    with measure.poisoned_memory():
+    with parity.poisoned_memory():
         yield
 
 
-@pytest.mark.parametrize("operation", PROBLEMS)
+@pytest.mark.parametrize("operation", dispatch.OPERATIONS)
 def test_kernels_equal_their_reference(operation: str) -> None:
-    lines = list(PROBLEMS[operation].check(DEVICE, DTYPES))
+    lines = list(problems_of(operation).check(DEVICE, DTYPES))
     assert len(lines) >= 9
     assert [line for line in lines if not line["equal"]] == []
 

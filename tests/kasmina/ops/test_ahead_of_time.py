@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'esper-morph[triton]'")
 
-from benchmarks.ops import slot_adam as optimizer_problems
 from tests.kasmina.ops.ahead_of_time import Launch, recorded
 
+from esper.bench.ops import slot_adam as optimizer_problems
 from esper.kasmina.ops.graft import Seats
 from esper.kasmina.ops.graft import triton as graft_kernels
 from esper.kasmina.ops.slot_adam import Rates
