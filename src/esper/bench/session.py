@@ -31,6 +31,8 @@ class Session:
     ----------
     failures:
         What went wrong, by measurement.
+    notes:
+        What was left out, and why.
     """
 
     record: Record
@@ -38,6 +40,7 @@ class Session:
     parity_only: bool = False
     tiny: bool = False
     failures: dict[str, str] = field(default_factory=dict[str, str])
+    notes: list[str] = field(default_factory=list[str])
 
     def measure(self, parts: tuple[str, ...]) -> None:
         """Everything that ``parts`` name."""
@@ -69,7 +72,7 @@ class Session:
         if self.parity_only:
             return
         if self.record.device.type != "cuda" and not self.tiny:
-            self.record.tell(ops.TIMED_ON_GPU)
+            self.notes.append(ops.TIMED_ON_GPU)
             return
         clock = Clock(self.record.device, repeats=2 if self.tiny else 50)
         for name in names:

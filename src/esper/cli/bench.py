@@ -65,7 +65,7 @@ class Bench:
         record = Record(self._command(), torch.device(kind), lambda text: write_lines([text], sys.stderr), self.out)
         session = Session(record, self.only, parity_only=self.parity_only, tiny=self.rehearse)
         session.measure(PARTS if self.part == _ALL else (self.part,))
-        return self._outcome(record.files, session.failures)
+        return self._outcome(record.files, session.failures, session.notes)
 
     def _command(self) -> str:
         words = ["esper bench", self.part]
@@ -73,11 +73,12 @@ class Bench:
         words += ["--out DIR"] if self.out is not None else []
         return " ".join([*words, *(["--rehearse"] if self.rehearse else [])])
 
-    def _outcome(self, files: dict[str, dict[str, object]], failures: dict[str, str]) -> Outcome:
+    def _outcome(self, files: dict[str, dict[str, object]], failures: dict[str, str], notes: list[str]) -> Outcome:
         from esper.bench.words import summary
 
         lines = [labelled("measured", text) for text in summary(files)]
+        lines += [labelled("left out", text) for text in notes]
         lines += [labelled("failed", f"{name}: {reason}") for name, reason in failures.items()]
         if self.out is not None:
             lines.append(labelled("written", f"{', '.join(sorted(files))} in {self.out}"))
-        return Outcome(result={"files": files, "failures": failures}, lines=lines, ok=not failures)
+        return Outcome(result={"files": files, "failures": failures, "left_out": notes}, lines=lines, ok=not failures)

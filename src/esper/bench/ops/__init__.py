@@ -13,7 +13,7 @@ from esper.bench.clock import Clock
 from esper.bench.record import Line, Record
 from esper.kasmina.ops import dispatch
 
-TIMED_ON_GPU = "parity holds; kernels are timed on a GPU only, and PyTorch sees none here"
+TIMED_ON_GPU = "times of operations: kernels are timed on a GPU only, and PyTorch sees none here"
 
 
 class Operation(Protocol):
