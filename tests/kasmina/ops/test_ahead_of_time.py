@@ -118,3 +118,11 @@ def test_statistics_use_no_atomics(case: str) -> None:
     for launch in CASES[case]():
         ptx = launch.compile(90).asm["ptx"]
         assert re.search(r"\b(atom|red)\.", ptx) is None
+
+
+def test_every_kernel_is_compiled_for_both() -> None:
+    modules = (telemetry_kernels, graft_kernels, optimizer_kernels)
+    every = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    for cases in (CASES, OLDER):
+        compiled = {launch.kernel.__name__ for case in cases for launch in CASES[case]()}
+        assert compiled == every and len(every) >= 6
