@@ -263,7 +263,7 @@ def test_an_isolated_fit_takes_the_fused_optimizer_and_ends_where_pytorchs_does(
             "bottleneck", EXAMPLES[SiteKind.LINEAR_SPAN][0].geometry, units=2, reads=5, columns=columns,
             generator=source, device=DEVICE,
         )  # fmt: skip
-        fit(bank, rows, y, steps=5, batch_rows=16, lr=0.01, generator=source)
+        fit(bank, rows, y, steps=2, batch_rows=16, lr=0.01, generator=source)
         ends.append({name: value.detach().clone() for name, value in bank.params.items()})
     for name, value in ends[0].items():
         torch.testing.assert_close(value, ends[1][name], atol=1e-5, rtol=1e-4)

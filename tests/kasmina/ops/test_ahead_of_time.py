@@ -42,6 +42,18 @@ def _images() -> list[Launch]:
     return found
 
 
+def _chunks() -> list[Launch]:
+    """64 of 1,024 chunks of four columns, anywhere."""
+    columns = torch.randperm(1024)[:64, None] * 4 + torch.arange(4)
+    seats = Seats.of(columns, 4096, CPU)
+    y, weights = torch.empty(8192, 4096, dtype=torch.bfloat16), (torch.empty(64, 8, 4), torch.empty(64, 8))
+    with recorded(graft_kernels) as found:
+        graft_kernels.forward(
+            y, y, None, *weights, torch.empty(64, 4, 8), torch.empty(64), seats.columns, runs=seats.runs
+        )
+    return found
+
+
 def _graft(
     rows: int, features: int, seeds: int, width: int, units: int, near: bool, dtype: torch.dtype
 ) -> Callable[[], list[Launch]]:
@@ -82,6 +94,7 @@ CASES = {
     "telemetry-smallest": _telemetry(1, 1, 1, 1, torch.float32),
     "telemetry-images": _images,
     "graft-64-scattered": _graft(8192, 4096, 64, 4, 8, False, torch.bfloat16),
+    "graft-64-chunks": _chunks,
     "graft-1024-of-1024": _graft(8192, 4096, 1024, 4, 8, True, torch.bfloat16),
     "graft-large": _graft(8192, 4096, 64, 64, 64, True, torch.float16),
     "graft-fp32": _graft(8192, 4096, 64, 4, 8, False, torch.float32),
@@ -111,6 +124,13 @@ def test_reads_sixteen_bytes_at_a_time(case: str) -> None:
     ptx = CASES[case]()[0].compile(90).asm["ptx"]
     assert "ld.global.v4.b32" in ptx or "cp.async.cg.shared.global" in ptx
     assert "ld.global.b16" not in ptx
+
+
+def test_scattered_chunks_of_four_are_read_and_written_eight_bytes_at_a_time() -> None:
+    ptx = _chunks()[0].compile(90).asm["ptx"]
+    assert "ld.global.v2.b32" in ptx or "ld.global.b64" in ptx or "cp.async.ca.shared.global [" in ptx
+    assert "st.global.v2.b32" in ptx or "st.global.b64" in ptx
+    assert "ld.global.b16" not in ptx and "st.global.b16" not in ptx
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("telemetry")])

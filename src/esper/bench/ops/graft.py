@@ -18,6 +18,7 @@ from esper.kasmina.ops.graft import LARGEST, Seats, graft, reference
 
 CASES = (
     # rows, features, seeds, columns, hidden units, whether the columns are neighbours
+    (50, 64, 6, 4, 8, None),
     (5, 123, 7, 3, 5, False),
     (70, 64, 16, 4, 8, True),
     (40, 96, 20, 1, 8, False),
@@ -57,12 +58,15 @@ class Problem:
 
     @classmethod
     def scattered(
-        cls, rows: int, features: int, seeds: int, width: int, units: int, near: bool, device: torch.device,
+        cls, rows: int, features: int, seeds: int, width: int, units: int, near: bool | None, device: torch.device,
         dtype: torch.dtype,
     ) -> Problem:  # fmt: skip
-        """Seeds side by side, or anywhere."""
+        """Seeds side by side, anywhere, or (``None``) on chunks anywhere."""
         torch.manual_seed(0)
-        columns = torch.arange(seeds * width) if near else torch.randperm(features)[: seeds * width]
+        if near is None:
+            columns = torch.randperm(features // width)[:seeds, None] * width + torch.arange(width)
+        else:
+            columns = torch.arange(seeds * width) if near else torch.randperm(features)[: seeds * width]
         return cls._on(rows, features, columns.view(seeds, width), units, device, dtype)
 
     @classmethod
