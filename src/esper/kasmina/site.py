@@ -101,6 +101,10 @@ class Site:
         self.annex: Bank | None = None
         self.beside: list[Bank] = []
         self._shares_columns = False
+        # what a forward pass adds: without cohort numbers, so that a compiled graph serves later cohorts of the same
+        # sizes as well
+        self._adds = False
+        self._trial: dict[int, Bank] = {}
         self.capture: Capture | None = None
         self.telemetry: TelemetryBuffer | None = None
         self.generator: torch.Generator | None = None
@@ -128,10 +132,12 @@ class Site:
 
     def refresh(self) -> None:
         """Decide whether the hooks have work in the next step."""
-        adds = self.adds or self.probe is not None
+        self._adds = self.adds
+        self._trial = self._on_trial(self.grafted)
+        adds = self._adds or self.probe is not None
         records = self.recording and (self.capture is not None or self.telemetry_due)
         self.engaged = adds or records
-        fused = [b for b in [*self.beside, *map(self.banks.__getitem__, self.grafted)] if _fuses(b)]
+        fused = [bank for bank in [*self.beside, *self._trial.values()] if _fuses(bank)]
         self._shares_columns = len(fused) > 1 and overlap(fused)
 
     @property
@@ -200,19 +206,27 @@ class Site:
             return self.probe.leave(self, x, layer_input, y, training)
         if self.recording and not transformed and torch.is_grad_enabled() and y.requires_grad and self._is_first_look():
             self._record(x, y)
-        return self.compose(x, y, self.grafted, training=training, writable=writable) if self.adds else None
+        return self._compose(x, y, self._trial, training=training, writable=writable) if self._adds else None
 
     def compose(
         self, x: Tensor, y: Tensor, cohorts: AbstractSet[int], *, training: bool, writable: bool = False
     ) -> Tensor:
-        """``y`` plus the annex and the branches of ``cohorts``; ``y`` is not written unless ``writable``.
+        """``y`` plus the annex and the branches of ``cohorts``; ``y`` is not written unless ``writable``."""
+        return self._compose(x, y, self._on_trial(cohorts), training=training, writable=writable)
+
+    def _on_trial(self, cohorts: AbstractSet[int]) -> dict[int, Bank]:
+        """In the order of germination: a set's own order would not survive a restore, and sums round by their order."""
+        return {cohort: bank for cohort, bank in self.banks.items() if cohort in cohorts}
+
+    def _compose(
+        self, x: Tensor, y: Tensor, trial: dict[int, Bank], *, training: bool, writable: bool = False
+    ) -> Tensor:
+        """:meth:`compose` with banks by cohort.
 
         Every branch reads ``y`` as the host made it. Fused ones come first: where no two of them share a column, each
         finds its own still untouched in what the others have added to.
         """
         read = self.read(x)
-        # in the order of germination: a set's own order would not survive a restore, and sums round by their order
-        trial = {cohort: bank for cohort, bank in self.banks.items() if cohort in cohorts}
         behind = [*self.beside, *trial.values()]
         fused = [] if self._shares_columns else [bank for bank in behind if _fuses(bank)]
         writable = writable and self.annex is None and len(fused) == len(behind)  # the others read y after them
@@ -371,6 +385,7 @@ class Site:
             probe=None,
             recording=False,
             telemetry_due=False,
+            _trial={},
             _x=None,
             _grown=None,
         )
