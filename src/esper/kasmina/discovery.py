@@ -166,7 +166,7 @@ def _unusable(
     if used != 1 or called != 1:
         return f"runs {max(used, called)} times a forward"
     if calls[0].outputs != probe.results[id(module)].outputs:
-        return "a forward hook of yours changes its output, which a wider layer would not repeat"
+        return "a forward hook (or forward) of yours changes its output, which a wider layer would not repeat"
     if is_conv(module) and len(calls[0].shape) != weight.dim():
         return "a convolution that is called on an input without a batch axis"
     return None
