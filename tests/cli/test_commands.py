@@ -139,7 +139,7 @@ def test_sites_lists_what_grows_and_why_the_rest_does_not(capsys: pytest.Capture
     assert capsys.readouterr().out.splitlines() == [
         "site  kind         in  hidden  out  chunks  weights",
         "0-2   linear span  64       8   10      10      610",
-        "1 site covering 610 weights | skipped 1",
+        "1 site | skipped 1",
         "  head: tied to embed",
     ]
     assert main(["sites", "--json", "-"]) == 0
@@ -163,7 +163,7 @@ def test_sites_of_the_users_own_data(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.usefixtures("_fake_sites")
 def test_sites_by_pattern(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sites", "--match", "he*"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "0 sites covering 0 weights | skipped 1"
+    assert capsys.readouterr().out.splitlines()[0] == "0 sites | skipped 1"
     assert main(["sites", "--match", "haed"]) == 2
     assert "'haed' matches none of 2; near: 'head' (1), 'head*' (1); list all" in capsys.readouterr().err
 

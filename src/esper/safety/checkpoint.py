@@ -285,7 +285,7 @@ def load(
                     raise RefusedError(
                         f"a checkpoint of kind {kind!r} is needed, got {manifest.kind!r} in {folder}; name another"
                     )
-                tree = migrated(_read_tree(disk, folder, manifest), manifest.schema, migrations)
+                tree = migrated(read_tree(disk, folder, manifest), manifest.schema, migrations)
             except RefusedError:
                 raise
             except (StateError, OSError) as error:
@@ -346,7 +346,7 @@ def read_manifest(disk: Disk, folder: Path, number: int) -> Manifest:
 def problem(disk: Disk, folder: Path, number: int) -> str | None:
     """What is wrong with one checkpoint; ``None`` when everything about it holds, its tree included."""
     try:
-        _read_tree(disk, folder, read_manifest(disk, folder, number))
+        read_tree(disk, folder, read_manifest(disk, folder, number))
     except (StateError, OSError) as error:
         return str(error)
     return None
@@ -361,7 +361,14 @@ def versions() -> dict[str, str]:
     }
 
 
-def _read_tree(disk: Disk, folder: Path, manifest: Manifest) -> Tree:
+def read_tree(disk: Disk, folder: Path, manifest: Manifest) -> Tree:
+    """The tree of a checkpoint, sizes, hashes and digest checked.
+
+    Raises
+    ------
+    StateError, OSError
+        It is damaged or cannot be read.
+    """
     found = (decoded(data, file.name) for file, data in _hashed(disk, folder, manifest))
     tree = join(manifest.document, put_together(found, manifest.aliases))
     if digest(tree) != manifest.digest:

@@ -177,7 +177,8 @@ class _World:
             self.disk.kill()
             self._note("killed")
         intact = [n for n in self.acked_saves if n not in self.rotten and self._is_there(n)]
-        if len(intact) >= 2 and self.rng.random() < 0.2:
+        # What is kept are two; both must be well for one to rot.
+        if len(intact) >= KEEP and intact[-KEEP:] == self.acked_saves[-KEEP:] and self.rng.random() < 0.2:
             self._rot(intact[-1])
 
     # ---------------------------------------------------------------------------------------------- what happens
