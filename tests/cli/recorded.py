@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from esper.observe import EventLog
+from esper.observe.event_log import EventLog
 from esper.protocol import (
     AnyEvent,
     ArmFinished,

@@ -247,7 +247,8 @@ def records(*, start: float = 1_750_000_000.0, **kwargs: object) -> Iterator[p.R
 
 
 def main() -> None:
-    from esper.observe import EventLog, write_report
+    from esper.observe.event_log import EventLog
+    from esper.observe.report import write_report
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)

@@ -9,9 +9,8 @@ import pytest
 from tests.observe.synthetic import records
 
 from esper import protocol as p
-from esper.observe import fold
 from esper.observe.credit import claims, effects_of, fit_line, grafting_effect
-from esper.observe.history import RunHistory
+from esper.observe.history import RunHistory, fold
 from esper.observe.report.claims import calibration_chart, effect_text, twin_table
 from esper.protocol import Lifecycle
 

@@ -18,8 +18,8 @@ import pytest
 from tests.runs.interrupted import JOBS, StepStore, ignore, options
 
 from esper.errors import ConfigError, EsperError, StateError
-from esper.observe import write_report
 from esper.observe.event_log import EventLog, read_events
+from esper.observe.report import write_report
 from esper.protocol import AnyEvent, ArmFinished, Overhead, RunFinished, RunStarted
 from esper.runs import RunOptions, execute
 from esper.safety.manifest import manifest_name

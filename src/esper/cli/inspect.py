@@ -76,7 +76,7 @@ def _check(path: Path) -> dict[str, Any]:
     problem, detail = None, f"{path.stat().st_size:,} bytes"
     try:
         if path.name == "events.jsonl":
-            from esper.observe import read_events
+            from esper.observe.event_log import read_events
 
             detail += f", {sum(1 for _ in read_events(path)):,} events"
         elif path.name == "commands.jsonl":

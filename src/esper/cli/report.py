@@ -12,7 +12,7 @@ from esper.cli.parsing import JsonPath, Option
 from esper.cli.terminal import columns, labelled
 
 if TYPE_CHECKING:
-    from esper.observe import RunHistory
+    from esper.observe.history import RunHistory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,10 @@ class Report:
         """Fold the event log, write ``report.html``, sum up."""
         run_dir = existing_run(self.run_dir)
         from esper.cli.summary import arms_result, cohort_line, next_line, score_table
-        from esper.observe import fold, read_events, write_report
+        from esper.observe.event_log import read_events
+        from esper.observe.history import fold
         from esper.observe.progress import done_line
+        from esper.observe.report import write_report
 
         history = fold(read_events(run_dir / "events.jsonl"))
         page = write_report(run_dir, history)

@@ -12,7 +12,8 @@ import pytest
 from tests.observe.synthetic import SITES, events
 
 from esper import protocol as p
-from esper.observe import EventLog, write_report
+from esper.observe.event_log import EventLog
+from esper.observe.report import write_report
 
 pytestmark = pytest.mark.e2e
 

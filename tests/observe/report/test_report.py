@@ -13,8 +13,9 @@ from tests.observe.synthetic import FATES, events, records
 
 from esper import protocol as p
 from esper.errors import EsperError
-from esper.observe import EventLog, fold, render, write_report
-from esper.observe.history import RunHistory
+from esper.observe.event_log import EventLog
+from esper.observe.history import RunHistory, fold
+from esper.observe.report import render, write_report
 from esper.observe.report.page import MAX_BYTES
 from esper.protocol import Lifecycle
 
