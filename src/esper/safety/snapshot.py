@@ -33,7 +33,7 @@ class Snapshot:
         tree = copy_of(state, _on_the_host)
         devices = {t.device for t in split(state)[1].values() if t.is_cuda}
         snapshot = cls(step, num_bytes(state), tree, [_mark(device) for device in devices])
-        snapshot._worker = threading.Thread(target=snapshot._hash, name="esper-snapshot", daemon=True)
+        snapshot._worker = threading.Thread(target=snapshot._hash, name="esper-snapshot")
         snapshot._worker.start()
         return snapshot
 
