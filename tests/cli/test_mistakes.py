@@ -32,6 +32,7 @@ def images(folder: Path) -> None:
     (folder / "file").touch()
     (folder / "full").mkdir()
     (folder / "full" / "events.jsonl").touch()
+    (folder / "full" / "notes.txt").touch()
 
 
 FROM_THE_SHELL: list[tuple[list[str], int, list[str]]] = [

@@ -21,7 +21,7 @@ from esper.safety.simulation.world import simulate
 
 pytestmark = pytest.mark.component
 
-CI_SEEDS, LONG_SEEDS, CANARY_SEEDS = 120, 100_000, 500
+CI_SEEDS, LONG_SEEDS, CANARY_SEEDS = 500, 100_000, 500
 
 
 def run_all(seeds: Iterable[int]) -> Counter[str]:
