@@ -204,6 +204,13 @@ def test_a_missed_bar_is_on_the_page_as_well_as_one_that_is_met(tmp_path: Path) 
 
 
 @pytest.mark.unit
+def test_the_tables_of_trials_show_the_committed_results() -> None:
+    generator = script("generate_trials")
+    page = generator.PAGE.read_text(encoding="utf-8")
+    assert page == generator.render(page), "run python docs/generate_trials.py"
+
+
+@pytest.mark.unit
 def test_a_table_replaces_the_one_before_and_nothing_else() -> None:
     generator = script("generate_results")
     page = "above\n<!-- x:begin -->\nold\n<!-- x:end -->\nbelow"

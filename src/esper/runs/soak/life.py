@@ -32,6 +32,8 @@ LONGEST = 2_500
 """Steps after which a life ends in any case: a run keeps every verdict, and here they come by the hundred."""
 FAULT_EVERY = 400
 """Steps of a life between two faults."""
+GRACE = 15
+"""Steps after a fault in which nothing is looked at: the guard itself looks only at decision points."""
 
 
 def usable_faults() -> tuple[str, ...]:
@@ -110,6 +112,8 @@ class Life:
         """The fault that struck last: what goes wrong now is put down to it."""
         self._bad_losses = torch.zeros((), dtype=torch.int64, device=device)
         self._last_germination = 0
+        self._taken = 0  # the grower's own clock goes back when it is restored
+        self._struck_at = -GRACE
         self._escaped: Exception | None = None
         counts.lives += 1
 
@@ -122,7 +126,8 @@ class Life:
     def train(self, steps: int) -> bool:
         """Train on; ``False`` once the life is over (it has grown large, or a fault has ended it)."""
         try:
-            for _ in range(steps):
+            begun = self._taken
+            while self._taken - begun < steps or self._taken - self._struck_at < GRACE:
                 obey()
                 self._step(self.task.batch(self.choose))
                 self.counts.steps[self.family] += 1
@@ -131,7 +136,7 @@ class Life:
         finally:
             if self.injection is not None and self._escaped is not None:
                 self.injection.end()
-        kasmina, old = self.grower.kasmina, self.grower.clock.steps >= LONGEST
+        kasmina, old = self.grower.kasmina, self._taken >= LONGEST
         return self._is_sound() and not old and kasmina.params < LARGEST * kasmina.host_params
 
     def close(self) -> None:
@@ -143,8 +148,9 @@ class Life:
         self.grower.detach()
 
     def _step(self, batch: Rows) -> None:
-        clock = self.grower.clock.steps
+        clock = self._taken
         self._begin_fault(clock)
+        self._taken += 1
         injection = self.injection
         try:
             loss = self.task.loss(self.model, batch)
@@ -160,6 +166,8 @@ class Life:
             self._escaped = error
         if injection is not None:
             injection.after_step(clock)
+            if injection.strikes.num:
+                self._struck_at = clock
             if injection.strikes.num and self.struck is None:
                 self.struck = FAULT_NAMES[type(injection.fault)]
                 self.counts.faults[self.struck] += 1
