@@ -218,7 +218,7 @@ def test_a_pause_holds_alpha_and_timers_and_a_resume_goes_on(strategy: str) -> N
     assert cohort.state is S.GRAFTING and cohort.alpha == alpha
     assert float(rig.bank(cohort).alpha) == pytest.approx(alpha)
     assert int(rig.grower.kasmina.table.epochs_in_state[cohort.slots][0]) == epochs
-    (view,) = rig.grower._observe(rig.grower.clock.steps).alive
+    (view,) = look(rig.grower, rig.grower.clock.steps).alive
     assert view.steps_in_state <= 5, "time spent paused does not count"
     assert not torch.equal(weights, rig.bank(cohort).params["w2"]), "a paused branch goes on learning"
     rig.order(Resume(cohort=cohort.number))
