@@ -14,6 +14,7 @@ export OMP_NUM_THREADS ?= 1
 # On a machine with a GPU: identity, isolation, no waiting, CUDA
 # graphs, and every kernel against its reference on the real card.
 GPU_TESTS := tests/test_dormant.py tests/test_isolation.py tests/test_on_gpu.py
+GPU_PYTHON ?= $(BIN)/python
 
 .PHONY: run test test-long test-gpu lint format bench clean
 .DEFAULT_GOAL := run
@@ -27,9 +28,9 @@ test: lint
 test-long: $(VENV)/.dev-ready
 	@$(BIN)/python -m pytest -m long $(ARGS)
 
-test-gpu: $(VENV)/.dev-ready
-	@CUBLAS_WORKSPACE_CONFIG=:4096:8 ESPER_TEST_DEVICE=cuda $(BIN)/python -m pytest $(GPU_TESTS) $(ARGS)
-	@PYTHONPATH=. $(BIN)/python tests/kasmina/ops/interpreted.py
+# With GPU_PYTHON=python3 it takes the machine's own Python: PyTorch, Triton, msgspec, safetensors, pytest, hypothesis.
+test-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.dev-ready)
+	@GPU_TESTS="$(GPU_TESTS)" PYTHON=$(GPU_PYTHON) sh tests/on_gpu.sh $(ARGS)
 
 lint: $(VENV)/.dev-ready
 	@$(BIN)/ruff check .
@@ -42,7 +43,7 @@ format: $(VENV)/.dev-ready
 	@$(BIN)/ruff format .
 
 bench: $(VENV)/.dev-ready
-	@set -e; for file in $$(find benchmarks -name 'bench_*.py' | sort); do echo "== $$file"; $(BIN)/python "$$file"; done
+	@$(BIN)/esper bench $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .coverage .coverage.* htmlcov

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +51,7 @@ def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -168,6 +171,36 @@ def test_tables_show_the_committed_results() -> None:
     generator = script("generate_results")
     for page, wanted in generator.pages().items():
         assert page.read_text(encoding="utf-8") == wanted, f"{name_of(page)}: run python docs/generate_results.py"
+
+
+@pytest.mark.unit
+def test_the_page_on_speed_shows_the_committed_measurements() -> None:
+    generator = script("generate_speed")
+    made = generator.pages()
+    for page, wanted in made.items():
+        assert page.read_text(encoding="utf-8") == wanted, f"{name_of(page)}: run python docs/generate_speed.py"
+    assert generator.stale(list(made)) == []
+
+
+@pytest.mark.unit
+def test_what_is_not_measured_yet_is_said_to_be(tmp_path: Path) -> None:
+    generator = script("generate_speed")
+    (empty,) = generator.pages(tmp_path).values()  # no picture without points
+    table = empty.split("## Bars")[1].split("## Roofline")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 18 and all(generator.NOT_YET in row for row in rows)
+
+
+@pytest.mark.unit
+def test_a_missed_bar_is_on_the_page_as_well_as_one_that_is_met(tmp_path: Path) -> None:
+    generator = script("generate_speed")
+    line = {"host": "gpt2", "phase": "default", "added_share": 0.004}
+    lines = [line, line | {"phase": "every_step", "added_share": 0.02}]
+    facts = {"torch": "2", "triton": None, "python": "3", "device": "H100", "command": "esper bench step --out x"}
+    (tmp_path / "step_gpu.json").write_text(json.dumps(facts | {"rows": lines}))
+    page = generator.page(generator.Results.read(tmp_path))
+    assert "the same at the default interval | +0.5% | +0.4% | yes |" in page
+    assert "telemetry every step | +1.5% | +2.0% | **no** |" in page
 
 
 @pytest.mark.unit

@@ -2,9 +2,10 @@
 
 Run from the repository root, on a machine with a GPU and compute-sanitizer (minutes: everything runs far slower)::
 
-    PYTHONPATH=src:. python benchmarks/ops/sanitize.py --out benchmarks/results/ops_sanitizer.json
+    PYTHONPATH=src python benchmarks/ops/sanitize.py --out benchmarks/results/ops_sanitizer.json
 
-It runs the parity part of each benchmark under each tool and exits with 1 if one reports an error.
+It runs ``esper bench ops --parity-only`` for each operation under each tool and exits with 1 if one reports an error.
+Results are on file after each of them.
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ from pathlib import Path
 
 OPERATIONS = ("telemetry", "graft", "slot_adam")
 TOOLS = ("memcheck", "racecheck")
-HERE = Path(__file__).parent
 
 
 def sanitize(tool: str, operation: str) -> dict[str, object]:
     """One tool on one operation; its summary line and exit status."""
     command = [
-        "compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", sys.executable, str(HERE / f"{operation}.py"),
-        "--parity-only",
+        "compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", sys.executable, "-m", "esper", "bench", "ops",
+        "--parity-only", "--only", operation,
     ]  # fmt: skip
     # the caching allocator would hide reads past the end of a tensor
     done = subprocess.run(
@@ -47,12 +47,14 @@ def main() -> None:
     options = parser.parse_args()
     if shutil.which("compute-sanitizer") is None:
         sys.exit("compute-sanitizer was not found; it comes with the CUDA toolkit")
-    results = [sanitize(tool, operation) for tool in options.tools for operation in options.operations]
-    for line in results:
-        print(json.dumps(line))
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results: list[dict[str, object]] = []
+    for tool in options.tools:
+        for operation in options.operations:
+            results.append(sanitize(tool, operation))
+            print(json.dumps(results[-1]), flush=True)
+            if options.out is not None:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if any(line["status"] != 0 for line in results):
         sys.exit(1)
 

@@ -71,7 +71,8 @@ class Accounts:
     def count_step(self) -> None:
         """Book one training step."""
         self.ledger.add("host", 3.0 * self.host_flops_per_step)
-        self.ledger.add("branches", 3.0 * self._kasmina.added_flops_per_step())
+        if not self._kasmina.at_rest:
+            self.ledger.add("branches", 3.0 * self._kasmina.added_flops_per_step())
 
     def _evaluation_cost(self, num_batches: int) -> float:
         return num_batches * (self._probe_flops + self._kasmina.added_flops_per_step(self._probe_rows))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from esper.kasmina.cohort import Cohort
@@ -24,6 +23,21 @@ from esper.protocol import (
 
 _OVERHEAD_EVERY = 100
 """Real steps between two overhead events, at the least."""
+
+
+class _Timer:
+    """Adds the seconds spent inside to one entry; written out because it runs several times in every step."""
+
+    __slots__ = ("_part", "_seconds", "_start")
+
+    def __init__(self, seconds: dict[str, float], part: str) -> None:
+        self._seconds, self._part = seconds, part
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._part] += time.perf_counter() - self._start
 
 
 class Journal:
@@ -52,14 +66,9 @@ class Journal:
             warnings.warn(message, RuntimeWarning, stacklevel=4)  # the line that called grower.step
             self.emit(Warned(step=step, message=message))
 
-    @contextmanager
-    def timed(self, part: str) -> Generator[None, None, None]:
+    def timed(self, part: str) -> _Timer:
         """Count the time spent inside under ``part``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[part] += time.perf_counter() - start
+        return _Timer(self._seconds, part)
 
     def publish(self, observation: Observation, cohorts: Iterable[Cohort], *, loss: float, flops: float) -> None:
         """The picture at a decision point: training loss, telemetry, alpha of what is grafted; overhead now and then.
@@ -67,6 +76,8 @@ class Journal:
         ``flops`` is what the run has spent so far.
         """
         step = observation.step
+        if self._on_event is None:
+            return
         self.emit(TrainLoss(step=step, loss=loss, flops=flops))
         columns = {name: tuple(observation.sites[:, i].tolist()) for i, name in enumerate(SITE_FEATURES)}
         self.emit(

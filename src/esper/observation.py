@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from esper.kasmina.blueprints import BLUEPRINTS, Cost
 from esper.kasmina.defaults import default_blueprint
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.site import Site
+from esper.kasmina.telemetry import snapshots
 from esper.protocol import SITE_FEATURES, CohortView, Lifecycle, Observation, Verdict
 
+_COLUMN = {name: index for index, name in enumerate(SITE_FEATURES)}
+_SENSORS = slice(_COLUMN["activation_mean"], _COLUMN["gradient_energy"] + 1)
+"""Mean, variance and gradient energy stand side by side, as in a snapshot."""
 NUM_PRESSING = 64
 """Chunks listed as pressing; a controller that wants more can read the telemetry itself."""
 
@@ -30,13 +37,12 @@ def observe(
     verdicts: Sequence[Verdict],
     stopped: str | None,
 ) -> Observation:
-    """Build the observation. Synchronises with the device once a site (telemetry)."""
-    names = tuple(kasmina.sites)
+    """Build the observation. Waits for the device once (telemetry)."""
+    fixed = _fixed(kasmina)
     free = kasmina.table.num_free_chunks(step)
     refused = np.array([site.refused is not None for site in kasmina.sites.values()])
-    chunks = np.array([site.info.num_chunks for site in kasmina.sites.values()])
-    grown = np.array([kasmina.units(name) for name in names], dtype=np.int64)
-    rows, energies = _site_rows(kasmina, free / chunks, grown, verdicts, step)
+    grown = np.array([kasmina.units(name) for name in fixed.names], dtype=np.int64)
+    rows, energies = _site_rows(kasmina, fixed, free / fixed.chunks, grown, verdicts, step)
     pressing = _pressing(energies)
     costs = [_unit_cost(site) for site in kasmina.sites.values()]
     return Observation(
@@ -50,11 +56,11 @@ def observe(
         flops_per_step=host_flops + kasmina.added_flops_per_step(),
         host_flops_per_step=host_flops,
         budget_flops=budget_flops,
-        site_names=names,
+        site_names=fixed.names,
         sites=rows,
-        hidden=np.array([site.info.hidden_features for site in kasmina.sites.values()], dtype=np.int64),
+        hidden=fixed.hidden.copy(),
         grown=grown,
-        eligible=(free == chunks) & ~kasmina.table.has_seeds() & ~refused,
+        eligible=(free == fixed.chunks) & ~kasmina.table.has_seeds() & ~refused,
         chunk_site=pressing[0],
         chunk_index=pressing[1],
         chunk_pressure=pressing[2],
@@ -85,43 +91,75 @@ def _view(kasmina: Kasmina, number: int, step: int) -> CohortView:
     )
 
 
+@dataclass(frozen=True)
+class _Fixed:
+    """What of an observation stays the same as long as the sites do."""
+
+    names: tuple[str, ...]
+    chunks: npt.NDArray[np.int64]
+    hidden: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.float64]
+    """Site features as long as nothing has grown; NaN where sensors tell."""
+
+
+_known: weakref.WeakKeyDictionary[Kasmina, _Fixed] = weakref.WeakKeyDictionary()
+
+
+def _fixed(kasmina: Kasmina) -> _Fixed:
+    found = _known.get(kasmina)
+    if found is None:
+        infos = [site.info for site in kasmina.sites.values()]
+        rows = np.full((len(infos), len(SITE_FEATURES)), np.nan)
+        for row, info in enumerate(infos):
+            rows[row, _COLUMN["is_span"]] = info.kind.is_span
+            rows[row, _COLUMN["is_conv"]] = info.kind.is_conv
+            rows[row, _COLUMN["log_in"]] = math.log(info.in_features)
+            rows[row, _COLUMN["log_out"]] = math.log(info.out_features)
+            if info.hidden_features:
+                rows[row, _COLUMN["log_hidden"]] = math.log(info.hidden_features)
+                rows[row, _COLUMN["grown_share"]] = 0.0
+        chunks = np.array([info.num_chunks for info in infos], dtype=np.int64)
+        hidden = np.array([info.hidden_features for info in infos], dtype=np.int64)
+        found = _known[kasmina] = _Fixed(tuple(kasmina.sites), chunks, hidden, rows)
+    return found
+
+
 def _site_rows(
-    kasmina: Kasmina, free_share: np.ndarray, grown: np.ndarray, verdicts: Sequence[Verdict], step: int
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    table = np.full((len(kasmina.sites), len(SITE_FEATURES)), np.nan)
-    column = {name: index for index, name in enumerate(SITE_FEATURES)}
-    energies: list[np.ndarray] = []
-    sensors = [column[name] for name in ("activation_mean", "activation_var", "gradient_energy")]
-    for row, (name, site) in enumerate(kasmina.sites.items()):
-        info = site.info
-        table[row, column["is_span"]] = info.kind.is_span
-        table[row, column["is_conv"]] = info.kind.is_conv
-        table[row, column["log_in"]] = math.log(info.in_features)
-        table[row, column["log_out"]] = math.log(info.out_features)
-        if info.hidden_features:
-            table[row, column["log_hidden"]] = math.log(info.hidden_features)
-            table[row, column["grown_share"]] = grown[row] / info.hidden_features
-        table[row, column["free_chunk_share"]] = free_share[row]
-        assert site.telemetry is not None
-        snapshot = site.telemetry.snapshot()
-        energies.append(snapshot[2])
-        table[row, sensors] = snapshot.mean(axis=1)
+    kasmina: Kasmina,
+    fixed: _Fixed,
+    free_share: npt.NDArray[np.float64],
+    grown: npt.NDArray[np.int64],
+    verdicts: Sequence[Verdict],
+    step: int,
+) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.float32]]]:
+    table = fixed.rows.copy()
+    table[:, _COLUMN["free_chunk_share"]] = free_share
+    if grown.any():
+        spans = fixed.hidden > 0
+        table[spans, _COLUMN["grown_share"]] = grown[spans] / fixed.hidden[spans]
+    sensed = snapshots([site.telemetry for site in kasmina.sites.values() if site.telemetry is not None])
+    for row, (name, snapshot) in enumerate(zip(fixed.names, sensed, strict=True)):
+        table[row, _SENSORS] = np.add.reduce(snapshot, axis=1) / snapshot.shape[1]
         past = [verdict for verdict in verdicts if name in verdict.sites]
         if past:
-            table[row, column["last_gain"]] = past[-1].gain
+            table[row, _COLUMN["last_gain"]] = past[-1].gain
         kept = [verdict.step for verdict in past if verdict.state is Lifecycle.FOSSILIZED]
         if kept:
-            table[row, column["steps_since_growth"]] = step - kept[-1]
-    return table, energies
+            table[row, _COLUMN["steps_since_growth"]] = step - kept[-1]
+    return table, [snapshot[2] for snapshot in sensed]
 
 
-def _pressing(energies: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pressing(
+    energies: list[npt.NDArray[np.float32]],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """The chunks with the highest gradient energy, strongest first; silent chunks (NaN) are left out.
 
     A million chunks are ordinary: the cut is found without sorting them.
     """
     flat = np.concatenate(energies)
     known = np.isfinite(flat)
+    if not known.any():
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
     if flat.size > NUM_PRESSING:
         cut = np.partition(np.where(known, flat, -np.inf), -NUM_PRESSING)[-NUM_PRESSING]
         known &= flat >= cut

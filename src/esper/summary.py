@@ -52,6 +52,7 @@ def describe(run: Run) -> str:
         lines.append(f"  {info.name}: {info.in_features} -> {inner} (+{units}) -> {info.out_features}")
     if len(infos) > 6:
         lines.append(f"  ... and {len(infos) - 6} more: grower.sites()")
+    lines += [f"chosen by free memory: {note}" for note in run.discovery.notes[:2]]
     skipped = run.discovery.skipped
     if skipped:
         lines.append(f"skipped {len(skipped)}:")
@@ -77,6 +78,8 @@ class Report:
     stopped: str | None
     scored: tuple[Scored, ...] = ()
     """What twins, withholding and the audit found, oldest first."""
+    notes: tuple[str, ...] = ()
+    """What was chosen otherwise than asked, and why."""
 
     @classmethod
     def of(cls, run: Run) -> Report:
@@ -95,6 +98,7 @@ class Report:
             flops=dict(run.ledger.spent),
             stopped=run.stopped,
             scored=tuple(run.trials.scored),
+            notes=run.discovery.notes,
         )
 
     def __str__(self) -> str:
@@ -113,6 +117,7 @@ class Report:
             lines.append(f"step {verdict.step}: {word} {sites}: {gain} for {verdict.added_params:,} parameters")
             lines += [f"  {_found(event)}" for event in self._scores_of(verdict.cohort)]
         lines += self._effect()
+        lines += [f"chosen by free memory: {note}" for note in self.notes]
         lines.append(f"stopped: {self.stopped}" if self.stopped else "growth has not stopped")
         return "\n".join(lines)
 

@@ -137,6 +137,8 @@ class Trials:
         return withheld
 
     def _close_windows(self, step: int) -> None:
+        if not self._windows:
+            return
         num_steps = self.config.evidence.withhold_steps
         due = [window for window in self._windows if step - window.since >= num_steps]
         for window in due:

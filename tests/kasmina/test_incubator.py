@@ -101,3 +101,11 @@ def test_agrees_with_the_sums_by_hand(pairs: list[tuple[float, int]]) -> None:
         return
     ours, theirs = clustered_t(torch.tensor(values), torch.tensor(clusters)), sums.mean() / spread
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-9)
+
+
+def test_all_draws_at_once_are_the_draws_one_by_one() -> None:
+    """A fit of an earlier version is repeated bit for bit."""
+    at_once, one_by_one = (torch.Generator().manual_seed(5) for _ in range(2))
+    together = torch.randint(1797, (9, 33), generator=at_once)
+    assert torch.equal(together, torch.stack([torch.randint(1797, (33,), generator=one_by_one) for _ in range(9)]))
+    assert torch.equal(at_once.get_state(), one_by_one.get_state())

@@ -10,11 +10,11 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
-import sklearn.datasets  # noqa: F401  once, not in every child
 import torch
 
 from esper.observe.event_log import EventLog
@@ -134,7 +134,16 @@ def interrupted(name: str, run_dir: Path, seed: int, kills: int) -> dict[str, in
     return counts
 
 
+def warm_up() -> None:
+    """Import in this process, once, what every child would import by itself."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        execute(RunOptions(steps=10, seeds=1, lr=(1e-2,), controls=False, run_dir=Path(folder) / "run"), ignore)
+
+
 if __name__ == "__main__":
+    warm_up()
     folder, job_name, first, last, most_kills = sys.argv[1:]
     for chain in range(int(first), int(last)):
         print(*interrupted(job_name, Path(folder) / f"{job_name}-{chain}", chain, int(most_kills)).values(), flush=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from esper.safety.checkpoint import Checkpoints, manifest_numbers
+from esper.safety.checkpoint import Checkpoints, manifest_numbers_or_none
 from esper.safety.disk import Disk
 
 FOLDER = Path("/simulated/run/checkpoints")
@@ -35,7 +35,7 @@ def save_some(disk: Disk, count: int, acknowledged: list[int], *, folder: Path =
     So is the newest that is there on opening: a run goes on from it, so from here on it must stay.
     """
     with Checkpoints(folder, kind="test", keep=keep, disk=disk, part_bytes=400) as checkpoints:
-        acknowledged += manifest_numbers(disk, folder)[:1]
+        acknowledged += manifest_numbers_or_none(disk, folder)[:1]
         for _ in range(count):
             number = checkpoints.next_number
             checkpoints.save(tree_of(number), step=number)

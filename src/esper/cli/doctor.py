@@ -45,7 +45,8 @@ class Doctor:
     def execute(self, context: Context) -> Outcome:
         """Look at everything; a broken thing fails the command but hides none of the others."""
         checks: list[Callable[[], Iterator[Finding]]] = [
-            check_python, check_torch, check_core, check_shadowing, check_extras, lambda: check_folder(self.run_dir),
+            check_python, check_torch, check_memory, check_core, check_shadowing, check_extras,
+            lambda: check_folder(self.run_dir),
         ]  # fmt: skip
         findings = [finding for check in checks for finding in check()]
         broken = [finding for finding in findings if finding.state == "broken"]
@@ -92,6 +93,33 @@ def check_torch() -> Iterator[Finding]:
         return
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     yield Finding("device", "ok", f"cuda: {torch.cuda.get_device_name(0)}, {memory:.0f} GiB")
+
+
+def check_memory() -> Iterator[Finding]:
+    """What is free where a model would train, and what Esper would take of it at most."""
+    try:
+        import torch
+
+        from esper.config import CaptureConfig
+        from esper.kasmina import memory
+    except (ImportError, OSError):  # said above
+        return
+    asked = CaptureConfig().max_bytes
+    for device in [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]:
+        try:
+            free = memory.free_bytes(device)
+            budget, shortage = memory.capture_budget(asked, device, 0)
+        except (RuntimeError, AssertionError):  # a GPU that does not answer was told of above
+            continue
+        if free is None:
+            yield Finding(f"memory {device}", "ok", "nobody tells what is free; chunks and captures are as asked for")
+            continue
+        why = f" ({shortage})" if shortage else ""
+        yield Finding(
+            f"memory {device}", "ok",
+            f"{memory.in_mib(free)} free; telemetry takes at most {memory.in_mib(memory.TELEMETRY_SHARE * free)}, "
+            f"captures at most {memory.in_mib(budget)}{why}",
+        )  # fmt: skip
 
 
 def check_core() -> Iterator[Finding]:

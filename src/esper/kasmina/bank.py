@@ -109,6 +109,9 @@ class Bank:
         self.num_slots = 1 if columns is None else int(columns.shape[0])
         self._flat_columns = None if columns is None else columns.reshape(-1).to(self.device)
         self._seats: Seats | None = None
+        if isinstance(self.plan, FusedBlueprint):
+            whole = torch.arange(self.geometry.out_features)[None]
+            self._seats = Seats.of(whole if columns is None else columns, self.geometry.out_features, self.device)
 
     def set_learning(self, learning: bool) -> None:
         """Switch gradients of this bank's parameters on or off; stale gradients are dropped."""
@@ -157,10 +160,7 @@ class Bank:
 
     def graft(self, y: Tensor, *, writable: bool) -> Tensor:
         """``y`` plus the branches of a fused blueprint; ``writable``: the memory of ``y`` may be used for it."""
-        assert isinstance(self.plan, FusedBlueprint)
-        if self._seats is None:
-            columns = torch.arange(self.geometry.out_features)[None] if self.columns is None else self.columns
-            self._seats = Seats.of(columns, self.geometry.out_features, self.device)
+        assert isinstance(self.plan, FusedBlueprint) and self._seats is not None
         return self.plan.graft(self.params, y, self._seats, alpha=self.alpha, writable=writable)
 
     def scale_output(self, factor: float | Tensor) -> None:

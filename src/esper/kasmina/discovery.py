@@ -14,6 +14,7 @@ from torch import nn
 
 from esper.config import SitesConfig
 from esper.errors import SiteError
+from esper.kasmina import memory
 from esper.kasmina.chunked import chunked_layers
 from esper.kasmina.chunks import chunk_bounds, default_num_chunks
 from esper.kasmina.geometry import GateGeometry, Geometry, NormGeometry, has_bias
@@ -62,6 +63,8 @@ class SitePlan:
 class Discovery:
     sites: tuple[SitePlan, ...]
     skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...] = ()
+    """What was chosen otherwise than asked, and why."""
 
     @property
     def covered_params(self) -> int:
@@ -106,7 +109,9 @@ def discover(model: nn.Module, run: Callable[[], object], config: SitesConfig) -
             f"the model must have at least one place that can grow, got none ({why}); "
             "pass a model with Linear-activation-Linear or conv-activation-conv, or SitesConfig(layers=True)"
         )
-    return Discovery(tuple(_with_chunks(plans, config.chunks, chunked)), tuple(skipped))
+    demanded = [plan.info.name for plan in plans if id(plan.tail) in chunked]
+    plans, notes = memory.fit_chunks(_with_chunks(plans, config.chunks, chunked), demanded)
+    return Discovery(tuple(plans), tuple(skipped), notes)
 
 
 def _usable_layers(model: nn.Module, probe: Trace) -> tuple[dict[int, nn.Module], list[Skipped]]:
@@ -161,7 +166,7 @@ def _unusable(
     if used != 1 or called != 1:
         return f"runs {max(used, called)} times a forward"
     if calls[0].outputs != probe.results[id(module)].outputs:
-        return "a forward hook of yours changes its output, which a wider layer would not repeat"
+        return "a forward hook (or forward) of yours changes its output, which a wider layer would not repeat"
     if is_conv(module) and len(calls[0].shape) != weight.dim():
         return "a convolution that is called on an input without a batch axis"
     return None

@@ -75,6 +75,8 @@ class Kasmina:
             rows_per_step=self.rows_per_step, rows_per_batch=self.rows_per_batch,
             samples_per_batch=self.samples_per_batch, generator=self.generator,
         )  # fmt: skip
+        self._grown = self._working = False
+        self._watching: bool | None = None
         self._prepare_sites()
         self._handles = attach(list(discovery.sites), self.sites)
 
@@ -126,6 +128,7 @@ class Kasmina:
             counts.update(state[name])
         self.generator.set_state(state["generator"].cpu())
         self.nursery.next_cohort = state["next_cohort"]
+        self._watching = None  # the sites know better, until they are told again
         self.refresh()
 
     def detach(self) -> None:
@@ -308,8 +311,15 @@ class Kasmina:
 
     # ---------------------------------------------------------------------------------------------- every step
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing is alive and nothing has been grown: every site is as the host made it."""
+        return not self._grown
+
     def learn(self, hosts: dict[str, Hyperparameters], *, inverse_scale: float) -> None:
         """One update of everything that learns, after a real host step."""
+        if self.at_rest:
+            return
         for name, site in self.sites.items():
             for bank in [*site.banks.values(), *site.permanent]:
                 if bank.learning:
@@ -341,6 +351,8 @@ class Kasmina:
     def take_failures(self) -> dict[int, str]:
         """Cohorts with a branch that has raised in the forward pass since the last call, and what."""
         found: dict[int, str] = {}
+        if self.at_rest:
+            return found
         for name, site in self.sites.items():
             found.update({cohort: f"{name}: {what}" for cohort, what in site.failures.items()})
             site.failures.clear()
@@ -355,6 +367,8 @@ class Kasmina:
 
     def note_rows(self, step: int) -> None:
         """Read and reset what the hooks counted since the last real step; note which captures are complete."""
+        if not self._working:
+            return  # no hook had anything to do
         for name, site in self.sites.items():
             if site.capture is not None:
                 site.capture.after_step(step)
@@ -366,13 +380,20 @@ class Kasmina:
 
     def watch(self, due: bool) -> None:
         """Arm or disarm telemetry for the next step."""
+        if due == self._watching:
+            return  # whatever else changes what hooks do refreshes by itself
+        self._watching = due
         for site in self.sites.values():
             site.telemetry_due = due and site.refused is None
         self.refresh()
 
     def refresh(self) -> None:
+        """After a change: let every site decide what its hooks have to do from now on."""
+        self._grown = False
         for site in self.sites.values():
             site.refresh()
+            self._grown = self._grown or bool(site.banks) or site.adds
+        self._working = any(site.engaged for site in self.sites.values())
 
 
 def _translated(codes: npt.NDArray[Any], names: list[str], registry: Registry[Any]) -> npt.NDArray[Any]:

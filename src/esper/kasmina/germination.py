@@ -11,6 +11,7 @@ import torch
 
 from esper.config import Config
 from esper.errors import EsperError
+from esper.kasmina import memory
 from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import BLUEPRINTS
 from esper.kasmina.capture import Capture, rows_per_batch
@@ -207,7 +208,8 @@ class Nursery:
             grouped.setdefault(seed.site, []).append(seed)
         # all sites are checked before anything is made
         columns = {name: self._columns(name, group) for name, group in grouped.items()}
-        banks = self._create_banks(grouped, columns)
+        notes = [note for seed in seeds for note in seed.notes]
+        banks = self._create_banks(grouped, columns, notes)
         members = {name: self._seat(name, group, banks[name], number, step) for name, group in grouped.items()}
         total = sum(seed.flops for seed in seeds)
         for name, member in members.items():
@@ -224,7 +226,7 @@ class Nursery:
             seed_ids=tuple(self.table.seed_id[slots].tolist()),
             added_params=params,
             added_flops_share=flops_share,
-            notes=tuple(note for seed in seeds for note in seed.notes),
+            notes=tuple(dict.fromkeys(notes)),
         )
 
     def _columns(self, name: str, group: Sequence[Resolved]) -> npt.NDArray[np.int64]:
@@ -254,7 +256,10 @@ class Nursery:
         return columns_of(bounds, chunks).reshape(len(chunks), -1)
 
     def _create_banks(
-        self, grouped: Mapping[str, Sequence[Resolved]], columns: Mapping[str, npt.NDArray[np.int64]]
+        self,
+        grouped: Mapping[str, Sequence[Resolved]],
+        columns: Mapping[str, npt.NDArray[np.int64]],
+        notes: list[str],
     ) -> dict[str, Bank]:
         """Storage and captures of a cohort, for all sites or none: a user's blueprint may fail, and memory may end."""
         banks: dict[str, Bank] = {}
@@ -273,7 +278,7 @@ class Nursery:
                     device=self.plans[name].weight.device,
                 )
                 if STARTS[first.start].needs_rows and site.capture is None:
-                    site.capture = self._capture(site)
+                    site.capture = self._capture(site, notes)
                     capturing.append(site)
         except BaseException:
             for site in capturing:
@@ -299,8 +304,14 @@ class Nursery:
         keep = None if None in keeps else sum(k for k in keeps if k is not None)
         return Member(name, slots, first.start, keep=keep)
 
-    def _capture(self, site: Site) -> Capture:
+    def _capture(self, site: Site, notes: list[str]) -> Capture:
+        """Room for a site's rows; where memory is short, fewer of them, and ``notes`` says so."""
         config, name = self.config.capture, site.info.name
+        device = self.plans[name].weight.device
+        held = sum(other.capture.num_bytes for other in self.sites.values() if other.capture is not None)
+        budget, shortage = memory.capture_budget(config.max_bytes, device, held)
+        if shortage is not None:
+            notes.append(shortage)
         capturing = 1 + sum(1 for other in self.sites.values() if other.capture is not None)
         per_batch = rows_per_batch(
             site.geometry,
@@ -308,11 +319,11 @@ class Nursery:
             max(1, self.samples_per_batch[name]),
             rows=config.rows,
             batches=config.batches,
-            max_bytes=config.max_bytes // max(capturing, len(self.sites)),
+            max_bytes=budget // max(capturing, len(self.sites)),
         )
         return Capture(
             site.geometry, num_batches=config.batches, rows_per_batch=per_batch, generator=self.generator,
-            device=self.plans[name].weight.device,
+            device=device,
         )  # fmt: skip
 
 

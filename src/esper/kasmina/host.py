@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,34 @@ from esper.errors import AttachError
 from esper.kasmina.discovery import SitePlan
 from esper.kasmina.layer_kinds import weight_name, weight_of
 from esper.kasmina.optim import Hyperparameters, approximation, hyperparameters, is_adaptive, refusal
+
+_RULE = ("lr", "weight_decay", "betas", "eps", "momentum", "nesterov", "decoupled_weight_decay")
+"""What of a parameter group says how it steps."""
+
+
+@dataclass
+class _Group:
+    """One parameter group and the sites whose weights are in it."""
+
+    optimizer: Optimizer
+    number: int
+    sites: list[str] = field(default_factory=list[str])
+    _seen: tuple[object, ...] = ()
+
+    def has_changed(self) -> bool:
+        """Whether its settings are others than at the last call; a tensor may have changed unseen."""
+        group = self.optimizer.param_groups[self.number]
+        if isinstance(group["lr"], Tensor):
+            return True
+        found = tuple([group.get(name) for name in _RULE])
+        if found == self._seen:
+            return False
+        self._seen = found
+        return True
+
+    def forget(self) -> None:
+        """Take the settings for changed at the next call."""
+        self._seen = ()
 
 
 class HostClock:
@@ -38,6 +66,7 @@ class HostClock:
         self.steps = 0
         self.backwards_since_step = 0
         self.hosts: dict[str, Hyperparameters] = {}
+        self._had_gradient: set[str] = set()
         self._scaler = next((t for t in tracked if hasattr(t, "get_scale") and hasattr(t, "unscale_")), None)
         self._scale_at_step = 1.0
         self._last_scale = 0.0
@@ -61,6 +90,10 @@ class HostClock:
         """
         self._plans = {plan.info.name: plan for plan in plans}
         self._groups = {name: self._find_group(plan) for name, plan in self._plans.items()}
+        shared: dict[tuple[int, int], _Group] = {}
+        for name, (optimizer, number) in self._groups.items():
+            shared.setdefault((id(optimizer), number), _Group(optimizer, number)).sites.append(name)
+        self._shared = tuple(shared.values())
         self.let_go()
         watched = next(iter(self._plans.values())).weight
         self._watch = watched.register_post_accumulate_grad_hook(self._after_backward)
@@ -133,11 +166,14 @@ class HostClock:
 
     def note_hyperparameters(self) -> None:
         """Read each site's group; called before each real step, when the user's scheduler has set it."""
-        for name, (optimizer, number) in self._groups.items():
-            read = hyperparameters(optimizer, optimizer.param_groups[number])
-            before = self.hosts[name].peak_lr if name in self.hosts else 0.0
-            self.hosts[name] = replace(read, peak_lr=max(before, read.lr))
-        self._had_gradient = {name for name, plan in self._plans.items() if plan.weight.grad is not None}
+        for shared in self._shared:
+            if shared.has_changed():
+                read = hyperparameters(shared.optimizer, shared.optimizer.param_groups[shared.number])
+                for name in shared.sites:
+                    before = self.hosts[name].peak_lr if name in self.hosts else 0.0
+                    self.hosts[name] = replace(read, peak_lr=max(before, read.lr))
+        if self.steps == 0:  # asked for after the first step only
+            self._had_gradient = {name for name, plan in self._plans.items() if plan.weight.grad is not None}
 
     def _measure_gradients(self, optimizer: Optimizer, *_: Any) -> None:
         """Read what this optimizer is about to use: afterwards the user may have zeroed it."""
@@ -189,6 +225,8 @@ class HostClock:
         self._measured = state["measured"]
         self._norms = {name: norm.to(weight_of(self._plans[name].tail).device) for name, norm in state["norms"].items()}
         self._had_gradient = set(state["had_gradient"])
+        for shared in self._shared:
+            shared.forget()
 
     def detach(self) -> None:
         self.let_go()
@@ -233,7 +271,8 @@ def read_loss(loss: Tensor | float) -> Tensor:
         raise AttachError(
             f"grower.step(loss) takes one number, got a tensor of shape {tuple(loss.shape)}; pass the mean loss"
         )
-    return loss.detach().clone().reshape(())
+    copied = loss.detach().clone()
+    return copied if copied.dim() == 0 else copied.reshape(())
 
 
 def stacked(losses: Collection[Tensor]) -> Tensor:

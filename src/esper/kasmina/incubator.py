@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from esper.kasmina.capture import Rows
 from esper.kasmina.geometry import Geometry
+from esper.kasmina.ops import dispatch
+from esper.kasmina.ops.slot_adam import Rates, Stacks
+from esper.kasmina.ops.slot_adam import step as slot_step
 
 
 class Fittable(Protocol):
@@ -50,24 +54,49 @@ def fit(
 
     ``target`` has the shape of ``rows.y``; a slot sees its own columns only. Minibatches are drawn from ``generator``
     (a CPU generator), and dropout is off: the target is a function of x. Returns the FLOPs spent.
+
+    Nothing in the loop waits for the device: all draws are uploaded at once.
     """
     bank.set_learning(True)
-    names = list(bank.params)
-    optimizer = torch.optim.Adam([bank.params[name] for name in names], lr)
+    params = list(bank.params.values())
+    update = _optimizer(params, bank.alpha, lr)
     ones = torch.ones_like(bank.alpha)
     wanted = _columns(bank, target)
     total, size = rows.x.shape[0], _minibatch(bank, rows, batch_rows)
+    draws = torch.randint(total, (steps, size), generator=generator).to(rows.x.device)
     with torch.enable_grad():
-        for _ in range(steps):
-            index = torch.randint(total, (size,), generator=generator).to(rows.x.device)
+        for index in draws:
             out = bank.branch(rows.x[index].float(), alpha=ones, training=True, generator=None)
             loss = (out - wanted[index]).square().mean()
-            gradients = torch.autograd.grad(loss, [bank.params[name] for name in names])
-            for name, gradient in zip(names, gradients, strict=True):
-                bank.params[name].grad = gradient
-            optimizer.step()
+            update(torch.autograd.grad(loss, params))
     bank.set_learning(False)
     return steps * step_flops(bank, rows, batch_rows)
+
+
+def _optimizer(params: list[Tensor], alpha: Tensor, lr: float) -> Callable[[Sequence[Tensor]], None]:
+    """What makes one step of Adam from gradients: the slots' fused optimizer where it runs, PyTorch's otherwise.
+
+    The fused one leaves everything as it is where a gradient is not finite.
+    """
+    slots = alpha.numel()
+    if dispatch.runs_triton("slot_adam", alpha) and all(value.shape[0] == slots for value in params):
+        firsts, seconds = ([torch.zeros_like(value) for value in params] for _ in range(2))
+        steps = torch.zeros(slots, device=alpha.device)
+        bad_steps = torch.zeros((), dtype=torch.int64, device=alpha.device)
+        rates = Rates("adam", lr, 0.0)
+
+        def fused(gradients: Sequence[Tensor]) -> None:
+            slot_step(Stacks(params, gradients, firsts, seconds, steps, bad_steps), rates)
+
+        return fused
+    optimizer = torch.optim.Adam(params, lr)
+
+    def plain(gradients: Sequence[Tensor]) -> None:
+        for value, gradient in zip(params, gradients, strict=True):
+            value.grad = gradient
+        optimizer.step()
+
+    return plain
 
 
 def step_flops(bank: Fittable, rows: Rows, batch_rows: int) -> float:

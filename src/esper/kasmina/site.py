@@ -101,6 +101,10 @@ class Site:
         self.annex: Bank | None = None
         self.beside: list[Bank] = []
         self._shares_columns = False
+        # what a forward pass adds: without cohort numbers, so that a compiled graph serves later cohorts of the same
+        # sizes as well
+        self._adds = False
+        self._trial: list[Bank] = []
         self.capture: Capture | None = None
         self.telemetry: TelemetryBuffer | None = None
         self.generator: torch.Generator | None = None
@@ -128,10 +132,12 @@ class Site:
 
     def refresh(self) -> None:
         """Decide whether the hooks have work in the next step."""
-        adds = self.adds or self.probe is not None
+        self._adds = self.adds
+        self._trial = self._on_trial(self.grafted)
+        adds = self._adds or self.probe is not None
         records = self.recording and (self.capture is not None or self.telemetry_due)
         self.engaged = adds or records
-        fused = [b for b in [*self.beside, *map(self.banks.__getitem__, self.grafted)] if _fuses(b)]
+        fused = [bank for bank in [*self.beside, *self._trial] if _fuses(bank)]
         self._shares_columns = len(fused) > 1 and overlap(fused)
 
     @property
@@ -200,20 +206,26 @@ class Site:
             return self.probe.leave(self, x, layer_input, y, training)
         if self.recording and not transformed and torch.is_grad_enabled() and y.requires_grad and self._is_first_look():
             self._record(x, y)
-        return self.compose(x, y, self.grafted, training=training, writable=writable) if self.adds else None
+        return self._compose(x, y, self._trial, training=training, writable=writable) if self._adds else None
 
     def compose(
         self, x: Tensor, y: Tensor, cohorts: AbstractSet[int], *, training: bool, writable: bool = False
     ) -> Tensor:
-        """``y`` plus the annex and the branches of ``cohorts``; ``y`` is not written unless ``writable``.
+        """``y`` plus the annex and the branches of ``cohorts``; ``y`` is not written unless ``writable``."""
+        return self._compose(x, y, self._on_trial(cohorts), training=training, writable=writable)
+
+    def _on_trial(self, cohorts: AbstractSet[int]) -> list[Bank]:
+        """In the order of germination: a set's own order would not survive a restore, and sums round by their order."""
+        return [bank for cohort, bank in self.banks.items() if cohort in cohorts]
+
+    def _compose(self, x: Tensor, y: Tensor, trial: list[Bank], *, training: bool, writable: bool = False) -> Tensor:
+        """:meth:`compose` with banks.
 
         Every branch reads ``y`` as the host made it. Fused ones come first: where no two of them share a column, each
         finds its own still untouched in what the others have added to.
         """
         read = self.read(x)
-        # in the order of germination: a set's own order would not survive a restore, and sums round by their order
-        trial = {cohort: bank for cohort, bank in self.banks.items() if cohort in cohorts}
-        behind = [*self.beside, *trial.values()]
+        behind = [*self.beside, *trial]
         fused = [] if self._shares_columns else [bank for bank in behind if _fuses(bank)]
         writable = writable and self.annex is None and len(fused) == len(behind)  # the others read y after them
         out = y
@@ -228,16 +240,16 @@ class Site:
         for bank in self.beside:
             if bank not in fused:
                 out = self._plus(out, bank, read, y, training)
-        for cohort, bank in trial.items():
+        for bank in trial:
             if bank not in fused:
-                out = self._attempt(cohort, out, bank, read, y, training)
+                out = self._attempt(out, bank, read, y, training)
         return out
 
     def _plus(self, out: Tensor, bank: Bank, read: Tensor, y: Tensor, training: bool) -> Tensor:
         delta = bank.branch(bank.pick(read, y), training=training, generator=self.generator)
         return bank.scatter(out, delta)
 
-    def _attempt(self, cohort: int, out: Tensor, bank: Bank, read: Tensor, y: Tensor, training: bool) -> Tensor:
+    def _attempt(self, out: Tensor, bank: Bank, read: Tensor, y: Tensor, training: bool) -> Tensor:
         """As :meth:`_plus` for a branch on trial: one that raises is left out, and noted, and the host goes on.
 
         A compiler's trace has no place for that.
@@ -247,6 +259,7 @@ class Site:
         try:
             return self._plus(out, bank, read, y, training)
         except CONTAINED as error:
+            cohort = next(number for number, other in self.banks.items() if other is bank)
             self.failures.setdefault(cohort, contained(error))
             return out
 
@@ -371,6 +384,7 @@ class Site:
             probe=None,
             recording=False,
             telemetry_due=False,
+            _trial=[],
             _x=None,
             _grown=None,
         )

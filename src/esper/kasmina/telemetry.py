@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -67,4 +69,30 @@ class TelemetryBuffer:
 
     def snapshot(self) -> npt.NDArray[np.float32]:
         """``(3, C)``: mean, variance, gradient energy. Synchronises with the device."""
-        return torch.cat([self.statistics, self.gradient_energy[None]]).cpu().numpy()
+        return snapshots([self])[0]
+
+
+def snapshots(buffers: Sequence[TelemetryBuffer]) -> list[npt.NDArray[np.float32]]:
+    """``(3, C)`` of each buffer: mean, variance, gradient energy; one copy and one wait a device for all of them."""
+    groups: dict[torch.device, list[int]] = {}
+    for number, buffer in enumerate(buffers):
+        groups.setdefault(buffer.statistics.device, []).append(number)
+    found: dict[int, npt.NDArray[np.float32]] = {}
+    for device, members in groups.items():
+        parts = [part for n in members for part in (buffers[n].statistics.view(-1), buffers[n].gradient_energy)]
+        flat = _on_host(torch.cat(parts), device)
+        start = 0
+        for number in members:
+            size = 3 * buffers[number].gradient_energy.numel()
+            found[number] = flat[start : start + size].reshape(3, -1)
+            start += size
+    return [found[number] for number in range(len(buffers))]
+
+
+def _on_host(flat: Tensor, device: torch.device) -> npt.NDArray[np.float32]:
+    if device.type != "cuda":
+        return flat.cpu().numpy()
+    pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+    pinned.copy_(flat, non_blocking=True)
+    torch.cuda.current_stream(device).synchronize()
+    return pinned.numpy()

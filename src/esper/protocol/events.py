@@ -38,6 +38,8 @@ class Attached(Event, frozen=True, kw_only=True, tag="attached"):
     host_params: int
     covered_params: int
     total_steps: int | None
+    notes: tuple[str, ...] = ()
+    """What was chosen otherwise than asked (fewer chunks where memory is short), and why."""
 
 
 class TrainLoss(Event, frozen=True, kw_only=True, tag="train_loss"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 import warnings
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from esper.runs.arms import Cell, Trained
 
 KIND = "training of a run"
-_PLAIN = ("held_out", "params", "flops", "seconds", "flops_parts", "cohorts", "stopped", "weights", "layers")
+_ENCODED = ("widths", "kept", "events")
+"""Fields of a result that are no state trees; all others are kept as they are, whatever they come to be."""
+_OWN = ("cell", "done")
 
 
 class CellStore:
@@ -56,7 +59,7 @@ class CellStore:
         if self._kept is None or not self._kept["done"]:
             return None
         kept = msgspec.msgpack.decode(bytes(self._kept["kept"]), type=tuple[Germinated, ...])
-        plain = {name: self._kept[name] for name in _PLAIN}
+        plain = {name: value for name, value in self._kept.items() if name not in (*_OWN, *_ENCODED)}
         return {**plain, "widths": tuple(self._kept["widths"]), "kept": kept, "events": decode_events(self._kept)}
 
     def is_due(self) -> bool:
@@ -74,7 +77,8 @@ class CellStore:
 
     def finish(self, trained: Trained) -> None:
         """Keep the result in the place of what led to it."""
-        fields: dict[str, Any] = {name: getattr(trained, name) for name in _PLAIN}
+        names = [field.name for field in dataclasses.fields(trained) if field.name not in (*_OWN, *_ENCODED)]
+        fields: dict[str, Any] = {name: getattr(trained, name) for name in names}
         fields |= {"widths": list(trained.widths), "kept": _bytes(trained.kept), "events": _bytes(trained.events)}
         self._checkpoints.keep = 1
         try:

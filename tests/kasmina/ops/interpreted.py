@@ -12,37 +12,37 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmarks.ops import graft as graft_problems
-from benchmarks.ops import measure
-from benchmarks.ops import slot_adam as optimizer_problems
-from benchmarks.ops import telemetry as telemetry_problems
-from tests.example_sites import attached, plant
+from tests.example_sites import EXAMPLES, attached, plant
 from torch import Tensor, nn
 
+from esper.bench import parity
+from esper.bench.ops import operation as problems_of
 from esper.kasmina.bank import Bank
+from esper.kasmina.capture import Rows
 from esper.kasmina.chunks import chunk_bounds
+from esper.kasmina.incubator import fit
 from esper.kasmina.ops import dispatch
 from esper.kasmina.ops.graft import Seats, graft, reference
 from esper.kasmina.ops.telemetry import record_statistics
 from esper.kasmina.optim import Hyperparameters, SlotAdamW
 from esper.kasmina.telemetry import TelemetryBuffer
+from esper.protocol import SiteKind
 
 pytestmark = pytest.mark.component
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = measure.DTYPES if torch.cuda.is_available() else (torch.float32,)
-PROBLEMS = {"telemetry": telemetry_problems, "graft": graft_problems, "slot_adam": optimizer_problems}
+DTYPES = parity.DTYPES if torch.cuda.is_available() else (torch.float32,)
 
 
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
-    with measure.poisoned_memory():
+    with parity.poisoned_memory():
         yield
 
 
-@pytest.mark.parametrize("operation", PROBLEMS)
+@pytest.mark.parametrize("operation", dispatch.OPERATIONS)
 def test_kernels_equal_their_reference(operation: str) -> None:
-    lines = list(PROBLEMS[operation].check(DEVICE, DTYPES))
+    lines = list(problems_of(operation).check(DEVICE, DTYPES))
     assert len(lines) >= 9
     assert [line for line in lines if not line["equal"]] == []
 
@@ -244,3 +244,26 @@ def test_compiled_and_copied_models_compute_the_same() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x).detach(), wanted, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(copy.deepcopy(model)(x).detach(), wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_an_isolated_fit_takes_the_fused_optimizer_and_ends_where_pytorchs_does(
+    slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(40, size, generator=source).to(DEVICE) for size in (5, 6))
+    rows = Rows(x, y, y, torch.arange(40), torch.arange(40) % 4)
+    columns = None if slots == 1 else torch.randperm(6, generator=source).view(3, 2)
+    ends: list[dict[str, Tensor]] = []
+    for choice in ("", "reference"):
+        monkeypatch.setenv("ESPER_OPS", choice)
+        monkeypatch.setattr(dispatch, "_verdicts", {})
+        source.manual_seed(4)
+        bank = Bank(
+            "bottleneck", EXAMPLES[SiteKind.LINEAR_SPAN][0].geometry, units=2, reads=5, columns=columns,
+            generator=source, device=DEVICE,
+        )  # fmt: skip
+        fit(bank, rows, y, steps=2, batch_rows=16, lr=0.01, generator=source)
+        ends.append({name: value.detach().clone() for name, value in bank.params.items()})
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], atol=1e-5, rtol=1e-4)

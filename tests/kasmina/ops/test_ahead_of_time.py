@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'esper-morph[triton]'")
 
-from benchmarks.ops import slot_adam as optimizer_problems
 from tests.kasmina.ops.ahead_of_time import Launch, recorded
 
+from esper.bench.ops import slot_adam as optimizer_problems
 from esper.kasmina.ops.graft import Seats
 from esper.kasmina.ops.graft import triton as graft_kernels
 from esper.kasmina.ops.slot_adam import Rates
@@ -39,6 +39,18 @@ def _telemetry(rows: int, features: int, chunks: int, read: int, dtype: torch.dt
 def _images() -> list[Launch]:
     with recorded(telemetry_kernels) as found:
         telemetry_kernels.chunk_statistics_into(torch.empty(2, 8), torch.empty(4, 24, 6, 6), 1, 50)
+    return found
+
+
+def _chunks() -> list[Launch]:
+    """64 of 1,024 chunks of four columns, anywhere."""
+    columns = torch.randperm(1024)[:64, None] * 4 + torch.arange(4)
+    seats = Seats.of(columns, 4096, CPU)
+    y, weights = torch.empty(8192, 4096, dtype=torch.bfloat16), (torch.empty(64, 8, 4), torch.empty(64, 8))
+    with recorded(graft_kernels) as found:
+        graft_kernels.forward(
+            y, y, None, *weights, torch.empty(64, 4, 8), torch.empty(64), seats.columns, runs=seats.runs
+        )
     return found
 
 
@@ -82,6 +94,7 @@ CASES = {
     "telemetry-smallest": _telemetry(1, 1, 1, 1, torch.float32),
     "telemetry-images": _images,
     "graft-64-scattered": _graft(8192, 4096, 64, 4, 8, False, torch.bfloat16),
+    "graft-64-chunks": _chunks,
     "graft-1024-of-1024": _graft(8192, 4096, 1024, 4, 8, True, torch.bfloat16),
     "graft-large": _graft(8192, 4096, 64, 64, 64, True, torch.float16),
     "graft-fp32": _graft(8192, 4096, 64, 4, 8, False, torch.float32),
@@ -113,8 +126,23 @@ def test_reads_sixteen_bytes_at_a_time(case: str) -> None:
     assert "ld.global.b16" not in ptx
 
 
+def test_scattered_chunks_of_four_are_read_and_written_eight_bytes_at_a_time() -> None:
+    ptx = _chunks()[0].compile(90).asm["ptx"]
+    assert "ld.global.v2.b32" in ptx or "ld.global.b64" in ptx or "cp.async.ca.shared.global [" in ptx
+    assert "st.global.v2.b32" in ptx or "st.global.b64" in ptx
+    assert "ld.global.b16" not in ptx and "st.global.b16" not in ptx
+
+
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("telemetry")])
 def test_statistics_use_no_atomics(case: str) -> None:
     for launch in CASES[case]():
         ptx = launch.compile(90).asm["ptx"]
         assert re.search(r"\b(atom|red)\.", ptx) is None
+
+
+def test_every_kernel_is_compiled_for_both() -> None:
+    modules = (telemetry_kernels, graft_kernels, optimizer_kernels)
+    every = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    for cases in (CASES, OLDER):
+        compiled = {launch.kernel.__name__ for case in cases for launch in CASES[case]()}
+        assert compiled == every and len(every) >= 6

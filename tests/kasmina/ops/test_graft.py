@@ -62,18 +62,23 @@ def test_keeps_the_hosts_type(dtype: torch.dtype) -> None:
 
 
 def test_seats_know_what_can_be_read_at_once() -> None:
-    def runs(columns: Tensor, features: int = 100) -> tuple[bool, bool, bool]:
+    def runs(columns: Tensor, features: int = 100) -> tuple[int, int, bool]:
         seats = Seats.of(columns, features, CPU)
         return seats.runs, seats.own_runs, seats.whole
 
-    assert runs(torch.arange(32).view(8, 4)) == (True, True, False)
-    assert runs(torch.arange(32).view(8, 4), 32) == (True, True, True)
-    assert runs(torch.arange(8, 40).view(8, 4)) == (True, True, False)
-    assert runs(torch.arange(4, 36).view(8, 4)) == (False, True, False), "not aligned"
-    assert runs(torch.arange(28).view(7, 4)) == (False, False, False), "no whole number of runs"
-    assert runs(torch.arange(30).view(10, 3)) == (False, False, False), "three columns fill no run"
-    assert runs(torch.arange(32).flip(0).view(8, 4)) == (False, True, False)
-    assert runs(torch.arange(64)[None]) == (True, True, False)
+    assert runs(torch.arange(32).view(8, 4)) == (16, 16, False)
+    assert runs(torch.arange(32).view(8, 4), 32) == (16, 16, True)
+    assert runs(torch.arange(8, 40).view(8, 4)) == (16, 16, False)
+    assert runs(torch.arange(4, 36).view(8, 4)) == (4, 16, False), "not aligned for more"
+    assert runs(torch.arange(2, 34).view(8, 4)) == (2, 16, False)
+    assert runs(torch.arange(1, 33).view(8, 4)) == (1, 16, False)
+    assert runs(torch.arange(28).view(7, 4)) == (4, 4, False), "no whole number of groups"
+    assert runs(torch.arange(30).view(10, 3)) == (1, 1, False), "three columns fill no run"
+    assert runs(torch.arange(32).flip(0).view(8, 4)) == (1, 16, False)
+    assert runs(torch.arange(64)[None]) == (16, 16, False)
+    scattered = torch.tensor([5, 0, 9])[:, None] * 4 + torch.arange(4)
+    assert runs(scattered) == (4, 4, False)
+    assert runs(torch.cat([torch.arange(40, 48), torch.arange(8, 16)])[None]) == (8, 16, False)
 
 
 def test_large_seeds_are_dense_products() -> None:

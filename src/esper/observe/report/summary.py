@@ -109,6 +109,8 @@ def notes(history: RunHistory) -> str:
         facts = {
             "sites": f"{len(attached.sites)}, covering {percent(share)} of {magnitude(attached.host_params)} weights"
         }
+        if attached.notes:
+            facts["chosen by free memory"] = "; ".join(attached.notes)
         facts |= {f"skipped {name}": reason for name, reason in skipped[:_MAX_NOTES]}
         if len(skipped) > _MAX_NOTES:
             facts["skipped too"] = f"{len(skipped) - _MAX_NOTES} more"

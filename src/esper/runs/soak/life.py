@@ -1,4 +1,4 @@
-"""One host that trains and grows until it has grown too large, and then makes room for the next."""
+"""One host that trains and grows until it has grown too large or is old, and then makes room for the next."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ HELD_OUT = 20
 """Held-out batches: enough to judge with, few enough to judge often."""
 LARGEST = 4.0
 """Parameters at which a life ends, as a multiple of the host's."""
+LONGEST = 2_500
+"""Steps after which a life ends in any case: a run keeps every verdict, and here they come by the hundred."""
 FAULT_EVERY = 400
 """Steps of a life between two faults."""
 
@@ -129,7 +131,8 @@ class Life:
         finally:
             if self.injection is not None and self._escaped is not None:
                 self.injection.end()
-        return self._is_sound() and self.grower.kasmina.params < LARGEST * self.grower.kasmina.host_params
+        kasmina, old = self.grower.kasmina, self.grower.clock.steps >= LONGEST
+        return self._is_sound() and not old and kasmina.params < LARGEST * kasmina.host_params
 
     def close(self) -> None:
         """End it as a user would: nothing of the grower stays on the model."""

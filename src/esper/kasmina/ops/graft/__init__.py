@@ -14,6 +14,8 @@ from esper.kasmina.ops.graft import reference
 
 LARGEST = 64
 """Most columns or hidden units a seed may have in the kernels; beyond, one dense matrix product a seed is as fast."""
+WHOLE_RUNS = 16
+"""Columns of a group of seeds, at least."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTERPRETED_DTYPES = (torch.float32,)
 """Triton's interpreter multiplies half-precision numbers wrongly."""
@@ -34,16 +36,17 @@ class Seats:
     whole:
         Whether the seeds cover all features.
     runs, own_runs:
-        Whether ``columns`` (``own``) fall into runs of 16 or more neighbours that start at a multiple of 8: those are
-        read and written 16 bytes at a time.
+        How many neighbours ``columns`` (``own``) fall into: ``WHOLE_RUNS`` where whole groups of seeds are runs that
+        start at a multiple of 8 (read and written 16 bytes at a time), else 8, 4 or 2 where each seed is made of such
+        runs that start at a multiple of their length, else 1.
     """
 
     columns: Tensor
     flat: Tensor
     own: Tensor
     whole: bool
-    runs: bool
-    own_runs: bool
+    runs: int
+    own_runs: int
 
     @classmethod
     def of(cls, columns: Tensor, num_features: int, device: torch.device) -> Seats:
@@ -52,17 +55,22 @@ class Seats:
         own = torch.arange(columns.numel(), dtype=torch.int32).view(columns.shape)
         return cls(
             columns.to(device), columns.reshape(-1).long().to(device), own.to(device),
-            columns.numel() == num_features, _falls_into_runs(columns), _falls_into_runs(own),
+            columns.numel() == num_features, _run_length(columns), _run_length(own),
         )  # fmt: skip
 
 
-def _falls_into_runs(columns: Tensor) -> bool:
+def _run_length(columns: Tensor) -> int:
     width = columns.shape[1]
-    length = max(16, width)
-    if columns.numel() % length or length % width:
-        return False
+    length = max(WHOLE_RUNS, width)
+    if columns.numel() % length == 0 and length % width == 0 and _are_runs(columns, length, 8):
+        return WHOLE_RUNS
+    return next((size for size in (8, 4, 2) if width % size == 0 and _are_runs(columns, size, size)), 1)
+
+
+def _are_runs(columns: Tensor, length: int, multiple: int) -> bool:
+    """Whether every ``length`` columns are neighbours, the first at a multiple of ``multiple``."""
     runs = columns.reshape(-1, length)
-    return bool((runs == runs[:, :1] + torch.arange(length)).all()) and not bool((runs[:, 0] % 8).any())
+    return bool((runs == runs[:, :1] + torch.arange(length)).all()) and not bool((runs[:, 0] % multiple).any())
 
 
 def graft(
@@ -184,7 +192,7 @@ def _parameter_gradients(
 @torch.library.custom_op("esper::graft", mutates_args=())
 def _graft_opaque(
     y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor, own: Tensor,
-    whole: bool, runs: bool, own_runs: bool,
+    whole: bool, runs: int, own_runs: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result, and what the seeds read (empty if they are ``whole``: it is ``y`` then)."""
     seats = Seats(columns, flat, own, whole, runs, own_runs)
@@ -200,7 +208,7 @@ def _graft_opaque(
 @_graft_opaque.register_fake
 def _(
     y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor, own: Tensor,
-    whole: bool, runs: bool, own_runs: bool,
+    whole: bool, runs: int, own_runs: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = y.numel() // y.shape[-1]
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
@@ -210,7 +218,7 @@ def _(
 @torch.library.custom_op("esper::graft_backward", mutates_args=())
 def _graft_backward_opaque(
     g: Tensor, read: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor,
-    own: Tensor, whole: bool, runs: bool, own_runs: bool, weights: bool,
+    own: Tensor, whole: bool, runs: int, own_runs: int, weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of y, w1, b1 and ``w2 / alpha``; the last three empty without ``weights``."""
     seats = Seats(columns, flat, own, whole, runs, own_runs)
@@ -228,7 +236,7 @@ def _graft_backward_opaque(
 @_graft_backward_opaque.register_fake
 def _(
     g: Tensor, read: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor,
-    own: Tensor, whole: bool, runs: bool, own_runs: bool, weights: bool,
+    own: Tensor, whole: bool, runs: int, own_runs: int, weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gy = torch.empty_like(g, memory_format=torch.contiguous_format)
     shapes = [w1.shape, b1.shape, w2.shape] if weights else [(0,)] * 3

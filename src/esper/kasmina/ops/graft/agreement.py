@@ -9,7 +9,7 @@ from esper.kasmina.ops.graft import Seats, reference, triton
 
 
 def check(device: torch.device) -> None:
-    """Scattered seeds of 3 columns and one of 20, forward and backward.
+    """Scattered seeds of 3 columns, one of 20, and scattered chunks of 4, forward and backward.
 
     The reference computes in float64: in float32 it would follow the host's choice of matrix precision (TF32), which
     the kernels do not.
@@ -24,8 +24,12 @@ def check(device: torch.device) -> None:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=source).to(device)
 
-    for rows, features, seeds, width, units in ((40, 33, 7, 3, 5), (9, 24, 1, 20, 17)):
-        columns = torch.randperm(features, generator=source)[: seeds * width].view(seeds, width)
+    for rows, features, seeds, width, units in ((40, 33, 7, 3, 5), (9, 24, 1, 20, 17), (40, 48, 5, 4, 5)):
+        if width == 4:
+            chosen = torch.randperm(features // width, generator=source)[:seeds]
+            columns = chosen[:, None] * width + torch.arange(width)
+        else:
+            columns = torch.randperm(features, generator=source)[: seeds * width].view(seeds, width)
         seats = Seats.of(columns, features, device)
         y, g, alpha = draw(rows, features), draw(rows, features), draw(seeds)
         w1, b1, w2 = draw(seeds, units, width), draw(seeds, units), draw(seeds, width, units)

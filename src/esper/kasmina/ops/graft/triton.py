@@ -24,13 +24,16 @@ from torch import Tensor
 
 from esper.kasmina.ops.sizes import power_above
 
+_WHOLE = 16
+"""Run length from which whole groups are runs (``WHOLE_RUNS`` of the package)."""
 _UNITS = 64
 """Most hidden units of a group of several seeds."""
 
 
 @triton.jit
-def _group_columns(columns, group, seeds, K: tl.constexpr, G: tl.constexpr, GK: tl.constexpr, DENSE: tl.constexpr):
-    """Feature columns of a group ``(GK,)`` and which of them are real."""
+def _group_columns(columns, group, seeds, K: tl.constexpr, G: tl.constexpr, GK: tl.constexpr, DENSE: tl.constexpr,
+                   RUN: tl.constexpr):  # fmt: skip
+    """Feature columns of a group ``(GK,)`` and which of them are real; ``RUN`` neighbours at a time lie together."""
     place = tl.arange(0, GK)
     seed = group * G + place // K
     real = (place < G * K) & (seed < seeds)
@@ -38,7 +41,11 @@ def _group_columns(columns, group, seeds, K: tl.constexpr, G: tl.constexpr, GK: 
         # the host has checked that every group is one whole, aligned run
         start = tl.multiple_of(tl.load(columns + group * G * K).to(tl.int32), 8)
         return start + place, place < GK
-    return tl.load(columns + seed * K + place % K, mask=real, other=0).to(tl.int32), real
+    column = tl.load(columns + seed * K + place % K, mask=real, other=0).to(tl.int32)
+    if RUN > 1:
+        # the host has checked this too; columns that are not real are never read or written
+        column = tl.max_contiguous(tl.multiple_of(column, RUN), RUN)
+    return column, real
 
 
 @triton.jit
@@ -72,7 +79,7 @@ def _group_units(b1, group, seeds, H: tl.constexpr, G: tl.constexpr, GH: tl.cons
 def forward_kernel(
     y, out, kept, w1, b1, w2, alpha, columns, rows, features, seeds, groups,
     K: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GK: tl.constexpr, GH: tl.constexpr,
-    ROWS: tl.constexpr, TILES: tl.constexpr, DENSE: tl.constexpr, KEEP: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, DENSE: tl.constexpr, RUN: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Read columns of ``y (N, F)`` and write them to ``out`` (may be ``y``).
 
@@ -80,7 +87,7 @@ def forward_kernel(
     """
     pid = tl.program_id(0)
     group, block = pid % groups, pid // groups
-    column, real = _group_columns(columns, group, seeds, K, G, GK, DENSE)
+    column, real = _group_columns(columns, group, seeds, K, G, GK, DENSE, RUN)
     place1, mask1 = _first_weights(w1, group, seeds, K, H, G, GK, GH)
     place2, mask2 = _second_weights(w2, group, seeds, K, H, G, GK, GH)
     unit, has_unit = _group_units(b1, group, seeds, H, G, GH)
@@ -109,7 +116,8 @@ def backward_kernel(
     g, y, gy, part1, part_bias, part2, w1, b1, w2, alpha, columns, read_columns,
     rows, features, read_features, seeds, groups,
     K: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GK: tl.constexpr, GH: tl.constexpr,
-    ROWS: tl.constexpr, TILES: tl.constexpr, DENSE: tl.constexpr, READ_DENSE: tl.constexpr, WEIGHTS: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, DENSE: tl.constexpr, RUN: tl.constexpr, READ_DENSE: tl.constexpr,
+    READ_RUN: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one group over ``ROWS * TILES`` rows.
 
@@ -119,8 +127,8 @@ def backward_kernel(
     """
     pid = tl.program_id(0)
     group, block = pid % groups, pid // groups
-    column, real = _group_columns(columns, group, seeds, K, G, GK, DENSE)
-    read, _ = _group_columns(read_columns, group, seeds, K, G, GK, READ_DENSE)
+    column, real = _group_columns(columns, group, seeds, K, G, GK, DENSE, RUN)
+    read, _ = _group_columns(read_columns, group, seeds, K, G, GK, READ_DENSE, READ_RUN)
     place1, mask1 = _first_weights(w1, group, seeds, K, H, G, GK, GH)
     place2, mask2 = _second_weights(w2, group, seeds, K, H, G, GK, GH)
     unit, has_unit = _group_units(b1, group, seeds, H, G, GH)
@@ -194,6 +202,10 @@ def grouping(columns: int, units: int, dtype: torch.dtype, *, backward: bool = F
     return Grouping(together, wide, high, rows, warps)
 
 
+def _is_dense(runs: int, plan: Grouping, width: int) -> bool:
+    return runs >= _WHOLE and plan.is_full(width)
+
+
 def _tiles(rows: int, height: int, groups: int, most: int) -> int:
     """Tiles a program: weights are loaded once for all of them, but the chip must stay full."""
     blocks = -(-rows // height)
@@ -202,7 +214,7 @@ def _tiles(rows: int, height: int, groups: int, most: int) -> int:
 
 def forward(
     y_NF: Tensor, out_NF: Tensor, kept: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor,
-    columns: Tensor, *, runs: bool, plan: Grouping | None = None, tiles: int | None = None,
+    columns: Tensor, *, runs: int, plan: Grouping | None = None, tiles: int | None = None,
 ) -> None:  # fmt: skip
     """Write the seeds' columns of ``out_NF`` (may be ``y_NF``) and, if given, what they read to ``kept (N, S*K)``.
 
@@ -219,13 +231,14 @@ def forward(
     forward_kernel[(groups * blocks,)](
         y_NF, out_NF, out_NF if kept is None else kept, w1, b1, w2, alpha, columns, rows, features, seeds, groups,
         K=width, H=units, G=plan.seeds, GK=plan.columns, GH=plan.units, ROWS=plan.rows, TILES=tiles,
-        DENSE=runs and plan.is_full(width), KEEP=kept is not None, num_warps=plan.warps, num_stages=plan.stages,
+        DENSE=_is_dense(runs, plan, width), RUN=min(runs, 8), KEEP=kept is not None,
+        num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
 
 
 def backward(
     g_NF: Tensor, y: Tensor, gy_NF: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor,
-    read_columns: Tensor, *, runs: bool, read_runs: bool, weights: bool, plan: Grouping | None = None,
+    read_columns: Tensor, *, runs: int, read_runs: int, weights: bool, plan: Grouping | None = None,
     tiles: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Write the seeds' columns of ``gy_NF``; return gradients of w1, b1 and ``w2 / alpha`` (empty without ``weights``).
@@ -247,7 +260,8 @@ def backward(
         g_NF, y, gy_NF, part1, part_bias, part2, w1, b1, w2, alpha, columns, read_columns,
         rows, features, y.shape[1], seeds, groups,
         K=width, H=units, G=plan.seeds, GK=plan.columns, GH=plan.units, ROWS=plan.rows, TILES=tiles,
-        DENSE=runs and plan.is_full(width), READ_DENSE=read_runs and plan.is_full(width), WEIGHTS=weights,
+        DENSE=_is_dense(runs, plan, width), RUN=min(runs, 8), READ_DENSE=_is_dense(read_runs, plan, width),
+        READ_RUN=min(read_runs, 8), WEIGHTS=weights,
         num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     if not weights:

@@ -39,9 +39,20 @@ def record_statistics(
 def _sampled_reference(
     out: Tensor, y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor
 ) -> None:
-    rows = y.movedim(feature_axis, -1).reshape(-1, y.shape[feature_axis])
-    stride = max(1, rows.shape[0] // max_rows)
-    out.copy_(chunk_statistics(rows[::stride][:max_rows], chunk_of, chunk_sizes))
+    out.copy_(chunk_statistics(_sampled_rows(y, feature_axis, max_rows), chunk_of, chunk_sizes))
+
+
+def _sampled_rows(y: Tensor, feature_axis: int, max_rows: int) -> Tensor:
+    """``(N, F)``: at most ``max_rows`` rows, strided over all of ``y``."""
+    features = y.shape[feature_axis]
+    total = y.numel() // max(1, features)
+    stride = max(1, total // max_rows)
+    if feature_axis == 1 and y.dim() > 2 and stride > 1 and y.is_contiguous():
+        # features lie apart: turning all of y round would copy it, the few rows that are read are picked instead
+        index = torch.arange(min(max_rows, -(-total // stride)), device=y.device) * stride
+        positions = total // y.shape[0]
+        return y.flatten(2)[index // positions, :, index % positions]
+    return y.movedim(feature_axis, -1).reshape(-1, features)[::stride][:max_rows]
 
 
 def _record(out: Tensor, y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor) -> None:

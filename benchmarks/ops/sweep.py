@@ -1,0 +1,62 @@
+"""Other tile shapes of the telemetry and graft kernels than those they choose: how the choice was made.
+
+Run from the repository root, on a machine with a GPU (a minute)::
+
+    PYTHONPATH=src python benchmarks/ops/sweep.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+
+import torch
+
+from esper.bench.clock import Clock
+from esper.bench.ops.graft import SIZES, Problem
+from esper.kasmina.ops.graft import triton as graft_kernels
+from esper.kasmina.ops.telemetry import triton as telemetry_kernels
+
+
+def telemetry(clock: Clock) -> None:
+    """Widths of a tile."""
+    for rows in (256, 1024, 8192, 32768):
+        y = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+        out = torch.empty(2, 1024, device="cuda")
+        for read in sorted({min(rows, 1024), rows}):
+            for width in (16, 32, 64, 128, 256):
+                call = partial(telemetry_kernels.chunk_statistics_into, out, y, -1, read, width=width)
+                tell(operation="telemetry", rows=rows, rows_read=read, tile_columns=width, gpu_us=clock.gpu_us(call))
+
+
+def graft(clock: Clock) -> None:
+    """Tile heights, tiles a program, warps and stages, forward."""
+    for rows, features, seeds, width, units, _ in SIZES:
+        problem = Problem.on_chunks(rows, features, seeds, width, units, clock.device)
+        plan = graft_kernels.grouping(width, units, problem.y.dtype)
+        values = [*problem.params.values(), problem.seats.columns]
+        for height in (64, 128, 256):
+            for tiles in (1, 2, 4, 8):
+                for warps, stages in ((4, 1), (4, 2), (4, 3), (8, 2)):
+                    other = graft_kernels.Grouping(plan.seeds, plan.columns, plan.units, height, warps, stages)
+                    call = partial(
+                        graft_kernels.forward, problem.y, problem.y, None, *values, runs=problem.seats.runs, plan=other,
+                        tiles=tiles,
+                    )  # fmt: skip
+                    tell(
+                        operation="graft", rows=rows, seeds=seeds, columns=width, hidden=units, tile_rows=height,
+                        tiles=tiles, warps=warps, stages=stages, gpu_us=clock.gpu_us(call),
+                    )  # fmt: skip
+
+
+def tell(**line: object) -> None:
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("tile shapes are timed on a GPU, PyTorch sees none")
+    shared = Clock(torch.device("cuda"), repeats=15)
+    telemetry(shared)
+    graft(shared)

@@ -1,0 +1,103 @@
+"""How much memory is free, and what is made smaller where that is little: chunks at attach, captures at germination.
+
+Nothing here frees or reserves anything. Callers ask :func:`free_bytes` through this module, so that a test, or a
+machine with other means, can put its own reading there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+
+if TYPE_CHECKING:
+    from esper.kasmina.discovery import SitePlan
+
+TELEMETRY_SHARE = 0.01
+"""Most of the free memory that telemetry of all sites may take."""
+CAPTURE_SHARE = 0.25
+"""Most of the free memory that captures may take, under the ceiling of ``capture.max_bytes``."""
+BYTES_A_CHUNK = 16
+"""Mean, variance, gradient energy and size, fp32."""
+BYTES_A_FEATURE = 8
+"""The chunk of each feature, int64."""
+_MEMINFO = Path("/proc/meminfo")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that are free on ``device`` at the worst moment of a step so far; ``None`` where nobody can tell.
+
+    On a GPU what PyTorch's allocator holds in reserve counts as free, up to the largest use there has been.
+    """
+    if device.type == "cuda":
+        unclaimed, _ = torch.cuda.mem_get_info(device)
+        return unclaimed + max(0, torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device))
+    if device.type != "cpu" or not _MEMINFO.exists():
+        return None
+    for line in _MEMINFO.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return None
+
+
+def fit_chunks(plans: Sequence[SitePlan], fixed: Collection[str]) -> tuple[list[SitePlan], tuple[str, ...]]:
+    """Sites with no more chunks than their telemetry has room for, and what was changed, in words.
+
+    Parameters
+    ----------
+    fixed:
+        Sites whose chunks the layer itself demands; they stay as they are.
+    """
+    found = list(plans)
+    notes: list[str] = []
+    for device in dict.fromkeys(plan.weight.device for plan in plans):
+        free = free_bytes(device)
+        here = [number for number, plan in enumerate(plans) if plan.weight.device == device]
+        needed = sum(telemetry_bytes(plans[number]) for number in here)
+        if free is None or needed <= TELEMETRY_SHARE * free:
+            continue
+        room = TELEMETRY_SHARE * free - sum(BYTES_A_FEATURE * plans[n].info.out_features for n in here)
+        share = max(0.0, room / sum(BYTES_A_CHUNK * plans[n].info.num_chunks for n in here))
+        asked = chosen = 0
+        for number in here:
+            info = plans[number].info
+            chunks = info.num_chunks if info.name in fixed else max(1, int(info.num_chunks * share))
+            asked, chosen = asked + info.num_chunks, chosen + chunks
+            found[number] = replace(plans[number], info=msgspec.structs.replace(info, num_chunks=chunks))
+        if chosen < asked:
+            notes.append(
+                f"{chosen:,} chunks instead of {asked:,} on {len(here)} sites: {in_mib(free)} are free on {device} and "
+                f"telemetry takes at most {TELEMETRY_SHARE:.0%} of that"
+            )
+    return found, tuple(notes)
+
+
+def telemetry_bytes(plan: SitePlan) -> int:
+    """What watching a site takes on its device."""
+    return BYTES_A_FEATURE * plan.info.out_features + BYTES_A_CHUNK * plan.info.num_chunks
+
+
+def capture_budget(asked: int, device: torch.device, held: int) -> tuple[int, str | None]:
+    """Bytes that captures may take on ``device``, and why they are fewer than ``asked``, if so.
+
+    ``held`` is what captures hold there already: it is not free any more, but theirs.
+    """
+    free = free_bytes(device)
+    if free is None:
+        return asked, None
+    allowed = int(CAPTURE_SHARE * (free + held))
+    if allowed >= asked:
+        return asked, None
+    return allowed, (
+        f"captures take at most {in_mib(allowed)} instead of {in_mib(asked)}: {in_mib(free)} are free on {device} and "
+        f"they may take {CAPTURE_SHARE:.0%} of that"
+    )
+
+
+def in_mib(num_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 2**20:,.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:,.1f} GiB"
