@@ -11,6 +11,7 @@ from torch import Tensor
 
 import esper
 from esper.commands import apply
+from esper.decision import look
 from esper.kasmina.lifecycle import TABLE
 from esper.kasmina.strategies import STRATEGIES
 from esper.protocol import (
