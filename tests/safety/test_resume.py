@@ -188,6 +188,8 @@ def check_resumes(state: Lifecycle, make: Any, workers: int, place: str) -> None
     assert digest(saved) == hashed, "a loaded state must not change while training goes on"
     assert again.told(begun) == run.told(told)
     assert digest(again.grower.state_dict()) == digest(run.grower.state_dict())
+    for one in (run, again):
+        one.batches.load_state_dict(one.batches.state_dict())  # lets go of the loader's workers
 
 
 @pytest.mark.parametrize("state", list(Lifecycle), ids=lambda state: state.name)
