@@ -203,6 +203,7 @@ def test_a_copy_carries_what_stands_beside_the_annex() -> None:
     site = kasmina.sites["layer"]
     site.beside.append(site.banks.pop(1))
     site.grafted.clear()
+    kasmina.refresh()
     wanted, twin = model(SEQUENCES), copy.deepcopy(model)
     with torch.no_grad():
         site.beside[0].params["wo"].zero_()
