@@ -17,7 +17,6 @@ from torch import Tensor, nn
 import esper
 from esper.commands import apply
 from esper.export.merge import strip
-from esper.guard import expel_damage
 from esper.kasmina.cohort import Cohort
 from esper.protocol import AnyEvent, Command, Germinate, Lifecycle, Observation, SeedPlan
 
@@ -358,4 +357,4 @@ def assert_gone(rig: Rig, cohort: Cohort) -> None:
 
 def guard(grower: esper.Grower) -> None:
     """What a decision point does about numbers that are not finite, now."""
-    expel_damage(grower.kasmina, grower.stages, grower._losses, grower.journal, grower.clock.steps)
+    grower.guard.look(grower.clock.steps)

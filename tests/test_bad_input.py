@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from tests.models import Batch, Mlp, Pair, assert_same_state, mse, rows, snapshot
 from tests.rigs import adamw, attach
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 import esper
 from esper.kasmina.hooks import is_attached
@@ -55,6 +57,23 @@ def parametrised() -> nn.Module:
     return model
 
 
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.LazyLinear(4))
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        return nn.Sequential(torch.jit.script(Pair()), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def doubled() -> nn.Module:
+    """The user's own hook stands between the last layer and what a branch adds."""
+    model = Pair()
+    model.fc2.register_forward_hook(lambda module, args, output: 2 * output)
+    return model
+
+
 def attempt(model: nn.Module, **arguments: Any) -> esper.Grower:
     given: dict[str, Any] = {
         "optimizer": torch.optim.SGD([p for p in model.parameters() if not p.is_meta] or [torch.ones(1)], 0.1),
@@ -77,6 +96,14 @@ def nan_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def vector_loss(model: nn.Module, batch: Batch) -> Tensor:
     return (model(batch[0]) - batch[1]).square().mean(1)
+
+
+def two_losses(model: nn.Module, batch: Batch) -> Any:
+    return mse(model, batch), {}
+
+
+def complex_loss(model: nn.Module, batch: Batch) -> Tensor:
+    return mse(model, batch).to(torch.complex64)
 
 
 def foreign(_: nn.Module) -> dict[str, Any]:
@@ -106,6 +133,26 @@ CASES: list[tuple[str, Callable[[], nn.Module], Arguments, type[Exception], str]
      r"materialised, 4 parameters are on the meta device \(fc1\.weight\); call model\.to_empty"),
     ("data parallel", lambda: nn.DataParallel(Pair()), NONE, esper.AttachError,
      r"pass the module inside it \(model.module\)"),
+    ("data parallel inside", lambda: nn.Sequential(nn.DataParallel(Pair())), NONE, esper.AttachError,
+     r"got nn\.DataParallel at '0'"),
+    ("lazy", lazy, NONE, esper.AttachError, r"2 parameters of lazy modules have none yet \(2\.weight\); run it once"),
+    ("scripted", scripted, NONE, esper.AttachError, r"got RecursiveScriptModule at '0'.*before torch\.jit\.script"),
+    ("hooked", doubled, NONE, esper.SiteError, r"fc2: a forward hook .* of yours changes its output"),
+    ("optimizer by name", Pair, lambda _: {"optimizer": "adam"}, esper.AttachError,
+     r"must be a torch\.optim\.Optimizer or a list of them, got str; pass the one that is stepped"),
+    ("parameters for an optimizer", Pair, lambda model: {"optimizer": list(model.parameters())}, esper.AttachError,
+     r"list of them, got Parameter;"),
+    ("no optimizer", Pair, lambda _: {"optimizer": None}, esper.AttachError, r"list of them, got NoneType;"),
+    ("no optimizers", Pair, lambda _: {"optimizer": []}, esper.AttachError, r"list of them, got \[\];"),
+    ("settings as a dict", Pair, lambda _: {"config": {"interval": 5}}, esper.ConfigError,
+     r"must be an esper\.Config, got dict; say esper\.Config\(name=value\)"),
+    ("loss by name", Pair, lambda _: {"loss": "mse"}, esper.AttachError, r"loss must be a function .*got str"),
+    ("two losses", Pair, lambda _: {"loss": two_losses}, esper.AttachError,
+     r"must return one number, got tuple; return the mean loss alone"),
+    ("no loss", Pair, lambda _: {"loss": lambda model, batch: None}, esper.AttachError, r"one number, got NoneType;"),
+    ("complex", Pair, lambda _: {"loss": complex_loss}, esper.AttachError, r"one number, got torch\.complex64;"),
+    ("no batches at all", Pair, lambda _: {"evaluate": 5}, esper.AttachError,
+     r"evaluate must be a list of held-out batches or a DataLoader, got int"),
     ("foreign optimizer", Pair, foreign, esper.AttachError,
      r"fc2\.weight is in none of 1; build the optimizer from model\.parameters\(\)"),
     ("no batches", Pair, short(0), esper.AttachError, r"must yield held-out batches, got none; pass evaluate="),
@@ -125,6 +172,11 @@ CASES: list[tuple[str, Callable[[], nn.Module], Arguments, type[Exception], str]
 ]  # fmt: skip
 
 
+def _hooks(model: nn.Module) -> list[int]:
+    python = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in python]
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize(("build", "arguments", "error", "message"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
 def test_what_cannot_be_attached_to_says_why_and_is_left_alone(
@@ -132,21 +184,83 @@ def test_what_cannot_be_attached_to_says_why_and_is_left_alone(
 ) -> None:
     torch.manual_seed(1)
     model = build()
-    weights = {} if any(p.is_meta for p in model.parameters()) else snapshot(model)
+    bare = any(p.is_meta or isinstance(p, UninitializedParameter) for p in model.parameters())
+    weights = {} if bare else snapshot(model)
+    hooks = _hooks(model)
     flags, stream = [module.training for module in model.modules()], torch.get_rng_state()
     given = arguments(model)
-    owner = given.get("optimizer") or torch.optim.SGD(list(model.parameters()) or [torch.ones(1)], 0.1)
+    owner = torch.optim.SGD(list(model.parameters()) or [torch.ones(1)], 0.1)
     torch.set_rng_state(stream)
     with pytest.raises(error, match=message):
-        attempt(model, **{**given, "optimizer": owner})
+        attempt(model, **{"optimizer": owner, **given})
     assert not is_attached(model)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert not owner._optimizer_step_pre_hooks and not owner._optimizer_step_post_hooks
+    assert _hooks(model) == hooks
+    for stepped in (owner, given.get("optimizer")):
+        if isinstance(stepped, torch.optim.Optimizer):
+            assert not stepped._optimizer_step_pre_hooks and not stepped._optimizer_step_post_hooks
     assert [module.training for module in model.modules()] == flags
     assert torch.equal(torch.get_rng_state(), stream)
     assert all(not p._backward_hooks for p in model.parameters())
     if weights:
         assert_same_state(snapshot(model), weights)
+
+
+def test_a_model_that_is_no_module_says_so() -> None:
+    with pytest.raises(esper.AttachError, match=r"must be an nn\.Module, got function; pass the one that is trained"):
+        esper.Grower(mse, adamw(Pair()), loss=mse, evaluate=rows(16))  # type: ignore[arg-type]
+
+
+@pytest.mark.integration
+def test_a_model_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would grow another network."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(esper.AttachError, match=r"got DistributedDataParallel at '0': .*train on one device"):
+            attempt(nn.Sequential(nn.parallel.DistributedDataParallel(Pair())))
+        attempt(Pair())  # a group of one is one process
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(esper.AttachError, match="got a process group of 2"):
+            attempt(Pair())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("where", ["meta", "cpu"])
+def test_an_error_in_the_users_own_loss_says_which_call_met_it(where: str) -> None:
+    batches = [(x[:, :3].to(where), wanted.to(where)) for x, wanted in rows(16)]
+    with pytest.raises(RuntimeError) as caught:
+        attempt(Pair(), evaluate=batches)
+    (note,) = caught.value.__notes__
+    assert note.startswith("Esper called loss(model, batch) with the first batch of evaluate=")
+    assert note.endswith("the batch is on meta, the model on cpu: move one of them") == (where == "meta")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("loss", "message"), [(None, "got NoneType"), ({"loss": 1.0}, "got dict"), ("low", "got str")])
+def test_a_step_without_a_loss_says_so(loss: Any, message: str) -> None:
+    rig = attach(Pair())
+    rig.backward()
+    rig.optimizer.step()
+    with pytest.raises(esper.AttachError, match=rf"takes the training loss, one number, {message}; pass the value"):
+        rig.grower.step(loss)
+
+
+@pytest.mark.integration
+def test_a_model_that_moves_to_another_device_afterwards_says_so() -> None:
+    rig = attach(Pair())
+    rig.model.to("meta")
+    with pytest.raises(esper.SiteError, match=r"it was on cpu when .* is on meta now; move it first"):
+        rig.model(torch.zeros(2, 8, device="meta"))
+
+
+@pytest.mark.integration
+def test_a_grown_model_that_has_diverged_is_not_exported() -> None:
+    rig = attach(Pair())
+    with torch.no_grad():
+        rig.model.fc1.weight.fill_(float("nan"))
+    with pytest.raises(esper.ExportError, match=r"whose loss must be finite, got nan: training has diverged"):
+        rig.grower.export()
 
 
 @pytest.mark.integration

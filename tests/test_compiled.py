@@ -1,120 +1,200 @@
-"""Under a compiler, in mixed precision and with recomputation: few graphs, and the numbers of a plain run."""
+"""Compiled hosts: what is silent is found out, what is compiled afterwards grows, whole graphs capture."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tests.models import Transformer, mse, tokens
-from tests.rigs import EVERY, Rig, attach, branch_gradients, graft, host_gradients
+import torch.nn.functional as F
+from tests.models import Batch, assert_same_state, mse, rows, snapshot
+from tests.rigs import Rig, attach, graft
 from torch import Tensor, nn
 
 import esper
-from esper.protocol import Germinate, Lifecycle, SeedPlan
+from esper.protocol import Fitted, Germinate, Lifecycle, SeedPlan
 
 pytestmark = pytest.mark.integration
 
 
-class Wide(nn.Module):
+class Compiled(nn.Module):
+    """Small, but with an in-place activation behind a site."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(8, 32), nn.Linear(32, 4)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(torch.relu(self.fc1(x)))
+        return self.fc3(F.relu_(self.fc2(F.gelu(self.fc1(x)))))
 
 
 @pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
+def fresh_dynamo() -> Any:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
-def counting() -> tuple[Callable[..., Any], list[int]]:
-    """A backend that runs graphs as they are, and how often it was given one."""
-    graphs = [0]
-
-    def backend(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        graphs[0] += 1
-        return module.forward
-
-    return backend, graphs
+@pytest.fixture
+def compiler_warnings() -> Any:
+    """The compiler's own warnings are not this project's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
-def live(rig: Rig, compiled: nn.Module, chunks: tuple[int, ...]) -> list[Lifecycle]:
-    """Four seeds on ``chunks`` of a layer, trained until they have left; the states they were in."""
-    plan = SeedPlan(site="fc1", chunks=chunks, seeds=4, width=3, blueprint="chunk_mlp", start="random_zero")
-    rig.grower.submit(Germinate(seeds=(plan,)))
-    seen: list[Lifecycle] = []
-    for _ in range(120):
-        loss = mse(compiled, rig.batches[rig.turn % 10])
-        loss.backward()
-        rig.optimizer.step()
-        rig.optimizer.zero_grad()
-        rig.grower.step(loss)
-        rig.turn += 1
-        states = [cohort.state for cohort in rig.grower.kasmina.cohorts.values()]
-        if not states and seen:
-            return seen
-        seen += [state for state in states if state not in seen]
-    raise AssertionError(f"the seeds were to leave in 120 steps, they were in {seen}")
-
-
-def test_seeds_move_without_a_recompilation(fresh_dynamo: None) -> None:
-    """One graph dormant, one while seeds learn, one while they are frozen; later seeds elsewhere use the same."""
-    torch.manual_seed(0)
-    sites = esper.SitesConfig(layers=True, include=("fc1",))
-    rig = attach(Wide(), sites=sites, telemetry=EVERY, evidence=esper.EvidenceConfig(looks=1))
-    backend, graphs = counting()
-    compiled: Any = torch.compile(rig.model, fullgraph=True, backend=backend)
-    first = live(rig, compiled, (0, 1, 2, 3))
-    assert {Lifecycle.GRAFTING, Lifecycle.STABILIZATION, Lifecycle.EVALUATING} <= set(first)
-    assert graphs == [3]
-    second = live(rig, compiled, (8, 11, 20, 31))
-    assert Lifecycle.STABILIZATION in second
-    assert graphs == [3], "seeds of the same sizes on other chunks need no other graph"
-
-
-def looked_at(mode: str | None, *, bf16: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Telemetry of every site, and gradients of host and branches, of one forward and backward."""
-    torch.manual_seed(4)
-    rig = attach(Transformer(0.0, mode), batches=tokens(10), held_out=tokens(16, seed=7), telemetry=EVERY)
-    cohort = graft(rig, "ffn.0.up-down", "ffn.1.up-down")
-    rig.optimizer.zero_grad()
-    rig.grower.kasmina.watch(True)
-    context = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
-    with context:
-        loss = mse(rig.model, rig.batches[0])
+def test_compiled_before_the_grower_was_attached(fresh_dynamo: None, compiler_warnings: None) -> None:
+    model = Compiled()
+    compiled = torch.compile(model, backend="eager")
+    batches = rows(4)
+    mse(compiled, batches[0]).backward()
+    model.zero_grad()
+    rig = attach(model)
+    loss = mse(compiled, batches[1])
     loss.backward()
-    seen = {name: site.telemetry.statistics.clone() for name, site in rig.grower.kasmina.sites.items()}  # type: ignore[union-attr]
-    return seen, {**branch_gradients(rig, cohort), **host_gradients(rig)}
+    rig.optimizer.step()
+    with pytest.raises(esper.SilentSiteError, match="compiled before the Grower was attached"):
+        rig.grower.step(loss)
 
 
-@pytest.fixture(scope="module")
-def plain() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return looked_at(None, bf16=False)
+def test_compiled_after_attaching(fresh_dynamo: None, compiler_warnings: None) -> None:
+    """Whole graphs; dormant bit for bit; then a grafted branch whose alpha moves without another compilation."""
+
+    def run(watched: bool) -> tuple[dict[str, Tensor], Rig | None, Any]:
+        torch.manual_seed(0)
+        model = Compiled()
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+        rig = attach(model, optimizer) if watched else None
+        compiled = torch.compile(model, fullgraph=True)
+        for batch in rows(8):
+            loss = mse(compiled, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if rig is not None:
+                rig.grower.step(loss)
+        return snapshot(model), rig, compiled
+
+    alone, _, _ = run(False)
+    torch._dynamo.reset()
+    watched, rig, compiled = run(True)
+    assert_same_state(watched, alone)
+    assert rig is not None and all(site.telemetry.reported for site in rig.grower.kasmina.sites.values())
+
+    cohort = graft(rig, "fc1-fc2")
+    rig.grower.kasmina.watch(False)
+    x = rows(1, seed=3)[0][0]
+    compiled(x)
+    for alpha in (0.25, 0.75):
+        rig.grower.kasmina.set_alpha(cohort, alpha)
+        wanted = rig.model(x)
+        rig.grower.kasmina.note_rows(rig.grower.clock.steps)  # as every real step does
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            torch.testing.assert_close(compiled(x), wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", [None, "reentrant", "non-reentrant"])
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_telemetry_and_gradients_are_those_of_a_plain_run(
-    mode: str | None, bf16: bool, plain: tuple[dict[str, Tensor], dict[str, Tensor]]
+class Training:
+    """A compiled host in training, whole graphs only."""
+
+    def __init__(self, watched: bool, **settings: Any) -> None:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        self.model = Compiled()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 3e-3)
+        self.rig = attach(self.model, self.optimizer, **settings) if watched else None
+        self.compiled = torch.compile(self.model, backend="aot_eager", fullgraph=True)
+
+    def step(self, batch: Batch, *, parts: int = 1) -> None:
+        for x, wanted in zip(batch[0].chunk(parts), batch[1].chunk(parts), strict=True):
+            loss = mse(self.compiled, (x, wanted)) / parts
+            loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.rig is not None:
+            self.rig.grower.step(loss)
+
+
+@pytest.fixture
+def many_graphs() -> Iterator[None]:
+    """A cohort's life takes more graphs than the compiler keeps by default."""
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
+
+
+def by_hand(model: Compiled, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the site reads and adds to, and the gradient there (up to its scale), in a batch of its own."""
+    fc1, fc2, fc3 = ([p.detach() for p in layer.parameters()] for layer in (model.fc1, model.fc2, model.fc3))
+    y = F.linear(F.gelu(F.linear(x, *fc1)), *fc2).requires_grad_()
+    (g,) = torch.autograd.grad((F.linear(F.relu(y), *fc3) - wanted).square().mean(), y)
+    return x, y.detach(), g
+
+
+def test_a_whole_graph_captures_what_its_backward_pass_sees(
+    fresh_dynamo: None, compiler_warnings: None, many_graphs: None
 ) -> None:
-    found = looked_at(mode, bf16=bf16)
-    allowed = 5e-2 if bf16 else 1e-5
-    for got, wanted in zip(found, plain, strict=True):
-        assert got.keys() == wanted.keys()
-        for name, value in got.items():
-            difference = (value - wanted[name]).norm() / wanted[name].norm().clamp_min(1e-12)
-            assert difference <= allowed, name
+    """Rows of x, y and dL/dy that belong together, of several batches in one step those of one; the host unmoved."""
+    alone, batches = Training(False), rows(7)
+    for number, batch in enumerate(batches):
+        alone.step(batch, parts=1 + number % 2)
+    training = Training(True, capture=esper.CaptureConfig(batches=3, rows=18))
+    assert training.rig is not None
+    site = training.rig.grower.kasmina.sites["fc1-fc2"]
+    training.rig.grower.submit(Germinate(seeds=(SeedPlan(site="fc1-fc2", start="negative_gradient"),)))
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    capture: Any = None
+    for number, (x, wanted) in enumerate(batches):
+        parts = 1 + number % 2
+        for part in zip(x.chunk(parts), wanted.chunk(parts), strict=True):
+            seen.append(by_hand(training.model, *part))
+        training.step((x, wanted), parts=parts)
+        capture = site.capture or capture
+    assert capture.full and capture.dropped_batches == 0
+    got = capture.rows()
+    assert got.x.shape == (18, 8)
+    for number in range(3):
+        mine = got.select(got.batch == number)
+        (source,) = [batch for batch in seen if (batch[0] == mine.x[0]).all(1).any()]
+        where = [int((source[0] == row).all(1).nonzero()) for row in mine.x]
+        assert len(set(where)) == 6
+        torch.testing.assert_close(mine.y, source[1][where])
+        torch.testing.assert_close(mine.g / mine.g.norm(), source[2][where] / source[2][where].norm())
+    assert_same_state(snapshot(training.model), snapshot(alone.model))
 
 
-@pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
-def test_recomputing_in_bf16_changes_nothing(mode: str) -> None:
-    for got, wanted in zip(looked_at(mode, bf16=True), looked_at(None, bf16=True), strict=True):
-        for name, value in got.items():
-            torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=1e-5)
+def test_a_captured_batch_without_a_backward_pass_is_dropped(
+    fresh_dynamo: None, compiler_warnings: None, many_graphs: None
+) -> None:
+    training = Training(True, capture=esper.CaptureConfig(batches=3, rows=18))
+    assert training.rig is not None
+    site = training.rig.grower.kasmina.sites["fc1-fc2"]
+    training.rig.grower.submit(Germinate(seeds=(SeedPlan(site="fc1-fc2", start="negative_gradient"),)))
+    batches = rows(6)
+    for batch in batches[:3]:  # germination, slots, a first batch
+        training.step(batch)
+    capture = site.capture
+    assert capture is not None and capture.filled == 1
+    training.compiled(batches[3][0])
+    training.optimizer.step()
+    training.rig.grower.step(0.0)
+    training.step(batches[4])
+    assert len(torch.unique(capture.rows().batch)) == 2 and capture.dropped_batches == 1
+
+
+def test_a_fitted_branch_is_grafted_in_whole_graphs(
+    fresh_dynamo: None, compiler_warnings: None, many_graphs: None
+) -> None:
+    training = Training(True)
+    assert training.rig is not None
+    rig = training.rig
+    rig.grower.submit(Germinate(seeds=(SeedPlan(site="fc1-fc2", start="negative_gradient"),)))
+    for batch in rows(10):
+        training.step(batch)
+        if any(cohort.state is Lifecycle.GRAFTING for cohort in rig.grower.kasmina.cohorts.values()):
+            break
+    else:
+        raise AssertionError("nothing was grafted")
+    (fitted,) = [event for event in rig.events if isinstance(event, Fitted)]
+    assert fitted.start == "negative_gradient" and fitted.explained > 0

@@ -160,11 +160,27 @@ def test_a_fused_optimizer_skips_by_itself_and_the_step_does_not_count() -> None
 
 def test_a_scaler_among_what_is_tracked_is_found() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    rig = attach(Pair(), track=[object(), scaler])
+    with pytest.warns(RuntimeWarning, match="a tracked object has no state_dict"):
+        rig = attach(Pair(), track=[object(), scaler])
     rig.backward()
     scaler.scale(torch.zeros(()))
     rig.optimizer.step()
     assert rig.grower.clock.inverse_scale == 1 / 8
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("scheduled", [False, True], ids=["alone", "scheduled"])
+def test_a_scaler_that_nobody_named_is_found(fused: bool, scheduled: bool) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+
+    def join(rig: Rig, cohort: Cohort) -> None:
+        if scheduled:  # schedulers wrap the optimizer's step
+            torch.optim.lr_scheduler.ConstantLR(rig.optimizer, 1.0)
+        scaled("zero last", scaler)(rig, cohort)
+
+    (_, weights), (_, others) = learnt(join, fused=fused), learnt(plainly)
+    for name, value in weights.items():
+        torch.testing.assert_close(value, others[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_branch_gradient_that_alone_is_not_finite_rolls_the_cohort_back() -> None:

@@ -95,7 +95,7 @@ def test_a_static_loss_buffer_is_copied() -> None:
         mse(rig.model, rig.batches[0]).backward()
         rig.optimizer.step()
         rig.grower.step(buffer.fill_(value))
-    assert [float(loss) for loss in rig.grower._losses] == [1.0, 2.0, 3.0]
+    assert [float(loss) for loss in rig.grower.loop.losses] == [1.0, 2.0, 3.0]
 
 
 def test_a_loss_of_several_numbers_is_refused_at_once() -> None:

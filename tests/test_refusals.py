@@ -175,7 +175,7 @@ def test_a_branch_that_turns_non_finite_leaves_at_once() -> None:
     rig, cohort = hold(S.FINE_TUNING)
     assert cohort is not None
     rig.bank(cohort).params["w1"].data[0, 0, 0] = float("nan")
-    rig.grower._losses.append(torch.tensor(1.0))
+    rig.grower.loop.losses.append(torch.tensor(1.0))
     guard(rig.grower)
     assert [v.state for v in rig.grower.verdicts] == [S.ROLLED_BACK]
     assert_gone(rig, cohort)
@@ -185,7 +185,7 @@ def test_a_fading_branch_that_turns_non_finite_leaves_at_once() -> None:
     rig, cohort = hold(S.CULLED)
     assert cohort is not None
     rig.bank(cohort).params["w1"].data[0, 0, 0] = float("nan")
-    rig.grower._losses.append(torch.tensor(1.0))
+    rig.grower.loop.losses.append(torch.tensor(1.0))
     guard(rig.grower)
     assert_gone(rig, cohort)
 

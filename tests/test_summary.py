@@ -29,7 +29,8 @@ def test_many_sites_and_skipped_layers_still_fit_on_fifteen_lines() -> None:
     )  # fmt: skip
     lines = repr(grower).splitlines()
     assert len(lines) <= 15
-    assert lines[0].startswith("Grower: 9 sites covering") and "state_dict keys unchanged" in lines[0]
+    assert lines[0].startswith("Grower: 9 sites covering 62% of weights") and "state_dict keys unchanged" in lines[0]
+    assert grower.discovery.covered_params == 10 * 20, "a layer between two sites counts once"
     assert "  ... and 3 more: grower.sites()" in lines
     assert "skipped 6:" in lines and "  ... and 2 more: grower.discovery.skipped" in lines
     assert lines[-1] == "0 cohorts alive, 0 of 0 kept | growing"

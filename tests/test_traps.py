@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.models import Batch, Mlp, Pair, Transformer, assert_same_state, mse, rows, same_bits, snapshot, tokens
-from tests.rigs import EVERY, Rig, attach, branch_gradients, graft, host_gradients
+from tests.models import Batch, Mlp, Pair, Transformer, mse, rows, same_bits, tokens
+from tests.rigs import EVERY, attach, branch_gradients, graft, host_gradients
 from torch import Tensor, nn
 
 import esper
@@ -202,87 +201,6 @@ def test_other_transforms_see_the_grown_function() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Compilation
-
-
-class Compiled(nn.Module):
-    """Small, but with an in-place activation behind a site."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.fc3 = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc3(F.relu_(self.fc2(F.gelu(self.fc1(x)))))
-
-
-@pytest.fixture
-def fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def compiler_warnings() -> Any:
-    """The compiler's own warnings are not this project's."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-
-
-def test_compiled_before_the_grower_was_attached(fresh_dynamo: None, compiler_warnings: None) -> None:
-    model = Compiled()
-    compiled = torch.compile(model, backend="eager")
-    batches = rows(4)
-    mse(compiled, batches[0]).backward()
-    model.zero_grad()
-    rig = attach(model)
-    loss = mse(compiled, batches[1])
-    loss.backward()
-    rig.optimizer.step()
-    with pytest.raises(esper.SilentSiteError, match="compiled before the Grower was attached"):
-        rig.grower.step(loss)
-
-
-def test_compiled_after_attaching(fresh_dynamo: None, compiler_warnings: None) -> None:
-    """Whole graphs; dormant bit for bit; then a grafted branch whose alpha moves without another compilation."""
-
-    def run(watched: bool) -> tuple[dict[str, Tensor], Rig | None, Any]:
-        torch.manual_seed(0)
-        model = Compiled()
-        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-        rig = attach(model, optimizer) if watched else None
-        compiled = torch.compile(model, fullgraph=True)
-        for batch in rows(8):
-            loss = mse(compiled, batch)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if rig is not None:
-                rig.grower.step(loss)
-        return snapshot(model), rig, compiled
-
-    alone, _, _ = run(False)
-    torch._dynamo.reset()
-    watched, rig, compiled = run(True)
-    assert_same_state(watched, alone)
-    assert rig is not None and all(site.telemetry.reported for site in rig.grower.kasmina.sites.values())
-
-    cohort = graft(rig, "fc1-fc2")
-    rig.grower.kasmina.watch(False)
-    x = rows(1, seed=3)[0][0]
-    compiled(x)
-    for alpha in (0.25, 0.75):
-        rig.grower.kasmina.set_alpha(cohort, alpha)
-        wanted = rig.model(x)
-        rig.grower.kasmina.note_rows(rig.grower.clock.steps)  # as every real step does
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            torch.testing.assert_close(compiled(x), wanted, rtol=1e-5, atol=1e-6)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Where the calls go
 
 
@@ -315,7 +233,7 @@ def test_a_grower_without_an_optimizer_step_warns_once() -> None:
         for _ in range(1000):
             rig.grower.step(1.0)
     rig.grower.step(1.0)
-    assert rig.grower.clock.steps == 0 and rig.grower._last_step == 0
+    assert rig.grower.clock.steps == 0 and rig.grower.loop.last_step == 0
 
 
 def test_iterating_a_loader_of_held_out_batches_moves_no_stream(unchanged_rng: None) -> None:

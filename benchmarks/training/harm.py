@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarks.training.intervals import upper_bound
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import esper
+from esper.evidence.rates import upper_bound
 from esper.observe.credit import fit_line
 from esper.protocol import AnyEvent, Audited, Germinated, Judged
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.training.intervals import upper_bound
 from tests.evidence.cohorts import NULLS, useful
 
 from esper.evidence.judge import Judgement
+from esper.evidence.rates import upper_bound
 
 RESULT = Path(__file__).parents[1] / "results" / "nulls.json"
 CONTROLS = ("projected", "plain")

@@ -8,21 +8,31 @@ All variants share a folder of finished trainings (``--cells``), so the command 
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own folder is not the root of its package
 
-from benchmarks.training.protocol.cells import CellStore, Record
+from benchmarks.training.protocol.arms import GROWN, Arm, Given, Result, register_arm, train_esper
+from benchmarks.training.protocol.cells import Cell, CellStore, Record
 from benchmarks.training.protocol.command import arguments_of, shown
 from benchmarks.training.protocol.plan import Plan
 from benchmarks.training.protocol.runner import run
 from benchmarks.training.protocol.task import TASKS, Source, device_of, load_all
 
+import esper
 from esper.config import Config
+from esper.export import grown_sites
+from esper.kasmina import execution
+from esper.protocol import Lifecycle
+from esper.runs import arms as training
+from esper.runs.preset import Preset
 from esper.runs.statistics import interval
 
 SHIPPED = "as shipped"
@@ -64,6 +74,43 @@ def variants(shipped: Config) -> dict[str, Settings]:
     }
 
 
+class Absorbing(esper.Grower):
+    """Moves what has become permanent into the host's own layers and its optimizer's state at once."""
+
+    def step(self, loss: Any, batch: Any = None) -> None:
+        super().step(loss, batch)
+        if not self.kasmina.cohorts and grown_sites(self.kasmina):
+            self.absorb(tolerance=math.inf)
+
+
+def train_absorbed(preset: Preset, cell: Cell, given: Given) -> Result:
+    """Not scored: a score needs the shape of the host that the run began with, which absorption has changed."""
+    with patch.object(training, "Grower", Absorbing), patch.object(training, "score"):
+        return train_esper(preset, dataclasses.replace(cell, arm=GROWN), given)
+
+
+def train_frozen(preset: Preset, cell: Cell, given: Given) -> Result:
+    """Branches learn nothing from the task before they are accepted."""
+    learns = execution.learns_from_task
+
+    def later(state: int) -> Any:
+        return learns(state) & (state != int(Lifecycle.GRAFTING))
+
+    with patch.object(execution, "learns_from_task", later):
+        return train_esper(preset, dataclasses.replace(cell, arm=GROWN), given)
+
+
+CHANGED_CODE = {
+    "absorption: permanent growth joins the host's layers and optimizer": Arm(
+        name="grown_absorbed", title="grown, absorbed", train=train_absorbed
+    ),
+    "grafting: the branch learns only once it is accepted": Arm(
+        name="grown_frozen", title="grown, frozen while on trial", train=train_frozen
+    ),
+}
+"""Variants that are no setting."""
+
+
 def compared(records: list[Record], shipped: list[Record]) -> dict[str, Any]:
     """One variant's line: means over seeds, and paired differences from the shipped recipe."""
     held = [record.outcome.held_out for record in records]
@@ -90,18 +137,24 @@ def main() -> None:
     plans = {
         label: Plan(
             TASKS[options.task], seeds=range(options.first_seed, options.first_seed + options.seeds), source=source,
-            code=options.code, arms=["grown"], lrs=options.lr, steps=options.steps,
+            code=options.code, arms=[GROWN], lrs=options.lr, steps=options.steps,
             settings=(*options.settings, *settings),
         )
         for label, settings in changes.items()
     }  # fmt: skip
+    for label, arm in CHANGED_CODE.items():
+        plans[label] = Plan(
+            TASKS[options.task], seeds=plans[SHIPPED].seeds, source=source, code=options.code,
+            arms=[register_arm(arm).name], lrs=options.lr, steps=options.steps, settings=tuple(options.settings),
+        )  # fmt: skip
     lines: dict[str, Any] = {}
     for label, plan in plans.items():
         run(plan, store, workers=options.workers, deadline=started + options.deadline, note=lambda record: None)
-        records, shipped = plan.complete("grown"), plans[SHIPPED].complete("grown")
+        arm = CHANGED_CODE[label].name if label in CHANGED_CODE else GROWN
+        records, shipped = plan.complete(arm), plans[SHIPPED].complete(GROWN)
         if records is None or shipped is None:
             continue
-        lines[label] = {"settings": list(changes[label])} | compared(records, shipped)
+        lines[label] = {"settings": list(changes.get(label, ()))} | compared(records, shipped)
         line = lines[label]
         print(
             f"{time.monotonic() - started:5.0f} s  {label:52s} {line['minus_shipped']:+.4f} "
@@ -112,7 +165,7 @@ def main() -> None:
         report = {
             "task": options.task, "title": TASKS[options.task].title, "seeds": options.seeds, "code": options.code,
             "command": shown(sys.argv, f"recipe_{options.task}", "recipe"), "environment": records[0].environment,
-            "variants": lines, "missing": [name for name in changes if name not in lines],
+            "variants": lines, "missing": [name for name in plans if name not in lines],
         }  # fmt: skip
         options.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 

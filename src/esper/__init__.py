@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         EvidenceConfig,
         FitConfig,
         GraftConfig,
+        SafetyConfig,
         SitesConfig,
         TamiyoConfig,
         TelemetryConfig,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         ExportError,
         SilentSiteError,
         SiteError,
+        StateError,
         TransitionError,
         UnknownNameError,
     )
@@ -44,12 +46,14 @@ if TYPE_CHECKING:
         register_strategy,
     )
     from esper.protocol import Lifecycle
+    from esper.safety.batches import Batches
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AbsorbError",
     "AttachError",
+    "Batches",
     "BudgetConfig",
     "CaptureConfig",
     "Config",
@@ -64,9 +68,11 @@ __all__ = [
     "GraftConfig",
     "Grower",
     "Lifecycle",
+    "SafetyConfig",
     "SilentSiteError",
     "SiteError",
     "SitesConfig",
+    "StateError",
     "TamiyoConfig",
     "TelemetryConfig",
     "TransitionError",
@@ -86,6 +92,8 @@ def _home(name: str) -> str:
         return "esper.grower"
     if name == "Lifecycle":
         return "esper.protocol"
+    if name == "Batches":
+        return "esper.safety.batches"
     if name.startswith("register_"):
         return "esper.plugins"
     return "esper.config" if name.endswith("Config") else "esper.errors"

@@ -7,12 +7,19 @@ from typing import Protocol
 from torch import nn
 
 from esper import export as exporting
+from esper.accounts import Accounts
+from esper.config import Config
 from esper.errors import AbsorbError
+from esper.evidence.judge import Judge
 from esper.export.absorb import absorb, refusal
 from esper.journal import Journal
+from esper.kasmina.discovery import Discovery, discover
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.host import HostClock
+from esper.kasmina.isolation import undisturbed
+from esper.kasmina.ledger import forward_flops
 from esper.protocol import Absorbed
+from esper.stages import Stages
 from esper.trials import Trials
 
 
@@ -20,14 +27,17 @@ class Run(Protocol):
     """What an absorption reads and changes: a grower, seen from here."""
 
     model: nn.Module
+    config: Config
+    discovery: Discovery
     kasmina: Kasmina
+    accounts: Accounts
+    judge: Judge
     clock: HostClock
     journal: Journal
+    stages: Stages
     trials: Trials
 
     def export(self, *, tolerance: float | None = None) -> nn.Module: ...
-
-    def rediscover(self) -> None: ...
 
 
 def absorb_growth(run: Run, *, tolerance: float | None = None) -> Absorbed:
@@ -44,9 +54,25 @@ def absorb_growth(run: Run, *, tolerance: float | None = None) -> Absorbed:
             raise AbsorbError(f"growth moves into the host's own tensors only when nothing else holds them: {reason}")
         plain = run.export(tolerance=tolerance)  # refuses before anything is changed
         layers = absorb(run.model, plain, run.kasmina, run.clock.optimizers)
-        run.rediscover()
+        _rediscover(run)
     finally:
         run.clock.follow(run.kasmina.plans.values())
     absorbed = Absorbed(step=step, layers=layers, params=run.kasmina.host_params - before)
     run.journal.emit(absorbed)
     return absorbed
+
+
+def _rediscover(run: Run) -> None:
+    """Find the sites anew after the model's own layers have changed. Every chunk is dormant; counts go on."""
+    old, evaluator = run.kasmina, run.judge.evaluator
+    old.detach()
+    with undisturbed(run.model):
+        run.discovery = discover(run.model, evaluator.run_one, run.config.sites)
+        probe_flops = forward_flops(run.model, evaluator.run_one)
+    run.kasmina = Kasmina(run.model, run.discovery, run.config, adaptive=run.clock.adaptive)
+    run.kasmina.go_on_from(old)
+    run.accounts = Accounts(
+        run.model, evaluator, run.discovery, run.kasmina, probe_flops=probe_flops, budget=run.accounts.budget
+    )
+    run.judge.sites, run.stages.kasmina, run.trials.kasmina = run.kasmina.sites, run.kasmina, run.kasmina
+    run.kasmina.watch(True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -73,3 +76,12 @@ class Accounts:
 
     def _evaluation_cost(self, num_batches: int) -> float:
         return num_batches * (self._probe_flops + self._kasmina.added_flops_per_step(self._probe_rows))
+
+    def state(self) -> dict[str, Any]:
+        """What was spent, and the ceiling."""
+        return {"spent": self.ledger.state(), "budget": asdict(self.budget)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` has told."""
+        self.budget = BudgetConfig(**state["budget"])
+        self.ledger.restore(state["spent"])

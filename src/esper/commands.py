@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import chain, repeat
 from typing import Any, Protocol, TypeVar
 
+import msgspec
+
 from esper.accounts import Accounts
-from esper.errors import EsperError
+from esper.errors import CONTAINED, EsperError, contained
 from esper.journal import Journal
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.execution import Kasmina
@@ -34,6 +38,63 @@ from esper.stages import Stages
 T = TypeVar("T")
 
 
+class Orders:
+    """Commands that wait for the next step: from any thread, first come first served, none lost."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Command] = deque()
+        self._applied: list[tuple[int, Command]] = []
+        """Step and command, for as long as a snapshot from before could undo them."""
+        self._lock = threading.Lock()
+
+    def put(self, command: Command) -> None:
+        with self._lock:
+            self._waiting.append(command)
+
+    def take(self, step: int) -> Command | None:
+        """The oldest one, or ``None``; it is remembered as applied in ``step``."""
+        with self._lock:
+            if not self._waiting:
+                return None
+            self._applied.append((step, self._waiting.popleft()))
+            return self._applied[-1][1]
+
+    def forget(self, step: int | None) -> None:
+        """Nothing before ``step`` will be undone (``None``: nothing at all)."""
+        self._applied = [] if step is None else [entry for entry in self._applied if entry[0] > step]
+
+    def undone(self, step: int) -> None:
+        """Everything after ``step`` was undone: the commands since then wait again, before those that came later.
+
+        What asked for the undoing itself does not.
+        """
+        with self._lock:
+            again = [command for at, command in self._applied if at > step and not _undoes(command)]
+            self._waiting.extendleft(reversed(again))
+            self._applied = [entry for entry in self._applied if entry[0] <= step]
+
+    def state(self) -> list[dict[str, Any]]:
+        """What waits, as plain values."""
+        with self._lock:
+            return [msgspec.to_builtins(command) for command in self._waiting]
+
+    def restore(self, state: list[dict[str, Any]]) -> None:
+        """Let exactly the commands wait that :meth:`state` has told of."""
+        commands = [msgspec.convert(plain, Command) for plain in state]
+        with self._lock:
+            self._waiting = deque(commands)
+
+
+def _undoes(command: Command) -> bool:
+    return isinstance(command, RollBack) and command.exact
+
+
+class Undo(Protocol):
+    """Takes a graft back exactly: the guard, seen from here."""
+
+    def take_back(self, cohort: Cohort, step: int, reason: str) -> Gate: ...
+
+
 class Run(Protocol):
     """What a command can read and change: a grower, seen from here."""
 
@@ -41,7 +102,12 @@ class Run(Protocol):
     stages: Stages
     accounts: Accounts
     journal: Journal
-    stopped: str | None
+
+    @property
+    def guard(self) -> Undo: ...
+
+    @property
+    def stopped(self) -> str | None: ...
 
     def stop(self, reason: str) -> None: ...
 
@@ -54,6 +120,8 @@ def apply(run: Run, command: Command, step: int, *, issuer: str) -> Gate:
         gate = _HANDLERS[type(command)](run, command, step)
     except EsperError as error:
         gate = Gate("validation", False, str(error))
+    except CONTAINED as error:  # a blueprint or start of the user's, or no memory for it
+        gate = Gate("failure", False, contained(error))
     if not gate.passed:
         kind = str(command.__struct_config__.tag)
         run.journal.emit(Refused(step=step, command=f"{kind} by {issuer}", gate=gate.name, reason=gate.reason))
@@ -117,6 +185,14 @@ def _ending(target: Lifecycle) -> Callable[[Run, Any, int], Gate]:
     return handle
 
 
+def _roll_back(run: Run, command: RollBack, step: int) -> Gate:
+    cohort = _active(run, command.cohort)
+    if command.exact:
+        return run.guard.take_back(cohort, step, command.reason)
+    run.stages.end(cohort, Lifecycle.ROLLED_BACK, step, command.reason)
+    return Gate("command", True, "")
+
+
 def _pausing(paused: bool) -> Callable[[Run, Any, int], Gate]:
     def handle(run: Run, command: Any, step: int) -> Gate:
         cohort = _active(run, command.cohort)
@@ -160,7 +236,7 @@ _HANDLERS: dict[type, Callable[[Run, Any, int], Gate]] = {
     Germinate: _germinate,
     Cull: _ending(Lifecycle.CULLED),
     Cancel: _ending(Lifecycle.CANCELLED),
-    RollBack: _ending(Lifecycle.ROLLED_BACK),
+    RollBack: _roll_back,
     Pause: _pausing(True),
     Resume: _pausing(False),
     SetBudget: _set_budget,

@@ -329,6 +329,33 @@ class TamiyoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SafetyConfig:
+    """What is done so that growth never costs the training itself."""
+
+    snapshots: bool = True
+    """Keep an exact copy of the whole training from just before every graft, in the CPU's memory, to go back to."""
+    snapshot_bytes: int = 4 << 30
+    """Most memory for these copies; a graft beyond it goes without one, and says so."""
+    window: int = 100
+    """Training losses that the latest ones are compared with."""
+    max_z: float = 10.0
+    """A loss has diverged when its level lies so many (robust) standard deviations above that window's ..."""
+    ratio: float = 2.0
+    """... and is so many times as large: both must hold."""
+    recovery: int = 50
+    """Steps in which a diverged loss must have come back after the suspect was taken out, or the copy is restored."""
+    headroom: float = 0.05
+    """Share of a GPU's memory that a germination must leave free."""
+
+    def __post_init__(self) -> None:
+        _check(self.window >= 2, "safety.window must be at least 2", self.window, "use 100")
+        _check(self.max_z > 0, "safety.max_z must be positive", self.max_z, "use 10.0")
+        _check(self.ratio > 1, "safety.ratio must be above 1", self.ratio, "use 2.0")
+        _check(self.recovery >= 1, "safety.recovery must be at least 1", self.recovery, "use 50")
+        _check(0 <= self.headroom < 1, "safety.headroom must lie in [0, 1)", self.headroom, "use 0.05")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of an :class:`esper.Grower`; each part is validated where it is defined."""
 
@@ -340,6 +367,7 @@ class Config:
     evidence: EvidenceConfig = field(default_factory=EvidenceConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     tamiyo: TamiyoConfig = field(default_factory=TamiyoConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
     interval: int = 10
     """Steps between decisions."""
     total_steps: int | None = None

@@ -56,3 +56,17 @@ class StateError(EsperError, ValueError):
 
 class EvidenceError(EsperError, ValueError):
     """A measurement that a test needs is missing, not finite or out of order."""
+
+
+CONTAINED = (
+    ArithmeticError, AttributeError, LookupError, MemoryError, NameError, OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What a user's plug-in or evaluation may raise (``torch.OutOfMemoryError`` among it) without ending the training: the
+cohort it happened to leaves, with the reason. Esper's own errors, failed assertions and whatever else pass on."""
+
+
+def contained(error: BaseException) -> str:
+    """What was raised, in a sentence; one of Esper's own errors is raised again."""
+    if isinstance(error, EsperError):
+        raise error
+    return f"{type(error).__name__}: {error}".rstrip(": ")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+_LOCK_OFFSET = 1 << 62  # Windows locks are mandatory: lock a byte no reader ever touches.
 
 
 def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -54,3 +57,22 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def lock_exclusively(fd: int) -> None:
+    """Lock an open file; the lock belongs to it and ends with the process, however that ends.
+
+    Raises
+    ------
+    OSError
+        Somebody holds it.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(fd, _LOCK_OFFSET, os.SEEK_SET)
+        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

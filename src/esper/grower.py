@@ -5,7 +5,7 @@
     y = host_module(x)                  # hooks: y itself, or y + alpha * branch
     loss.backward(); optimizer.step()   # the user's own
     grower.step(loss):                  # the only place where anything changes
-        guard                           # non-finite: the newest branches leave at once
+        guard                           # damage or divergence: suspects leave, or everything goes back
         learn                           # grafted branches and annexes, in step with the host
         advance                         # every cohort by its state's gate; alpha moves
         every `interval` steps: observe -> decide -> act
@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import fnmatch
 import html
-import math
-import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -28,39 +26,42 @@ from torch.optim import Optimizer
 from esper import export as exporting
 from esper.absorption import absorb_growth
 from esper.accounts import Accounts
-from esper.commands import apply
+from esper.commands import Orders, apply
 from esper.config import BudgetConfig, Config
+from esper.decision import look, measure_held_out
 from esper.evidence.evaluator import Evaluator, Loss
 from esper.evidence.judge import Judge
 from esper.evidence.twins import as_given, plain_step
-from esper.guard import check_reports, expel_damage, warn_if_misplaced, warn_if_stuck
+from esper.guard import Guard
 from esper.journal import Journal
 from esper.kasmina.discovery import discover
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.host import HostClock, read_loss
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import Ledger, forward_flops
-from esper.kasmina.preconditions import check_choices, check_host
-from esper.observation import observe
+from esper.kasmina.preconditions import check_choices, check_host, check_optimizers
+from esper.misuse import check_reports, warn_if_misplaced, warn_if_stuck
 from esper.protocol import (
     Absorbed,
     AnyEvent,
     Attached,
     Command,
-    HeldOut,
     Lifecycle,
-    Observation,
     SiteInfo,
     Stopped,
     Verdict,
 )
+from esper.safety.shelf import Shelf
+from esper.safety.training import Training
 from esper.stages import Stages
+from esper.state import Loop, Setup
+from esper.stored import Stored
 from esper.summary import Report, describe
 from esper.tamiyo import Controller, make_controller
 from esper.trials import Trials
 
 
-class Grower:
+class Grower(Stored):
     """Grows ``model`` while the user's own loop trains it.
 
     Parameters
@@ -117,52 +118,49 @@ class Grower:
         self.controller = controller or make_controller(
             self.config.tamiyo.controller, self.config.tamiyo, seed=self.config.seed
         )
-        single = isinstance(optimizer, Optimizer)
+        optimizers, single = check_optimizers(optimizer), isinstance(optimizer, Optimizer)
         self._train_step = plain_step(loss) if train_step is None else as_given(train_step, single=single)
         self._audit = audit
         self._evaluator = Evaluator.of(model, loss, evaluate, self.config.evidence, seed=self.config.seed)
         with undisturbed(model):
             self.discovery = discover(model, self._evaluator.run_one, self.config.sites)
             probe_flops = forward_flops(model, self._evaluator.run_one)
-        self._attach([optimizer] if isinstance(optimizer, Optimizer) else list(optimizer), track, probe_flops, on_event)
+        self._attach(optimizers, track, probe_flops, on_event)
 
     def _attach(
-        self,
-        optimizers: list[Optimizer],
-        track: Iterable[Any],
-        probe_flops: float,
+        self, optimizers: list[Optimizer], track: Iterable[Any], probe_flops: float,
         on_event: Callable[[AnyEvent], None] | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Hang everything on the host; whatever goes wrong leaves no hook behind."""
         with ExitStack() as undo:
-            self.clock = HostClock(optimizers, self.discovery.sites, track)
+            self.training = Training(self.model, optimizers, track)
+            self.clock = HostClock(optimizers, self.discovery.sites, self.training.tracked)
             undo.callback(self.clock.detach)
             self._equip(probe_flops, on_event, undo)
             undo.pop_all()
 
     def _equip(self, probe_flops: float, on_event: Callable[[AnyEvent], None] | None, undo: ExitStack) -> None:
-        model = self.model
-        self.kasmina = Kasmina(model, self.discovery, self.config, adaptive=self.clock.adaptive)
+        self.kasmina = Kasmina(self.model, self.discovery, self.config, adaptive=self.clock.adaptive)
         undo.callback(self.kasmina.detach)
         self.accounts = Accounts(
-            model, self._evaluator, self.discovery, self.kasmina, probe_flops=probe_flops, budget=self.config.budget
-        )
+            self.model, self._evaluator, self.discovery, self.kasmina, probe_flops=probe_flops,
+            budget=self.config.budget,
+        )  # fmt: skip
         self.judge = Judge(self._evaluator, self.kasmina.sites, self.config.evidence, seed=self.config.seed)
         self.journal = Journal(on_event)
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._losses: deque[Tensor] = deque(maxlen=self.config.graft.stabilize_window)
-        self._calls_without_step = 0
-        self._last_step = 0
-        self._held_out_initial = math.nan
-        self.stopped: str | None = None
+        self._orders, self._shelf = Orders(), Shelf()
+        self.loop = Loop(deque(maxlen=self.config.graft.stabilize_window))
+        self._setup = Setup(self.config, self.sites, self._evaluator.batches)
         self.export_difference: exporting.Difference | None = None
         self.trials = Trials(
-            model, self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit, self.journal.warn,
-            self._train_step, self._audit, lambda: self.accounts.training_flops,
+            self.model, self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit,
+            self.journal.warn, self._train_step, self._audit, lambda: self.accounts.training_flops,
         )  # fmt: skip
+        self.guard = Guard(self, self._orders, lambda: self._whole(waiting=False))
         self.stages = Stages(
-            self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit, self.trials, self._losses
-        )
+            self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit, self.trials,
+            self.loop.losses, self.guard.may_graft,
+        )  # fmt: skip
         self.kasmina.watch(True)  # the first step tells whether every site reports
         self._announce()
 
@@ -171,11 +169,11 @@ class Grower:
         self.journal.emit(
             Attached(
                 step=0, sites=infos, skipped=self.discovery.skipped, host_params=self.kasmina.host_params,
-                covered_params=sum(info.weights for info in infos), total_steps=self.config.total_steps,
+                covered_params=self.discovery.covered_params, total_steps=self.config.total_steps,
                 notes=self.discovery.notes,
             )
         )  # fmt: skip
-        for text in self.clock.approximations:
+        for text in [*self.clock.approximations, *self.training.omissions]:
             self.journal.warn(text, text, 0)
 
     # ---------------------------------------------------------------------------------------------- the step
@@ -186,13 +184,14 @@ class Grower:
         ``loss`` is the user's training loss; it is read, never differentiated. ``batch`` is what was trained on, for
         twins; nothing else reads it.
         """
-        if self.clock.steps == self._last_step:
+        if self.clock.steps == self.loop.last_step:
             self._without_host_step()
             return
-        warn_if_misplaced(self.clock, self.journal, self._last_step)
-        self._last_step, self._calls_without_step = self.clock.steps, 0
-        step = self._last_step
-        self._losses.append(read_loss(loss))
+        warn_if_misplaced(self.clock, self.journal, self.loop.last_step)
+        self.loop.last_step, self.loop.calls_without_step, self.loop.skipped = self.clock.steps, 0, 0
+        step = self.loop.last_step
+        self.loop.losses.append(read_loss(loss))
+        self.guard.note(self.loop.losses[-1])
         self.kasmina.note_rows(step)
         with self.journal.timed("learn"):
             self.accounts.count_step()
@@ -205,23 +204,29 @@ class Grower:
             check_reports(self.kasmina, self.clock)
         at_decision = step % self.config.interval == 0
         if at_decision:
-            expel_damage(self.kasmina, self.stages, self._losses, self.journal, step)
+            self.guard.look(step)
         self._obey(step)
+        if self.clock.steps != step:
+            return  # everything was taken back to the end of an earlier step
         with self.journal.timed("advance"):
             self.stages.advance(step)
         if at_decision:
             self._decide(step)
+        if self.clock.steps != step:
+            return
         self.kasmina.watch((step + 1) % self.config.telemetry.every == 0)
+        with self.journal.timed("safety"):
+            self.guard.after_step(step)
 
     def submit(self, command: Command) -> None:
         """Queue a command; it is judged and applied inside the next :meth:`step`. Safe from any thread."""
-        self._commands.put(command)
+        self._orders.put(command)
 
     def stop(self, reason: str) -> None:
         """Start no further cohort. Those alive go on to their end, and so does training."""
         if self.stopped is None:
-            self.stopped = reason
-            self.journal.emit(Stopped(step=self._last_step, reason=reason))
+            self.loop.stopped = reason
+            self.journal.emit(Stopped(step=self.loop.last_step, reason=reason))
 
     def set_budget(self, params: int | None, flops_share: float | None) -> None:
         """Change the ceiling (``None`` removes it).
@@ -238,13 +243,13 @@ class Grower:
 
         Cohorts whose acceptance was confirmed become permanent if they still hold; all others are removed at once.
         """
-        step = self._last_step
+        step = self.loop.last_step
         self.stop("end of training")
         for cohort in [c for c in self.kasmina.cohorts.values() if c.state is Lifecycle.FINE_TUNING]:
             self.stages.decide_hold(cohort, step)
         for cohort in list(self.kasmina.cohorts.values()):
             self.stages.expel(cohort, step, "training ended before it was judged")
-        self._measure_held_out(step)
+        measure_held_out(self, step)
         self.trials.finish(step, self.stages.verdicts)
         self.journal.report_overhead(step)
 
@@ -265,6 +270,11 @@ class Grower:
         return tuple(self.stages.verdicts)
 
     @property
+    def stopped(self) -> str | None:
+        """Why growth ended; ``None`` while it goes on."""
+        return self.loop.stopped
+
+    @property
     def stopped_because(self) -> str:
         """Why growth ended, in a sentence."""
         return self.stopped or "growth has not stopped"
@@ -281,7 +291,7 @@ class Grower:
     def export(self, *, tolerance: float | None = None) -> nn.Module:
         """A plain copy of the grown model: wider layers, no Esper inside, checked equal on a held-out batch.
 
-        ``export_difference`` then holds how much the loss, and the output of each grown layer, differ (relative).
+        ``export_difference`` then holds how much the loss, the model's and each grown layer's output differ (relative).
 
         Raises
         ------
@@ -316,28 +326,15 @@ class Grower:
         ExportError
             When the wider layers would not compute the same (relative difference of the loss above ``tolerance``).
         """
-        return absorb_growth(self, tolerance=tolerance)
-
-    def rediscover(self) -> None:
-        """Find the sites anew after the model's own layers have changed. Every chunk is dormant; counts go on."""
-        old = self.kasmina
-        old.detach()
-        with undisturbed(self.model):
-            self.discovery = discover(self.model, self._evaluator.run_one, self.config.sites)
-            probe_flops = forward_flops(self.model, self._evaluator.run_one)
-        self.kasmina = Kasmina(self.model, self.discovery, self.config, adaptive=self.clock.adaptive)
-        self.kasmina.go_on_from(old)
-        self.accounts = Accounts(
-            self.model, self._evaluator, self.discovery, self.kasmina, probe_flops=probe_flops,
-            budget=self.accounts.budget,
-        )  # fmt: skip
-        self.judge.sites, self.stages.kasmina, self.trials.kasmina = self.kasmina.sites, self.kasmina, self.kasmina
-        self.kasmina.watch(True)
+        absorbed = absorb_growth(self, tolerance=tolerance)
+        self.guard.begin_anew(self.loop.last_step)
+        return absorbed
 
     def detach(self) -> None:
         """Remove every hook. Call :meth:`export` first to keep what was grown."""
         self.kasmina.detach()
         self.clock.detach()
+        self._shelf.close()
 
     def __repr__(self) -> str:
         return describe(self)
@@ -345,51 +342,25 @@ class Grower:
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(describe(self))}</pre>"
 
-    # ---------------------------------------------------------------------------------------------- decide
+    # ---------------------------------------------------------------------------------------------- how
 
     def _decide(self, step: int) -> None:
-        if step % self.config.held_out_every == 0 or math.isnan(self._held_out_initial):
-            with self.journal.timed("evidence"):
-                self._measure_held_out(step)
-        with self.journal.timed("observe"):
-            observation = self._observe(step)
-        loss = float(self._losses[-1]) if self._losses else math.nan
-        self.journal.publish(observation, self.kasmina.cohorts.values(), loss=loss, flops=self.ledger.total)
+        observation = look(self, step)
         if self.stopped is None:
             with self.journal.timed("decide"):
                 commands = self.controller.decide(observation)
             for command in commands:
-                apply(self, command, step, issuer="tamiyo")
-
-    def _observe(self, step: int) -> Observation:
-        return observe(
-            self.kasmina,
-            step=step,
-            total_steps=self.config.total_steps,
-            held_out=self.stages.held_out,
-            held_out_initial=self._held_out_initial,
-            host_flops=self.accounts.host_flops_per_step,
-            budget_params=self.accounts.budget.params,
-            budget_flops=self.accounts.budget_flops,
-            verdicts=self.stages.verdicts,
-            stopped=self.stopped,
-        )
+                if self.clock.steps == step:
+                    apply(self, command, step, issuer="tamiyo")
 
     def _obey(self, step: int) -> None:
-        while not self._commands.empty():
-            apply(self, self._commands.get(), step, issuer="operator")
-
-    def _measure_held_out(self, step: int) -> None:
-        loss = self.judge.held_out(self.config.evidence.held_out_batches)
-        self.stages.held_out = loss
-        if math.isnan(self._held_out_initial):
-            self._held_out_initial = loss
-        self.journal.emit(HeldOut(step=step, loss=loss, params=self.kasmina.params, flops=self.ledger.total))
-
-    # ---------------------------------------------------------------------------------------------- misuse
+        while self.clock.steps == step and (command := self._orders.take(step)) is not None:
+            apply(self, command, step, issuer="operator")
 
     def _without_host_step(self) -> None:
-        self._calls_without_step += 1
+        self.loop.calls_without_step += 1
         if self.clock.overflowed(stepped=False):
             self.kasmina.forget_gradients()
-        warn_if_stuck(self._calls_without_step, self.journal, self._last_step)
+            self.loop.skipped += 1
+            self.guard.skipped(self.loop.skipped, self.loop.last_step)
+        warn_if_stuck(self.loop.calls_without_step, self.journal, self.loop.last_step)

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from esper.kasmina.cohort import Cohort
 from esper.protocol import (
@@ -100,3 +101,16 @@ class Journal:
             self.emit(Overhead(step=step, num_steps=step - self._overhead_since, milliseconds=spent))
             self._seconds.clear()
             self._overhead_since = step
+
+    def remember(self, state: dict[str, Any]) -> None:
+        """What was said before a restore was said, although the restored run does not know of it."""
+        self._warned |= set(state["warned"])
+
+    def state(self) -> dict[str, Any]:
+        """What was said once, and when the last overhead was told (times belong to a process, not to the run)."""
+        return {"warned": sorted(self._warned), "overhead_since": self._overhead_since}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` has told."""
+        self._warned, self._overhead_since = set(state["warned"]), state["overhead_since"]
+        self._seconds.clear()

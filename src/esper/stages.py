@@ -6,12 +6,15 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from esper.config import Config
+from esper.errors import CONTAINED, contained
 from esper.evidence.judge import Judge
 from esper.evidence.paired import PairedResult
 from esper.evidence.ranking import best
@@ -19,7 +22,7 @@ from esper.evidence.shrinkage import shrink_gains
 from esper.fitting import Fitting
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.execution import Kasmina
-from esper.kasmina.host import HostClock
+from esper.kasmina.host import HostClock, stacked
 from esper.kasmina.ledger import Ledger
 from esper.kasmina.lifecycle import Gate, capture_gate, in_slot, is_active, ramp_gate, stability_gate
 from esper.kasmina.strategies import STRATEGIES, GraftContext, Move
@@ -42,6 +45,8 @@ class Stages:
     trials: Trials
     losses: deque[torch.Tensor]
     """Detached task losses of the last steps, oldest first."""
+    may_graft: Callable[[int], bool]
+    """Whether a cohort may be grafted now: it waits for the snapshot from before its graft."""
     held_out: float = NAN
     verdicts: list[Verdict] = field(default_factory=list[Verdict])
     looks: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
@@ -52,10 +57,23 @@ class Stages:
         """The isolated training, on the sites as they are now."""
         return Fitting(self.kasmina, self.ledger, self.config, self.emit, self.trials.step_flops)
 
+    def state(self) -> dict[str, Any]:
+        """What was decided so far, as a state tree."""
+        verdicts = [msgspec.to_builtins(verdict) for verdict in self.verdicts]
+        return {"held_out": self.held_out, "verdicts": verdicts, "looks": list(self.looks)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` has told."""
+        self.verdicts[:] = [msgspec.convert(plain, Verdict) for plain in state["verdicts"]]
+        self.held_out, self.looks[:] = state["held_out"], state["looks"]
+
     # ---------------------------------------------------------------------------------------------- the step
 
     def advance(self, step: int) -> None:
         """Give every cohort its turn; paused ones stand still (alpha as it is, timers stopped)."""
+        for number, what in self.kasmina.take_failures().items():
+            if number in self.kasmina.cohorts:
+                self.expel(self.kasmina.cohorts[number], step, f"its branch failed at {what}")
         if not self.kasmina.cohorts:
             self.clock.measure_gradients(())
             return
@@ -63,7 +81,10 @@ class Stages:
         if running:
             self.kasmina.table.tick()
         for cohort in running:
-            self._STAGES[cohort.state](self, cohort, step)
+            try:
+                self._STAGES[cohort.state](self, cohort, step)
+            except CONTAINED as error:
+                self.contain(cohort, step, error)
         self.clock.measure_gradients(
             {
                 name
@@ -100,7 +121,7 @@ class Stages:
         return False
 
     def _training(self, cohort: Cohort, step: int) -> None:
-        if self._given_up(cohort, step) or self._still_withheld(cohort, step):
+        if self._given_up(cohort, step) or self._still_withheld(cohort, step) or not self.may_graft(cohort.number):
             return
         for name in list(cohort.sites):
             gate = self.fitting.fit(cohort, name, step)
@@ -141,7 +162,7 @@ class Stages:
             self._ramp(cohort)
 
     def _stabilization(self, cohort: Cohort, step: int) -> None:
-        window = torch.stack(list(self.losses)).float().cpu().numpy() if self.losses else None
+        window = stacked(self.losses).cpu().numpy() if self.losses else None
         gate = stability_gate(window, steps=step - cohort.entered, min_steps=self.config.graft.stabilize_steps)
         if gate.passed:
             self._move(cohort, Lifecycle.EVALUATING, step, gate.reason)
@@ -232,6 +253,12 @@ class Stages:
         if target is Lifecycle.ROLLED_BACK or not in_forward:
             self.kasmina.remove(cohort, step, self.config.graft.embargo)
 
+    def contain(self, cohort: Cohort, step: int, error: BaseException) -> None:
+        """A plug-in or the evaluation has failed on a cohort: it leaves at once, the run goes on."""
+        reason = f"{cohort.state.name} failed with {contained(error)}"
+        if cohort.number in self.kasmina.cohorts:
+            self.expel(cohort, step, reason)
+
     def expel(self, cohort: Cohort, step: int, reason: str) -> None:
         """Take a cohort out at once, whatever its state: roll it back, or cut short the fading of one that ended."""
         if cohort.withheld_since is not None:
@@ -314,7 +341,7 @@ class Stages:
     def _ramp(self, cohort: Cohort) -> None:
         strategy = STRATEGIES[cohort.strategy]
         moves: list[Move] = []
-        losses = tuple(torch.stack(list(self.losses)).tolist()) if strategy.needs_losses and self.losses else ()
+        losses = tuple(stacked(self.losses).tolist()) if strategy.needs_losses and self.losses else ()
         for name in cohort.sites:
             context = GraftContext(
                 alpha=cohort.alpha,

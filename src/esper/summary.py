@@ -19,7 +19,9 @@ class Run(Protocol):
 
     kasmina: Kasmina
     discovery: Discovery
-    stopped: str | None
+
+    @property
+    def stopped(self) -> str | None: ...
 
     trials: Trials
 
@@ -38,10 +40,10 @@ class Run(Protocol):
 def describe(run: Run) -> str:
     """At most 15 lines: coverage, what was skipped and why, what is alive."""
     kasmina, infos = run.kasmina, run.sites()
-    covered = sum(info.weights for info in infos) / max(1, kasmina.host_params)
+    covered = run.discovery.covered_params / max(1, kasmina.host_params)
     grown = kasmina.params - kasmina.host_params
     lines = [
-        f"Grower: {len(infos)} sites covering {min(1.0, covered):.0%} of weights | "
+        f"Grower: {len(infos)} sites covering {covered:.0%} of weights | "
         f"{kasmina.host_params:,} host parameters, {grown:,} grown | state_dict keys unchanged"
     ]
     for info in infos[:6]:

@@ -7,9 +7,10 @@ is one that is not grafted. Its cost is booked as evidence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from torch import nn
 
@@ -85,6 +86,38 @@ class Trials:
     _windows: list[Window] = field(default_factory=list[Window])
     _kept: list[Kept] = field(default_factory=list[Kept])
     _watch: HostWatch | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Scores and open windows, as a state tree; :meth:`copies` tells of the rest."""
+        return {
+            "scored": [msgspec.to_builtins(event) for event in self.scored],
+            "windows": [asdict(window) for window in self._windows],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` has told."""
+        scored: list[Scored] = [msgspec.convert(plain, Scored) for plain in state["scored"]]
+        self.scored[:] = scored
+        self._windows[:] = [Window(**window) for window in state["windows"]]
+
+    def copies(self) -> dict[str, list[int]]:
+        """Cohorts with a twin, and those with a network kept for the audit.
+
+        Both are copies of the whole network, and nothing depends on them: they are no part of a state.
+        """
+        return {"twins": list(self.twins), "kept": [entry.cohort.number for entry in self._kept]}
+
+    def let_go(self, copies: dict[str, list[int]], step: int) -> None:
+        """After a restore: no twin goes on, networks still at hand stay for the audit, and what is lost is said."""
+        lost = sorted({*self.twins, *copies["twins"]})
+        for number in list(self.twins):
+            self._drop(number)
+        self._kept = [entry for entry in self._kept if entry.cohort.number in copies["kept"]]
+        unaudited = sorted({*copies["kept"]} - {entry.cohort.number for entry in self._kept})
+        for numbers, what in ((lost, "their twins get no score"), (unaudited, "they are not audited")):
+            if numbers:
+                text = ", ".join(map(str, numbers))
+                self.warn(f"restored {what} {text}", f"a restored run has no copies of cohorts {text}: {what}", step)
 
     # ---------------------------------------------------------------------------------------------- withholding
 

@@ -188,6 +188,16 @@ def test_every_variant_of_the_recipe_changes_what_is_shipped() -> None:
     assert changed["allocation: half the units"].tamiyo.growth == shipped.tamiyo.growth / 2
 
 
+def test_variants_that_are_no_setting_change_what_they_say() -> None:
+    preset, task = make_small(Source()), Task(name="small_rows", title="", make=make_small)
+    plan = Plan(task, seeds=(0,), source=Source(), code="test", steps=400)
+    absorbed, frozen = recipe.CHANGED_CODE.values()
+    grown = absorbed.train(preset, plan.cell(absorbed.name, 0, 1e-2, None), {}).outcome
+    assert grown.cohorts["accepted"] > 0 and min(grown.widths) > 2 and np.isfinite(grown.held_out)
+    stuck = frozen.train(preset, plan.cell(frozen.name, 0, 1e-2, None), {}).outcome
+    assert stuck.cohorts["accepted"] == 0, "a branch whose output starts at zero adds nothing unless it learns"
+
+
 def test_growing_for_three_quarters_of_the_final_shapes_flops() -> None:
     preset, steps = make_small(Source()), 400
     twin = Outcome(held_out=1.0, flops=2 * static_flops(preset, (6, 6), steps), params=0, seconds=0.0, widths=(6, 6))

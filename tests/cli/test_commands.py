@@ -51,6 +51,14 @@ def test_report_of_a_killed_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "not finished, last event of" in capsys.readouterr().out
 
 
+def test_report_of_a_run_killed_at_its_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "digits-02", finish=False)
+    first, *_ = (run / "events.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (run / "events.jsonl").write_text(first, encoding="utf-8")
+    assert main(["report", str(run)]) == 0
+    assert "so far     nothing measured yet" in capsys.readouterr().out.splitlines()
+
+
 def test_report_as_json_has_the_runs_summary(recorded_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(recorded_run), "--json", "-"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -91,13 +99,13 @@ def test_export_shows_what_was_checked(
     recorded_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write_export(run_dir: Path, out: Path) -> dict[str, Any]:
-        return {"path": str(out), "tensors": 6, "params": 1202, "max_difference": 0.0, "dtype": "float32"}
+        return {"path": str(out), "tensors": 6, "params": 1202, "loss_difference": 9.1e-8}
 
     monkeypatch.setattr("esper.runs.write_export", write_export, raising=False)
     assert main(["export", str(recorded_run), "-o", "my model"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "exported   my model",
-        "checked    read back | tensors 6 | params 1,202 | max difference 0 | dtype float32",
+        "checked    read back | tensors 6 | params 1,202 | loss difference 9.1e-08",
         "next       python 'my model/rebuild.py'",
     ]
     assert main(["export", str(recorded_run), "-o", "m", "--json", "-"]) == 0
@@ -131,7 +139,7 @@ def test_sites_lists_what_grows_and_why_the_rest_does_not(capsys: pytest.Capture
     assert capsys.readouterr().out.splitlines() == [
         "site  kind         in  hidden  out  chunks  weights",
         "0-2   linear span  64       8   10      10      610",
-        "1 site covering 610 weights | skipped 1",
+        "1 site | skipped 1",
         "  head: tied to embed",
     ]
     assert main(["sites", "--json", "-"]) == 0
@@ -155,7 +163,7 @@ def test_sites_of_the_users_own_data(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.usefixtures("_fake_sites")
 def test_sites_by_pattern(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sites", "--match", "he*"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "0 sites covering 0 weights | skipped 1"
+    assert capsys.readouterr().out.splitlines()[0] == "0 sites | skipped 1"
     assert main(["sites", "--match", "haed"]) == 2
     assert "'haed' matches none of 2; near: 'head' (1), 'head*' (1); list all" in capsys.readouterr().err
 

@@ -31,7 +31,7 @@ def fake_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
 
     def install(error: BaseException | None = None, *, starts: bool = True) -> None:
         def execute(
-            options: RunOptions, on_event: Callable[[AnyEvent], None], on_note: Callable[[str], None]
+            options: RunOptions, on_event: Callable[[AnyEvent], None], on_note: Callable[[str], None], on_past: object
         ) -> dict[str, Any]:
             events = run_events() if starts else []
             if starts:
@@ -188,10 +188,7 @@ def test_control_characters_in_names_do_not_reach_the_screen(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["rum"],
-            "esper: no command is called 'rum'; did you mean 'run'? known: run, report, export, sites, bench, doctor",
-        ),
+        (["rum"], "esper: no command is called 'rum'; did you mean 'run'? known: run, report, export, inspect, "),
         (["--verson"], "esper: no option is called '--verson'; did you mean '--version'?"),
         (["--print-completion"], "--print-completion takes one shell of bash, zsh, tcsh, fish, got ''"),
         (["--print-completion", "csh"], "--print-completion takes one shell of bash, zsh, tcsh, fish, got 'csh'"),
@@ -236,7 +233,7 @@ def test_run_started_alone_is_enough_for_the_first_line(
     fake_job: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def execute(
-        options: RunOptions, on_event: Callable[[AnyEvent], None], on_note: Callable[[str], None]
+        options: RunOptions, on_event: Callable[[AnyEvent], None], on_note: Callable[[str], None], on_past: object
     ) -> dict[str, Any]:
         on_event(RunStarted(step=0, run="digits-07", preset="digits", config={}, environment={}))
         return {"run_dir": "runs/digits-07"}
@@ -245,7 +242,7 @@ def test_run_started_alone_is_enough_for_the_first_line(
     monkeypatch.setattr("esper.runs.execute", execute, raising=False)
     assert main(["run"]) == 0
     out, err = capsys.readouterr()
-    assert "runs/digits-07" in err and out.startswith("so far\n")
+    assert "runs/digits-07" in err and out.startswith("so far ")
 
 
 def test_interrupt_while_a_command_is_still_loading(

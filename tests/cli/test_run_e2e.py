@@ -39,6 +39,7 @@ def test_run_then_report_then_export_then_rebuild_without_esper(esper: Esper, tm
 
     exported = esper("export", "runs/digits-01", "-o", "model")
     assert exported.returncode == 0, exported.stderr
+    assert "loss difference " in exported.stdout and "output difference " in exported.stdout
     again = esper("export", "runs/digits-01", "-o", "model")
     assert again.returncode == 1 and "new or empty" in again.stderr
 

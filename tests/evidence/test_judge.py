@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +15,12 @@ from torch import Tensor, nn
 
 from esper.config import EvidenceConfig
 from esper.errors import AttachError
+from esper.evidence import judge as judge_module
+from esper.evidence.control import Recorder, WithoutCohort
 from esper.evidence.evaluator import Evaluator
 from esper.evidence.judge import Judge
+from esper.evidence.tokens import stand_in_of
+from esper.kasmina.site import Site
 
 pytestmark = pytest.mark.component
 
@@ -162,8 +167,23 @@ def test_judging_leaves_no_trace(trial: Trial, normed: bool, request: pytest.Fix
     assert _same(before, _fingerprint(here))
 
 
+def _noting(flops: list[float]) -> Callable[[Recorder, Site], WithoutCohort]:
+    def stand_in(recorder: Recorder, site: Site) -> WithoutCohort:
+        flops.append(recorder.flops)
+        return stand_in_of(recorder, site)
+
+    return stand_in
+
+
+def test_a_regression_costs_its_products_and_an_eigenvalue_problem() -> None:
+    recorder = Recorder(1, 10, torch.Generator())
+    assert recorder.flops == 0.0
+    recorder._add(torch.ones(7, 3).double(), torch.ones(7, 2).double())
+    assert recorder.flops == 2 * 7 * 3 * (3 + 2) + 9 * 3**3 + 4 * 3**2 * 2
+
+
 @pytest.mark.parametrize("normed", [False, True])
-def test_every_forward_pass_is_paid_for(trial: Trial, normed: bool) -> None:
+def test_every_forward_pass_is_paid_for(trial: Trial, normed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     here = _normed_trial() if normed else trial
     calls: list[int] = []
 
@@ -174,10 +194,13 @@ def test_every_forward_pass_is_paid_for(trial: Trial, normed: bool) -> None:
     evaluator = Evaluator(here.model, counted, here.held_out, calibration_share=0.2, confirm_share=0.3, seed=0)
     evaluator.forward_cost = lambda num: 10.0 * num
     judge = Judge(evaluator, here.kasmina.sites, EvidenceConfig(), seed=0)
+    regressions: list[float] = []
+    monkeypatch.setattr(judge_module, "stand_in_of", _noting(regressions))
     calls.clear()
     judge.evaluate(COHORT, [here.site])
     judge.hold(COHORT, [here.site], held_out=1.0, flops_share=0.1)
-    assert evaluator.ledger.spent["evidence"] == 10.0 * len(calls)
+    assert len(regressions) == 2 and min(regressions) > 0, "a look and the hold have a stand-in each"
+    assert evaluator.ledger.spent["evidence"] == 10.0 * len(calls) + sum(regressions)
     assert evaluator.ledger.total == evaluator.ledger.spent["evidence"]
 
 

@@ -114,10 +114,10 @@ def test_rotation_restores() -> None:
     rotation = Rotation(range(10), 3)
     rotation.take()
     again = Rotation(range(10), 3)
-    again.restore(rotation.position)
+    again.restore(rotation.state())
     assert again.take() == rotation.take()
     with pytest.raises(EvidenceError, match="position must lie between 0 and 9, got 10"):
-        again.restore(10)
+        again.restore({"position": 10})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 
@@ -168,10 +169,29 @@ def _loss(value: float) -> Callable[[nn.Module, Tensor], Tensor]:
     return lambda model, batch: model(batch).sum() * value
 
 
+def test_the_check_measures_what_the_model_returns() -> None:
+    """Also where the loss does not show it: the largest difference as a share of the largest output."""
+
+    class Both(nn.Module):
+        def __init__(self, shift: float) -> None:
+            super().__init__()
+            self.shift = shift
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"a": x, "index": torch.zeros(2, dtype=torch.long), "b": 4 * x + torch.tensor([self.shift, 0.0])}
+
+    one, two = Both(0.0), Both(0.5)
+    found = check_equal(one, two, lambda m, b: m(b)["a"].sum(), torch.tensor([1.0, 2.0]), tolerance=0.0)
+    assert found.loss == 0.0 and found.output == 0.5 / 8
+    assert not one._forward_hooks and not two._forward_hooks
+
+
 def test_the_check_compares_both_and_refuses_a_difference(unchanged_rng: None) -> None:
     one, two = nn.Identity(), nn.Flatten(0)
     batch = torch.ones(4)
-    assert check_equal(one, two, _loss(1.0), batch, tolerance=0.0).loss == 0.0
+    found = check_equal(one, two, _loss(1.0), batch, tolerance=0.0)
+    assert found.loss == found.output == 0.0
+    assert math.isnan(check_equal(one, two, lambda m, b: b.sum(), batch, tolerance=0.0).output)  # calls no model
     with pytest.raises(ExportError, match=r"differs by 0\.25 \(relative\), allowed is 0\.1"):
         check_equal(one, nn.Softplus(), lambda m, b: b.sum() if m is one else b.sum() * 1.25, batch, tolerance=0.1)
     with pytest.raises(ExportError, match="nan"):

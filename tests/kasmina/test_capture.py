@@ -57,6 +57,20 @@ def test_rows_of_x_y_and_gradient_belong_together() -> None:
     assert rows.positions == 14
 
 
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 1 << 16))
+def test_no_row_is_drawn_twice_and_every_stretch_gives_its_share(total: int, wanted: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    capture = Capture(LINEAR, num_batches=1, rows_per_batch=wanted, generator=generator)
+    x = torch.arange(float(total))[:, None].expand(-1, 5)
+    y = torch.zeros(total, 6, requires_grad=True)
+    capture.record(x, y)
+    y.sum().backward()
+    drawn = capture.rows().x[:, 0].long()
+    size = min(total, wanted)
+    assert len(drawn) == size and len(torch.unique(drawn)) == size
+    assert all(int(row) in range(i * total // size, (i + 1) * total // size) for i, row in enumerate(drawn))
+
+
 def test_clusters_of_different_batches_differ() -> None:
     capture = _capture(batches=3)
     for i in range(3):

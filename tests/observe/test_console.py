@@ -139,3 +139,17 @@ def test_part_of_a_cohort_names_its_own_sites() -> None:
         step=2, cohort=0, seeds=(2,), source=Lifecycle.TRAINING, target=Lifecycle.CANCELLED, alpha=0.0, reason="asked",
     ))  # fmt: skip
     assert stream.getvalue() == "step 2     CANCELLED b: asked; removed\n"
+
+
+def test_a_restore_is_told() -> None:
+    stream = Stream()
+    console = Console(stream, Clock(), environ={})
+    console.on_event(
+        p.Restored(
+            step=45, to_step=29, cohort=1, verified=True, rewound=True, digest="ab",
+            reason="a non-finite loss: taken back to step 29, hash verified; the data went back too",
+        )
+    )  # fmt: skip
+    assert stream.getvalue() == (
+        "step 45    RESTORED  a non-finite loss: taken back to step 29, hash verified; the data went back too\n"
+    )

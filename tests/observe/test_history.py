@@ -142,3 +142,29 @@ def test_advantage_is_paired_by_seed() -> None:
     assert grown.arm == "grown" and grown.advantage is None
     assert small.advantage is not None and small.advantage.num == 2
     assert small.advantage.mean == pytest.approx(0.1) and small.advantage.half_width == pytest.approx(0.0, abs=1e-9)
+
+
+def test_what_was_taken_back_did_not_happen_but_that_it_was_taken_back_did() -> None:
+    incident = p.Incident(step=45, cohort=1, action="restored", reason="a non-finite loss")
+    restored = p.Restored(
+        step=45, to_step=29, cohort=1, verified=True, rewound=True, digest="ab", reason="taken back to step 29"
+    )
+    move = {"cohort": 1, "seeds": (0,), "reason": "r", "alpha": 1.0}
+    history = feed(
+        RunHistory(),
+        loss(20),
+        p.Transitioned(step=28, source=Lifecycle.GERMINATED, target=Lifecycle.TRAINING, **move),
+        p.Transitioned(step=30, source=Lifecycle.TRAINING, target=Lifecycle.GRAFTING, **move),
+        loss(40, 9.0),
+        p.Stopped(step=44, reason="s"),
+        incident,
+        restored,
+        p.Transitioned(step=29, source=Lifecycle.TRAINING, target=Lifecycle.ROLLED_BACK, **move),
+        loss(30, 2.0),
+    )
+    (run,) = history.seed_runs
+    assert [(e.step, e.loss) for e in run.train.items] == [(20, 1.0), (30, 2.0)]
+    assert [e.target for e in run.cohorts[1].transitions] == [Lifecycle.TRAINING, Lifecycle.ROLLED_BACK]
+    assert run.cohorts[1].state is Lifecycle.ROLLED_BACK and run.cohorts[1].ended_step == 29
+    assert run.incidents == [incident] and run.restores == [restored]
+    assert run.stopped is None and run.last_step == 30

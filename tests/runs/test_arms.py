@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from esper.config import Config
+from esper.errors import StateError
 from esper.kasmina.ledger import forward_flops
-from esper.protocol import AnyEvent, ArmFinished, Germinated, HeldOut, TrainLoss
-from esper.runs import RunOptions
+from esper.protocol import AnyEvent, ArmFinished, Germinated, HeldOut, Restored, TrainLoss
+from esper.runs import RunOptions, arms
 from esper.runs.arms import Cell, Trained, configure, equal_flops_widths, score, train
+from esper.runs.cell_store import CellStore
 from esper.runs.hosts import build, widen
 from esper.runs.preset import Preset
 from esper.runs.presets import make_preset
@@ -107,3 +111,61 @@ def test_what_was_asked_for_goes_over_the_settings_of_the_preset() -> None:
     assert (config.tamiyo.temper, config.tamiyo.controller, config.tamiyo.growth) == ("aggressive", "schedule", 3.0)
     assert (config.fit.start, config.budget.params, config.seed, config.total_steps) == ("random_zero", 900, 4, 50)
     assert configure(Config(), RunOptions(), seed=0) == Config()
+
+
+def test_a_run_that_is_taken_back_trains_as_if_nothing_had_happened(
+    digits: Preset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches and learning rates go back with the steps: the small host ends where it does without a grower."""
+    growers: list[Any] = []
+    original = arms.Grower
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        growers.append(original(*args, **kwargs))
+        return growers[-1]
+
+    monkeypatch.setattr(arms, "Grower", noted)
+    settings = ("tamiyo.first=10", "graft.embargo=1000", "capture.batches=2", "fit.steps=10", "tamiyo.last_share=0.4")
+    options = RunOptions(settings=settings, start="random_zero")
+    events: list[AnyEvent] = []
+
+    def watch(event: AnyEvent) -> None:
+        events.append(event)
+        if isinstance(event, TrainLoss) and event.step == 20:
+            for site in growers[0].kasmina.sites.values():
+                for bank in site.banks.values():
+                    bank.params["w1"].data[0, 0, 0] = float("nan")
+
+    trained = train(cell(steps=60, options=options), digits, watch)
+    restored = [event for event in events if isinstance(event, Restored)]
+    assert len(restored) == 1 and restored[0].verified and restored[0].rewound and restored[0].to_step < 20
+    assert trained.cohorts["rolled_back"] == trained.cohorts["germinated"] == 1
+    plain = train(cell("static_small", steps=60), digits, lambda event: None)
+    assert all(torch.equal(value, trained.weights[name]) for name, value in plain.weights.items())
+
+
+def test_a_finished_training_is_kept_whole(tmp_path: Path) -> None:
+    """Every field of a result comes back, also those that are still to be invented."""
+    cell = Cell(
+        arm="grown", seed=1, lr=0.01, steps=10, widths=(8, 8), options=RunOptions(), device="cpu", size="cpu"
+    )  # fmt: skip
+    trained = Trained(
+        cell=cell, held_out=0.5, params=3, flops=7.0, seconds=2.0, widths=(9, 8), flops_parts={"host": 1.0},
+        cohorts={"germinated": 2}, stopped="patience", weights={"a": torch.arange(3.0)}, layers={"a": {"out": 3}},
+        events=[HeldOut(step=1, loss=float("nan"), params=1, flops=1.0)], score=0.25, loss=0.75,
+    )  # fmt: skip
+    for field in dataclasses.fields(trained):
+        if isinstance(getattr(trained, field.name), dict) and not getattr(trained, field.name):
+            setattr(trained, field.name, {"filled": 1.0})
+    store = CellStore(tmp_path, cell, 10.0)
+    store.finish(trained)
+    store.close()
+    again = CellStore(tmp_path, cell, 10.0)
+    finished = again.finished
+    assert finished is not None and again.progress is None
+    back = Trained(cell=cell, **finished)
+    again.close()
+    assert repr(back) == repr(trained)
+    other = dataclasses.replace(cell, widths=(8, 16))
+    with pytest.raises(StateError, match="resumed with the settings it was saved with"):
+        CellStore(tmp_path, other, 10.0)

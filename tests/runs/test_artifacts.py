@@ -13,8 +13,10 @@ from tests.runs.test_hosts import LAYERS, SPECS
 
 from esper.errors import DataError, ExportError
 from esper.runs import load_grown, write_export
-from esper.runs.artifacts import write_json
+from esper.runs.arms import Cell, Trained, load_preset
+from esper.runs.artifacts import write_json, write_model
 from esper.runs.hosts import build, widen
+from esper.runs.options import RunOptions
 
 pytestmark = pytest.mark.component
 
@@ -68,10 +70,10 @@ assert not any(name.partition(".")[0] == "esper" for name in sys.modules)
 def test_an_export_loads_and_computes_the_same_without_esper(
     tmp_path: Path, kind: str, run_python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    run_dir, out = finished(tmp_path / "run", kind), tmp_path / "deep" / "model"
+    run_dir, out = finished(tmp_path / "run", kind, loss_difference=1e-7), tmp_path / "deep" / "model"
     result = write_export(run_dir, out)
     assert result == {
-        "path": str(out), "tensors": len(load_file(out / "model.safetensors")), "params": 7, "max_difference": 0.0,
+        "path": str(out), "tensors": len(load_file(out / "model.safetensors")), "params": 7, "loss_difference": 1e-7,
     }  # fmt: skip
     _, grown, _ = load_grown(run_dir)
     x = SPECS[kind][1]
@@ -112,6 +114,28 @@ def test_an_export_that_reads_back_otherwise_is_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr("esper.runs.artifacts.save_file", lossy)
     with pytest.raises(ExportError, match="must read back equal, 1 tensors differ; check the disk"):
         write_export(finished(tmp_path / "run"), tmp_path / "out")
+
+
+def test_a_model_that_reads_back_otherwise_does_not_replace_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"the one before")
+
+    def torn(state: dict[str, torch.Tensor], path: Path) -> None:
+        save_file({name: torch.nextafter(value, value + 1) for name, value in state.items()}, path)
+
+    cell = Cell(arm="grown", seed=0, lr=1e-3, steps=10, widths=(8, 8), options=RunOptions(), device="cpu", size="cpu")
+    weights = {"w": torch.tensor([0.0, float("nan")]), "scale": torch.tensor(2.0), "none": torch.zeros(0)}
+    trained = Trained(cell, 0.5, 3, 1.0, 1.0, (8, 8), weights=weights)
+    preset = load_preset(RunOptions(), "cpu", "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr("esper.runs.artifacts.save_file", torn)
+        with pytest.raises(ExportError, match="must read back equal, 2 tensors differ"):
+            write_model(tmp_path, preset, trained)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_bytes() == b"the one before"
+    write_model(tmp_path, preset, trained)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(weights)
 
 
 def test_json_is_written_whole(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from esper.observe.event_log import read_events
 from esper.protocol import AnyEvent, ArmFinished, RunFinished, RunStarted
 from esper.runs import RunOptions, execute, load_grown
 from esper.runs.arms import ARMS
-from esper.runs.job import claim_directory
+from esper.runs.directory import claim_directory
 from esper.runs.presets.digits import Digits
 
 pytestmark = pytest.mark.integration

@@ -1,15 +1,11 @@
-"""``gromo_tiny`` and ``gromo_gradmax``: the methods of TINY (Verbockhaven et al., 2024) and GradMax (Evci et al., 2022)
-as the ``gromo`` package (0.1.0) implements them, on the tasks whose host is an MLP of equal inner widths.
+"""``gromo_tiny`` and ``gromo_gradmax``: TINY (Verbockhaven et al., 2024) and GradMax (Evci et al., 2022) as the package
+``gromo`` implements them (:mod:`esper.runs.peers.gromo`), on the tasks whose host is an MLP of equal inner widths.
 
 The package leaves open when to grow, by how much, and when to stop. Here it grows to the final widths of the grown
 training of the same seed, in :data:`ROUNDS` rounds spread evenly over the first :data:`GROWING` of training, one layer
-after the other, by its documented loop: statistics over batches, the optimal update, a line search of its scale on
-those batches, the change. Neither method can add more units at a time than the rank of its statistics (the layer's
-outputs among others), so they may end narrower: by one unit a round before a single output. The optimizer is made anew
-after every growth, as its old one holds tensors that are no longer the model's.
-
-Three things differ from the package's examples, each in the peer's favour: no singular value is too small to be used,
-the line search does not try a scale of zero (units of no weight at all never learn), and ReLU has slope 1 at zero.
+after the other. Neither method can add more units at a time than the rank of its statistics (the layer's outputs among
+others), so they may end narrower: by one unit a round before a single output. The optimizer is made anew after every
+growth, as its old one holds tensors that are no longer the model's.
 
 ``gromo_tiny_equal_flops`` and ``gromo_gradmax_equal_flops`` grow to as many units as make the whole training cost what
 the grown one of the same seed did (estimated by growing an untrained network).
@@ -23,74 +19,39 @@ from __future__ import annotations
 import functools
 import math
 import time
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from benchmarks.training.protocol.arms import Arm, Given, Result, final_shape, register_arm
 from benchmarks.training.protocol.cells import Cell, Outcome
-from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.kasmina.ledger import forward_flops
+from esper.runs.peers import gromo
 from esper.runs.preset import Preset
 
 ROUNDS, GROWING = 16, 0.4
-STATISTICS_BATCHES, SEARCH_BATCHES = 16, 8
-SCALES = (1.0, 0.5, 0.1)  # the largest wins a tie: GradMax's units change nothing at first, whatever their scale
+STATISTICS_BATCHES = 16
 TRIES = 5
 """Widths that are tried to meet a cost."""
-THRESHOLD = 0.0  # of singular values; the package's default (1e-3) fits sums of gradients, and adds one unit on means
-METHODS: dict[str, dict[str, bool]] = {
-    "gromo_tiny": {
-        "compute_delta": False, "use_covariance": True, "alpha_zero": False, "omega_zero": False,
-        "use_projection": True, "ignore_singular_values": False,
-    },
-    "gromo_gradmax": {
-        "compute_delta": False, "use_covariance": False, "alpha_zero": True, "omega_zero": False,
-        "use_projection": False, "ignore_singular_values": True,
-    },
-}  # fmt: skip
-
-
-class ReLU(nn.Module):
-    """ReLU with slope 1 at zero, as GradMax asks for: its units start with inputs of zero and would stay dead."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.where(x >= 0, x, torch.zeros_like(x))
-
-
-class Extended(nn.Module):
-    """The model with the update that is being tried, for the line search."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model.extended_forward(x)
 
 
 class Peer:
     """One training; ``flops`` and the model's optimizer are kept current as it grows."""
 
     def __init__(self, preset: Preset, cell: Cell, target: Sequence[int], method: str) -> None:
-        from gromo.containers.growing_mlp import GrowingMLP
-
         spec = preset.spec(preset.small_widths)
         self.preset, self.cell, self.target, self.method = preset, cell, tuple(target), method
         torch.manual_seed(cell.seed)
-        self.model = GrowingMLP(
-            in_features=spec["in_features"], out_features=spec["num_classes"], hidden_size=preset.small_widths[0],
-            number_hidden_layers=len(preset.small_widths), activation=ReLU(), device=preset.device,
-        )  # fmt: skip
+        self.model = gromo.growing_mlp(
+            spec["in_features"], preset.small_widths[0], len(preset.small_widths), spec["num_classes"], preset.device
+        )
         self.parts = {"host": 0.0, "growth": 0.0}
         self.renew()
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return tuple(layer.out_features for layer in self.model.layers[:-1])
+        return gromo.widths(self.model)
 
     def renew(self) -> None:
         """A new optimizer, and the cost of a step at the present size."""
@@ -126,29 +87,7 @@ class Peer:
     def _grow_layer(self, index: int, units: int, round_number: int) -> None:
         first = self.cell.steps + round_number * STATISTICS_BATCHES  # batches that no step is made with
         batches = [self.preset.train_batch(self.cell.seed, first + number) for number in range(STATISTICS_BATCHES)]
-        model = self.model
-        model.eval()
-        model.set_growing_layers(index=index)
-        model.init_computation()
-        for batch in batches:
-            model.zero_grad(set_to_none=True)
-            self.preset.loss(model, batch).backward()
-            model.update_computation()
-        model.compute_optimal_updates(
-            maximum_added_neurons=units, statistical_threshold=THRESHOLD, **METHODS[self.method]
-        )
-        model.dummy_select_update()
-        extended = Extended(model)
-        losses: list[float] = []
-        with torch.no_grad():
-            for scale in SCALES:
-                model.set_scaling_factor(scale)
-                losses.append(sum(float(self.preset.loss(extended, batch)) for batch in batches[:SEARCH_BATCHES]))
-        model.set_scaling_factor(SCALES[losses.index(min(losses))])
-        model.apply_change()
-        model.reset_computation()
-        model.zero_grad(set_to_none=True)
-        model.train()
+        gromo.grow_layer(self.model, index, units, batches, self.preset.loss, self.method)
 
     def result(self, seconds: float, *, diverged: bool) -> Result:
         preset, model = self.preset, self.model.eval()
@@ -168,8 +107,7 @@ class Peer:
 
 def train(preset: Preset, cell: Cell, given: Given, *, method: str) -> Result:
     started = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"gromo\.")  # said of singular matrices at every growth
+    with gromo.quiet():
         peer = Peer(preset, cell, given["widths"], method)
         finite = _train(peer)
         return peer.result(time.perf_counter() - started, diverged=not finite)
@@ -194,8 +132,7 @@ def _train(peer: Peer) -> bool:
 def cost(preset: Preset, method: str, target: Sequence[int], steps: int) -> float:
     """FLOPs of a whole training that grows to ``target``, without its training."""
     cell = Cell(task=preset.name, arm=method, lr=0.0, seed=0, steps=steps, size="", code="")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"gromo\.")
+    with gromo.quiet():
         peer, total, last = Peer(preset, cell, target, method), 0.0, 0
         for step, number in sorted(_moments(steps).items()):
             total, last = total + (step - last) * peer.step_flops, step

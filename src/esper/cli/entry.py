@@ -19,7 +19,10 @@ COMMANDS = {
     "run": ("esper.cli.run", "Run", "Train a preset, let it grow, and compare it with controls."),
     "report": ("esper.cli.report", "Report", "Write a run's report again and print its summary."),
     "export": ("esper.cli.export", "Export", "Write a grown model as an ordinary PyTorch model."),
+    "inspect": ("esper.cli.inspect", "Inspect", "Show what a checkpoint or a run holds and check every file of it."),
     "sites": ("esper.cli.sites", "Sites", "List where a model can grow, and why not elsewhere."),
+    "trials": ("esper.cli.trials", "Trials", "Grow many small hosts and count what growth does to them."),
+    "soak": ("esper.cli.soak", "Soak", "Train and grow small hosts without a rest and watch for what leaks."),
     "bench": ("esper.cli.bench", "Bench", "Measure what Esper costs on this machine."),
     "doctor": ("esper.cli.doctor", "Doctor", "Check that this installation works."),
 }

@@ -17,7 +17,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-EXTRAS = {"sklearn": ("scikit-learn", "demo"), "triton": ("triton", "triton")}
+EXTRAS = {"sklearn": ("scikit-learn", "demo"), "triton": ("triton", "triton"), "gromo": ("gromo", "bench")}
 """Module to (distribution, extra of esper-morph that brings it)."""
 
 

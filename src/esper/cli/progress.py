@@ -26,11 +26,15 @@ def run_visibly(options: RunOptions, context: Context) -> Outcome:
     history = RunHistory()
     console = Console(sys.stderr)
 
-    def on_event(event: AnyEvent) -> None:
+    def on_past(event: AnyEvent) -> None:
         history.apply(Record(v=SCHEMA_VERSION, seq=history.num_events, time=0.0, event=event))
         if isinstance(event, RunStarted):
             context.run_dir = _run_dir(options, event)
-            write_lines([_first_line(context.run_dir)], sys.stderr)
+
+    def on_event(event: AnyEvent) -> None:
+        on_past(event)
+        if isinstance(event, RunStarted):
+            write_lines([_first_line(_run_dir(options, event))], sys.stderr)
         elif not isinstance(event, RunFinished):  # the outcome says it, on standard output
             console.on_event(event)
 
@@ -40,7 +44,7 @@ def run_visibly(options: RunOptions, context: Context) -> Outcome:
         with warnings.catch_warnings():
             # Each of Esper's own warnings is an event too, and the console has shown it.
             warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"esper\.")
-            summary = execute(options, on_event, console.on_note)
+            summary = execute(options, on_event, console.on_note, on_past)
     finally:
         console.close()
     lines = [*result_lines(history), next_line(Path(summary["run_dir"]), has_report=False)]

@@ -17,8 +17,8 @@ _PRESETS_OWN = "the preset's"
 class Run:
     """Train a preset, let it grow, and compare it with controls.
 
-    Writes runs/PRESET-NN with events.jsonl, config.json, report.html and the grown model. Without options: digits,
-    offline, about a minute on two cores.
+    Writes runs/PRESET-NN with events.jsonl, config.json, report.html and the grown model. The same command resumes a
+    run that was interrupted. Without options: digits, offline, about a minute on two cores.
     """
 
     preset: Annotated[
@@ -83,6 +83,12 @@ class Run:
     ] = ()  # fmt: skip
     seed: Annotated[int, Option(metavar="N", help="First seed.")] = 0
     jobs: Annotated[int, Option(metavar="N", help="Trainings at a time, each in a process of its own.")] = 1
+    checkpoint_every: Annotated[
+        float, Option(metavar="SECONDS", help="At most so much of a training is lost when it is interrupted.")
+    ] = 10.0
+    fresh: Annotated[
+        bool, Option(help="Begin anew; an earlier run in --run-dir DIR is put away as DIR.1.", default="no: resume")
+    ] = False
     json: JsonPath = None
 
     def options(self) -> RunOptions:

@@ -107,9 +107,8 @@ def _lines(sites: Sequence[SiteInfo], skipped: Sequence[Skipped], width: int | N
         for site in sites
     ]  # fmt: skip
     lines = table(_HEAD, rows, width=width, numbers=range(2, len(_HEAD))) if rows else []
-    covered = sum(site.weights for site in sites)
     plural = "" if len(sites) == 1 else "s"
-    lines.append(f"{len(sites)} site{plural} covering {magnitude(covered)} weights | skipped {len(skipped)}")
+    lines.append(f"{len(sites)} site{plural} | skipped {len(skipped)}")
     lines += [f"  {item.name}: {item.reason}" for item in skipped]
     return lines
 

@@ -7,7 +7,7 @@ before the graft, which has never seen it and so cannot.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +25,20 @@ class HostBefore:
         tensors: list[Tensor] = [*model.parameters(), *(value for bank in banks for value in bank.params.values())]
         self._pairs = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
+    def state(self, names: Mapping[int, str]) -> dict[str, Tensor]:
+        """The copies by the names of what they are copies of (``names`` by the tensors' id); not copied again.
+
+        What has left the network since then is left out: it would not run.
+        """
+        return {names[id(tensor)]: before for tensor, before in self._pairs if id(tensor) in names}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> HostBefore:
+        """The copies that :meth:`state` has told of, for a network with these tensors."""
+        before = object.__new__(cls)
+        before._pairs = [(tensors[name], copy.to(tensors[name].device)) for name, copy in state.items()]
+        return before
+
     @contextmanager
     def restored(self) -> Generator[None, None, None]:
         """The network as it was then, the judged cohort as it is now; weights are the same tensors again on exit."""
@@ -36,6 +50,17 @@ class HostBefore:
         finally:
             for (tensor, _), data in zip(self._pairs, now, strict=True):
                 tensor.data = data
+
+
+def tensors_by_name(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+    """Every parameter of the network as it is now: the host's, and those of all that grows."""
+    found: dict[str, Tensor] = {f"host/{name}": value for name, value in model.named_parameters()}
+    for name, site in sites.items():
+        banks = {f"permanent/{number}": bank for number, bank in enumerate(site.permanent)}
+        banks.update({f"cohort/{cohort}": bank for cohort, bank in site.banks.items()})
+        for place, bank in banks.items():
+            found.update({f"{name}/{place}/{key}": value for key, value in bank.params.items()})
+    return found
 
 
 def only_folds(sites: dict[str, Site], cohort: int) -> bool:

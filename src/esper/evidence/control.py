@@ -74,6 +74,15 @@ class Recorder:
         self.sums: list[Tensor] = []
         """Features (F), added (O), features x features, features x added, added squared (a number)."""
 
+    @property
+    def flops(self) -> float:
+        """FLOPs of the regression that follows: products over the rows, an eigenvalue problem (9 n^3, Golub & Van Loan
+        8.3), and the solution in its basis."""
+        if not self.sums:
+            return 0.0
+        features, added = self.sums[0].numel(), self.sums[1].numel()
+        return 2.0 * self.rows * features * (features + added) + 9.0 * features**3 + 4.0 * features**2 * added
+
     def leave(self, site: Site, x: Tensor, layer_input: Tensor, y: Tensor, training: bool) -> Tensor:
         without = site.compose(x, y, site.grafted - {self.cohort}, training=training)
         out = site.compose(x, y, site.grafted, training=training)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from esper.config import EvidenceConfig
-from esper.errors import AttachError
+from esper.errors import AttachError, EsperError
 from esper.evidence.eprocess import fewest_differences
 from esper.evidence.fdr import OnlineFDR
 from esper.evidence.splits import MIN_PART, Splits, split_batches
 from esper.kasmina.isolation import preserved_rng, undisturbed
 from esper.kasmina.ledger import Ledger
+from esper.kasmina.tracing import tensors_in
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -49,6 +52,14 @@ class Evaluator:
         seed: int,
         min_gate: int = MIN_PART,
     ) -> None:
+        if not callable(loss):
+            raise AttachError(
+                f"loss must be a function loss(model, batch) that returns the mean loss, got {type(loss).__name__}"
+            )
+        if not isinstance(batches, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers need not type-check
+            raise AttachError(
+                f"evaluate must be a list of held-out batches or a DataLoader, got {type(batches).__name__}"
+            )
         self.model = model
         self.loss = loss
         with preserved_rng():
@@ -61,7 +72,8 @@ class Evaluator:
         self.splits = split_batches(len(self.batches), calibration_share, confirm_share, seed, min_gate)
         self.forward_cost: Callable[[int], float] = lambda num: 0.0
         self.ledger = Ledger()
-        first = self.losses([0])[0]
+        with _named_call(model, self.batches[0]):
+            first = self.losses([0])[0]
         if not math.isfinite(first):
             raise AttachError(
                 f"the loss on held-out batches must be a finite scalar, got {first}; check evaluate= and loss="
@@ -115,4 +127,24 @@ class Evaluator:
                 f"loss(model, batch) must return one number, got a tensor of shape {tuple(value.shape)}; "
                 "return the mean over the batch"
             )
-        return float(value)
+        if isinstance(value, Tensor) and not value.is_complex():
+            return float(value)
+        if isinstance(value, (int, float, np.number)):
+            return float(value)
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise AttachError(f"loss(model, batch) must return one number, got {kind}; return the mean loss alone")
+
+
+@contextmanager
+def _named_call(model: nn.Module, batch: Any) -> Generator[None, None, None]:
+    """Say of an error in the user's code which call has met it."""
+    try:
+        yield
+    except EsperError:
+        raise
+    except Exception as error:
+        here = next(model.parameters()).device
+        devices = sorted({str(tensor.device) for tensor in tensors_in(batch)} - {str(here)})
+        moved = f"; the batch is on {', '.join(devices)}, the model on {here}: move one of them" if devices else ""
+        error.add_note(f"Esper called loss(model, batch) with the first batch of evaluate={moved}")
+        raise

@@ -70,17 +70,16 @@ class OnlineFDR:
         self._num_rejected += int(rejected)
 
     def state(self) -> dict[str, float | int]:
-        """Return everything that :meth:`from_state` needs, as plain numbers."""
+        """Return everything that :meth:`restore` needs, as plain numbers."""
         return {"level": self.level, "num_tests": self._num_tests, "num_rejected": self._num_rejected}
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, float | int]) -> OnlineFDR:
-        """Rebuild from :meth:`state`.
+    def restore(self, state: Mapping[str, float | int]) -> None:
+        """Go on from what :meth:`state` has told.
 
         Raises
         ------
         EvidenceError
-            A key is missing, or the counts contradict each other.
+            A key is missing, the level is another one, or the counts contradict each other. Nothing was changed.
         """
         missing = {"level", "num_tests", "num_rejected"} - set(state)
         if missing:
@@ -88,12 +87,14 @@ class OnlineFDR:
                 f"the state must hold level, num_tests and num_rejected, {sorted(missing)} is missing; "
                 "pass what OnlineFDR.state() returned"
             )
+        if state["level"] != self.level:
+            raise EvidenceError(
+                f"a rate once begun keeps its level {self.level}, got {state['level']!r}; build it with that level"
+            )
         num_tests, num_rejected = int(state["num_tests"]), int(state["num_rejected"])
         if not 0 <= num_rejected <= num_tests:
             raise EvidenceError(
                 f"num_rejected must lie between 0 and num_tests={num_tests}, got {num_rejected}; "
                 "pass what OnlineFDR.state() returned"
             )
-        fdr = cls(float(state["level"]))
-        fdr._num_tests, fdr._num_rejected = num_tests, num_rejected
-        return fdr
+        self._num_tests, self._num_rejected = num_tests, num_rejected

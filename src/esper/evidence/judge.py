@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from esper.config import EvidenceConfig
-from esper.evidence.before import HostBefore, only_folds, smaller
+from esper.evidence.before import HostBefore, only_folds, smaller, tensors_by_name
 from esper.evidence.control import Recorder, WithoutCohort, probing, recalibrated
 from esper.evidence.eprocess import PairedEProcess, robust_scale
 from esper.evidence.evaluator import Evaluator
@@ -87,6 +88,28 @@ class Judge:
         self._before.pop(cohort, None)
         if self._earlier.pop(cohort, None) is not None:
             self.fdr.record(False)
+
+    def state(self) -> dict[str, Any]:
+        """Tests so far, positions and draws, as a state tree; the tensors are its own, not copies."""
+        names = {id(value): name for name, value in tensors_by_name(self.evaluator.model, self.sites).items()}
+        return {
+            "fdr": self.fdr.state(),
+            "confirm": self.confirm.state(),
+            "generator": self.generator.get_state(),
+            "turn": self._turn,
+            "before": {cohort: before.state(names) for cohort, before in self._before.items()},
+            "earlier": {cohort: list(looks) for cohort, looks in self._earlier.items()},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` has told, once the sites do. It takes over the tensors."""
+        tensors = tensors_by_name(self.evaluator.model, self.sites)
+        self._before = {cohort: HostBefore.of(kept, tensors) for cohort, kept in state["before"].items()}
+        self.fdr.restore(state["fdr"])
+        self.confirm.restore(state["confirm"])
+        self.generator.set_state(state["generator"].cpu())
+        self._turn = state["turn"]
+        self._earlier = {cohort: list(looks) for cohort, looks in state["earlier"].items()}
 
     # ---------------------------------------------------------------------------------------------- the tests
 
@@ -209,6 +232,7 @@ class Judge:
         recorders = {name: recorder_for(self.sites[name], cohort, rows, self.generator) for name in members}
         self._arm(recorders, self.calibration)
         projected = {name: stand_in_of(recorders[name], self.sites[name]) for name in members}
+        self.evaluator.ledger.add("evidence", sum(recorder.flops for recorder in recorders.values()))
         if not any(probe.stands_in for probe in projected.values()):
             return _Control(plain)
         losses = [float(np.mean(self._arm(arm, self.calibration))) for arm in (plain, projected)]

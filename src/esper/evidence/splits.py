@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,14 +137,19 @@ class Rotation:
         self.position = (self.position + self.window) % size
         return taken
 
-    def restore(self, position: int) -> None:
-        """Continue from a saved :attr:`position`.
+    def state(self) -> dict[str, int]:
+        """Return everything that :meth:`restore` needs."""
+        return {"position": self.position}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on from what :meth:`state` has told.
 
         Raises
         ------
         EvidenceError
             The position lies outside the batches.
         """
+        position = state["position"]
         if not 0 <= position < len(self._indices):
             raise EvidenceError(
                 f"position must lie between 0 and {len(self._indices) - 1}, got {position!r}; "

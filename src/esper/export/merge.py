@@ -20,19 +20,23 @@ from esper.kasmina.hooks import strip
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.layer_kinds import first_output
 from esper.kasmina.layers import features, is_batch_norm, is_growable, sizes
+from esper.kasmina.tracing import tensors_in
 
 
 @dataclass(frozen=True)
 class Difference:
     """Largest difference between grown and exported model: of the loss, relative; and what was allowed.
 
-    ``layers`` holds, by name, the largest difference in the output of each layer that growth was merged into, as a
-    share of its largest output: what rounding of the merged weights (and of all before them) comes to.
+    ``output`` is that of the tensors which the model returns, as a share of the largest output (NaN where the loss does
+    not call the model itself). ``layers`` holds, by name, the largest difference in the output of each layer that
+    growth was merged into, as a share of its largest output: what rounding of the merged weights (and of all before
+    them) comes to.
     """
 
     loss: float
     tolerance: float
     layers: dict[str, float] = field(default_factory=dict[str, float])
+    output: float = math.nan
 
 
 def merged(model: nn.Module, kasmina: Kasmina) -> nn.Module:
@@ -147,14 +151,19 @@ def check_equal(
     """
     plans = list(plans)
     with undisturbed(grown), undisturbed(plain):
-        one, before = _run(grown, loss, batch, plans)
+        one, before, outputs = _run(grown, loss, batch, plans)
         try:
-            two, after = _run(plain, loss, batch, plans)
+            two, after, same = _run(plain, loss, batch, plans)
         except AttributeError as error:
             raise ExportError(
                 f"a layer with branches beside it must be used by calling it, but the model reads more ({error}); "
                 "leave that layer out (SitesConfig(exclude=...)), or grow 'affine' or 'low_rank' there, which fold in"
             ) from error
+    if not math.isfinite(one):
+        raise ExportError(
+            "an exported model is compared with the grown one on a held-out batch, whose loss must be finite, got "
+            f"{one}: training has diverged, or the batch holds such values; go back to weights that were sound"
+        )
     difference = abs(one - two) / max(abs(one), 1e-12)
     if not math.isfinite(difference) or difference > tolerance:
         raise ExportError(
@@ -162,14 +171,17 @@ def check_equal(
             f"{tolerance:g}; report this, or raise tolerance= if the model computes in low precision"
         )
     layers = {name: _relative(before[name], after[name]) for name in before if name in after}
-    return Difference(difference, tolerance, layers)
+    pairs = [pair for pair in zip(outputs, same, strict=False) if pair[0].is_floating_point()]
+    output = max((_relative(*pair) for pair in pairs), default=math.nan)
+    return Difference(difference, tolerance, layers, output)
 
 
 def _run(
     model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any, plans: list[SitePlan]
-) -> tuple[float, dict[str, Tensor]]:
-    """The loss of one batch, and the outputs of some layers by name (the features that the host's layer had)."""
+) -> tuple[float, dict[str, Tensor], list[Tensor]]:
+    """The loss of one batch, outputs of some layers by name (the features the host's layer had), the model's own."""
     outputs: dict[str, Tensor] = {}
+    returned: list[Tensor] = []
 
     def keep(plan: SitePlan) -> Callable[[nn.Module, object, Any], None]:
         def hook(_module: nn.Module, _args: object, y: Any) -> None:
@@ -179,9 +191,13 @@ def _run(
 
         return hook
 
+    def keep_returned(_module: nn.Module, _args: object, y: Any) -> None:
+        returned[:] = [tensor.detach() for tensor in tensors_in(y)]
+
     handles = [model.get_submodule(plan.tail_name).register_forward_hook(keep(plan)) for plan in plans]
+    handles.append(model.register_forward_hook(keep_returned))
     try:
-        return float(loss(model, batch)), outputs
+        return float(loss(model, batch)), outputs, returned
     finally:
         for handle in handles:
             handle.remove()

@@ -6,7 +6,8 @@ The annex of a site is a bank too: one slot over all columns, of what has become
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -197,6 +198,47 @@ class Bank:
                 shape[axes.read] = extra
                 store[name] = torch.cat([old, old.new_zeros(shape)], dim=axes.read)
             self.params[name].requires_grad_(self.learning)
+
+    def state(self) -> dict[str, Any]:
+        """Everything of it but gradients, as a state tree; the tensors are its own, not copies."""
+        geometry = self.geometry
+        return {
+            "blueprint": self.blueprint,
+            "units": self.units,
+            "reads": self._reads,
+            "columns": self.columns,
+            "stds": [geometry.head_std, geometry.tail_std, None if geometry.gate is None else geometry.gate.std],
+            "params": {name: value.detach() for name, value in self.params.items()},
+            "buffers": dict(self.buffers),
+            "alpha": self.alpha,
+            "moments": {"first": self.moments.first, "second": self.moments.second, "steps": self.moments.steps},
+            "bad_steps": self.bad_steps,
+            "learning": self.learning,
+            "norm_momentum": self.norm_momentum,
+        }
+
+    @classmethod
+    def of(cls, state: dict[str, Any], geometry: Geometry, device: torch.device) -> Bank:
+        """The bank that :meth:`state` has told of, on a site of this geometry. It takes over the tensors."""
+        head_std, tail_std, gate_std = state["stds"]
+        gate = None if geometry.gate is None else replace(geometry.gate, std=gate_std)
+        bank = object.__new__(cls)
+        bank.blueprint, bank.units, bank._reads = state["blueprint"], state["units"], state["reads"]
+        bank.geometry = replace(geometry, head_std=head_std, tail_std=tail_std, gate=gate)
+        bank.device = device
+        bank.set_columns(state["columns"])
+
+        def placed(tensors: Tensors) -> Tensors:
+            return {name: value.to(device) for name, value in tensors.items()}
+
+        bank.params, bank.buffers = placed(state["params"]), placed(state["buffers"])
+        bank.alpha, bank.bad_steps = state["alpha"].to(device), state["bad_steps"].to(device)
+        moments = state["moments"]
+        bank.moments = Moments(placed(moments["first"]), placed(moments["second"]), moments["steps"].to(device))
+        bank.norm_momentum = state["norm_momentum"]
+        bank.set_learning(state["learning"])
+        bank.plan  # noqa: B018  (an unknown blueprint raises here, with the known ones)
+        return bank
 
     def learning_copy(self) -> Bank:
         """A copy that goes on as this bank does: optimizer state included, without gradients."""

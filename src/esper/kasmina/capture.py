@@ -7,12 +7,17 @@ pass waits for the device, and a compiled graph holds only tensor operations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from esper.kasmina.geometry import Geometry
+
+Captured = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Rows of x, of y and of dL/dy, and the cluster of each."""
 
 
 @dataclass
@@ -69,9 +74,12 @@ class Capture:
         self.rows_per_batch = rows_per_batch
         seed = int(torch.randint(1 << 62, (), generator=generator))
         self._generator = torch.Generator(device).manual_seed(seed)
-        self._shares = torch.arange(rows_per_batch, dtype=torch.float64, device=device)
+        self._shares = torch.arange(rows_per_batch, device=device)
         self._places = torch.rand(rows_per_batch, generator=self._generator, dtype=torch.float64, device=device)
-        self._done: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._done: list[Captured] = []
+        self._slots: Captured | None = None
+        self._like: Captured | None = None
+        self._ran = False
         self.open = True
         """Whether forward passes record; changes between steps only, so that a compiled graph holds for all of them."""
         self.dropped_batches = 0
@@ -86,8 +94,44 @@ class Capture:
     def full(self) -> bool:
         return self.filled >= self.num_batches
 
+    def state(self) -> dict[str, Any]:
+        """Everything of it as a state tree; the tensors are its own, not copies."""
+        return {
+            "num_batches": self.num_batches,
+            "rows_per_batch": self.rows_per_batch,
+            "generator": self._generator.get_state(),
+            "places": self._places,
+            "done": [list(part) for part in self._done],
+            "open": self.open,
+            "dropped_batches": self.dropped_batches,
+            "completed_at": self.completed_at,
+        }
+
+    @classmethod
+    def of(cls, state: dict[str, Any], geometry: Geometry, device: torch.device) -> Capture:
+        """The capture that :meth:`state` has told of; it takes over the tensors."""
+        capture = cls(
+            geometry, num_batches=state["num_batches"], rows_per_batch=state["rows_per_batch"],
+            generator=torch.Generator(), device=device,
+        )  # fmt: skip
+        capture._generator.set_state(state["generator"].cpu())
+        capture._places = state["places"].to(device)
+        for x, y, g, cluster in state["done"]:
+            capture._done.append((x.to(device), y.to(device), g.to(device), cluster.to(device)))
+        capture.open, capture.dropped_batches = state["open"], state["dropped_batches"]
+        capture.completed_at = state["completed_at"]
+        return capture
+
     def after_step(self, step: int) -> None:
-        """Draw the places of the next batch's rows, or close."""
+        """Take what a compiled graph has left, then draw the places of the next batch's rows, or close."""
+        if self._slots is not None and self._ran and not self.full:
+            x, y, g, cluster = self._slots
+            self._keep((x.clone(), y.clone(), g.clone(), cluster.clone()))
+            g.fill_(torch.nan)  # where no backward pass comes by, the next batch will be dropped
+        if self._like is not None:
+            x, y, _, cluster = self._like
+            self._slots = (torch.zeros_like(x), torch.zeros_like(y), torch.full_like(y, torch.nan), cluster.clone())
+        self._like, self._ran = None, False
         if not self.full:
             self._places.uniform_(generator=self._generator)
         elif self.completed_at is None:
@@ -106,22 +150,50 @@ class Capture:
         flat_y = y.detach() if conv else y.detach().reshape(-1, y.shape[-1])
         total = flat_y.shape[0]
         size = min(total, self.rows_per_batch)
-        # a row from each of `size` equal shares: no row twice, and the last one never past the end
-        index = ((self._shares[:size] + self._places[:size]) * (total / size)).long().clamp_(max=total - 1)
+        # a row from each of `size` shares that have none in common, as equal as whole rows allow: no row twice
+        first = self._shares[:size] * total // size
+        past = (self._shares[:size] + 1) * total // size
+        index = first + (self._places[:size] * (past - first)).long()
         cluster = index if conv else index // max(1, total // y.shape[0])
         if self.geometry.sample_axis == 1:  # sequence first: rows of one sample lie a batch apart
             cluster = index % y.shape[1]
         kept_x, kept_y = flat_x[index], flat_y[index]
 
+        def rows_of(g: Tensor) -> Tensor:
+            return (g.detach() if conv else g.detach().reshape(-1, g.shape[-1]))[index]
+
+        if torch.compiler.is_compiling():
+            self._record_compiled(y, (kept_x, kept_y, kept_y, cluster), rows_of)
+            return
+
         def read(g: Tensor) -> None:
-            if self.full:
-                return
-            rows = g.detach() if conv else g.detach().reshape(-1, g.shape[-1])
-            if self._done and self._done[0][0].shape[1] != kept_x.shape[1]:
-                self._done.clear()  # a span before this one has grown: the site reads more features from now on
-            self._done.append((kept_x, kept_y, rows[index], cluster))
+            if not self.full:
+                self._keep((kept_x, kept_y, rows_of(g), cluster))
 
         y.register_hook(read)
+
+    def _record_compiled(self, y: Tensor, rows: Captured, rows_of: Callable[[Tensor], Tensor]) -> None:
+        """A hook in a compiled graph may write to tensors that were there before it, and to nothing else.
+
+        So each batch is written as a whole, by its backward pass, into slots that :meth:`after_step` empties; of
+        several batches in one step the last is kept. The slots are made after the first call, like its rows.
+        """
+        slots = self._slots
+        if slots is None or any(slot.shape != r.shape or slot.dtype != r.dtype for slot, r in zip(slots, rows)):  # noqa: B905  # the compiler's zip is not strict
+            self._like = rows
+            return
+        self._ran = True
+
+        def write(g: Tensor) -> None:
+            for slot, value in zip(slots, (rows[0], rows[1], rows_of(g), rows[3])):  # noqa: B905
+                slot.copy_(value)
+
+        y.register_hook(write)
+
+    def _keep(self, captured: Captured) -> None:
+        if self._done and self._done[0][0].shape[1] != captured[0].shape[1]:
+            self._done.clear()  # a span before this one has grown: the site reads more features from now on
+        self._done.append(captured)
 
     def rows(self, reads: int | None = None) -> Rows:
         """All captured rows; batches with non-finite or all-zero gradients are dropped and counted.

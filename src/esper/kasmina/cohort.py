@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from esper.kasmina.starts import StartReport
 from esper.protocol import Lifecycle
@@ -26,6 +29,16 @@ class Member:
     """How many of its seeds go on after the isolated training; ``None``: all."""
     preserves_function: bool = False
     """Whether the branches' output is exactly zero when they are grafted."""
+
+    def state(self) -> dict[str, Any]:
+        """All of it as a state tree."""
+        return {**vars(self), "report": asdict(self.report)}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Member:
+        """The member that :meth:`state` has told of."""
+        values: dict[str, Any] = {**state, "report": StartReport(**state["report"])}
+        return cls(**values)
 
 
 @dataclass
@@ -63,6 +76,20 @@ class Cohort:
     held_by: str | None = None
     """Why the strategy held alpha in the last step, if it did."""
 
+    def state_tree(self) -> dict[str, Any]:
+        """All of it as a state tree (``state`` is its place in the lifecycle)."""
+        plain = {part.name: getattr(self, part.name) for part in fields(self)}
+        members = {name: member.state() for name, member in self.members.items()}
+        return {**plain, "state": int(self.state), "members": members}
+
+    @classmethod
+    def of(cls, tree: dict[str, Any], devices: Mapping[str, torch.device]) -> Cohort:
+        """The cohort that :meth:`state_tree` has told of; what strategies remember lies where their site does."""
+        memory = {site: _placed(kept, devices[site]) for site, kept in tree["memory"].items()}
+        members = {name: Member.of(member) for name, member in tree["members"].items()}
+        values: dict[str, Any] = {**tree, "state": Lifecycle(tree["state"]), "members": members, "memory": memory}
+        return cls(**values)
+
     @property
     def sites(self) -> tuple[str, ...]:
         return tuple(self.members)
@@ -74,3 +101,15 @@ class Cohort:
     @property
     def slots(self) -> npt.NDArray[np.int64]:
         return np.concatenate([member.slots for member in self.members.values()])
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    """Plain values with all tensors on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _placed(item, device) for key, item in cast("dict[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        items = [_placed(item, device) for item in cast("list[Any] | tuple[Any, ...]", value)]
+        return items if isinstance(value, list) else tuple(items)
+    return value

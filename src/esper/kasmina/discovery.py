@@ -66,6 +66,12 @@ class Discovery:
     notes: tuple[str, ...] = ()
     """What was chosen otherwise than asked, and why."""
 
+    @property
+    def covered_params(self) -> int:
+        """Parameters of the layers that sites lie on; a layer that two spans share counts once."""
+        modules = {id(m): m for plan in self.sites for m in (plan.head, plan.up, plan.tail) if m is not None}
+        return sum(parameter.numel() for module in modules.values() for parameter in module.parameters())
+
 
 def discover(model: nn.Module, run: Callable[[], object], config: SitesConfig) -> Discovery:
     """Probe ``model`` once and list the sites that ``config`` asks for.
@@ -159,6 +165,8 @@ def _unusable(
         return "its weight is used without calling the module" if used else "did not run in the probe forward"
     if used != 1 or called != 1:
         return f"runs {max(used, called)} times a forward"
+    if calls[0].outputs != probe.results[id(module)].outputs:
+        return "a forward hook (or forward) of yours changes its output, which a wider layer would not repeat"
     if is_conv(module) and len(calls[0].shape) != weight.dim():
         return "a convolution that is called on an input without a batch axis"
     return None

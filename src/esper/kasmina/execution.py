@@ -6,6 +6,7 @@ It does what it is told and keeps host and seeds apart; it decides nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from torch import nn
 from esper.config import Config
 from esper.kasmina.annex import fossilise
 from esper.kasmina.bank import Bank
+from esper.kasmina.blueprints import BLUEPRINTS
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.discovery import Discovery, SitePlan
 from esper.kasmina.germination import Nursery, Room
@@ -22,9 +24,11 @@ from esper.kasmina.hooks import attach
 from esper.kasmina.lifecycle import Gate, learns_from_task
 from esper.kasmina.ops import dispatch
 from esper.kasmina.optim import Hyperparameters, SlotAdamW
+from esper.kasmina.registry import Registry
 from esper.kasmina.seeds import SeedTable
 from esper.kasmina.site import Site
 from esper.kasmina.starts import STARTS, HostUnits
+from esper.kasmina.strategies import STRATEGIES
 from esper.kasmina.telemetry import TelemetryBuffer
 from esper.protocol import Lifecycle, SeedPlan
 
@@ -91,6 +95,41 @@ class Kasmina:
         self.nursery.next_cohort = earlier.nursery.next_cohort
         self.table.next_seed_id = earlier.table.next_seed_id
         self.generator.set_state(earlier.generator.get_state())
+
+    def state(self) -> dict[str, Any]:
+        """Everything that grows and what was seen of it, as a state tree; the tensors are its own, not copies."""
+        return {
+            "codes": {"blueprint": BLUEPRINTS.names, "strategy": STRATEGIES.names},
+            "table": self.table.state(),
+            "cohorts": [cohort.state_tree() for cohort in self.cohorts.values()],
+            "sites": {name: site.state() for name, site in self.sites.items()},
+            "rows_per_step": dict(self.rows_per_step),
+            "samples_per_batch": dict(self.samples_per_batch),
+            "rows_per_batch": dict(self.rows_per_batch),
+            "generator": self.generator.get_state(),
+            "next_cohort": self.nursery.next_cohort,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` has told; it takes over tensors and arrays."""
+        table = dict(state["table"])
+        for name, registry in (("blueprint", BLUEPRINTS), ("strategy", STRATEGIES)):
+            table[name] = _translated(table[name], state["codes"][name], registry)
+        devices = {name: plan.weight.device for name, plan in self.plans.items()}
+        cohorts = [Cohort.of(tree, devices) for tree in state["cohorts"]]
+        self.table.restore(table)
+        for name, site in self.sites.items():
+            site.restore(state["sites"][name], devices[name])
+        self.cohorts.clear()
+        self.cohorts.update({cohort.number: cohort for cohort in cohorts})
+        for name in ("rows_per_step", "samples_per_batch", "rows_per_batch"):
+            counts: dict[str, int] = getattr(self, name)  # the nursery reads the same dictionaries
+            counts.clear()
+            counts.update(state[name])
+        self.generator.set_state(state["generator"].cpu())
+        self.nursery.next_cohort = state["next_cohort"]
+        self._watching = None  # the sites know better, until they are told again
+        self.refresh()
 
     def detach(self) -> None:
         """Remove every hook; the host is as it was before."""
@@ -286,16 +325,38 @@ class Kasmina:
                 if bank.learning:
                     self.optimizer.step(bank, hosts[name], inverse_scale=inverse_scale)
 
-    def damaged(self) -> list[Cohort]:
-        """Cohorts with a non-finite gradient since the last look, or non-finite parameters. Synchronises."""
-        found: list[Cohort] = []
+    def damaged(self) -> dict[int, str]:
+        """Cohorts with a non-finite gradient since the last look, non-finite parameters, or non-finite activations at
+        a site that they add to; what it is, by number. Waits for the device once."""
+        asked: list[tuple[int, str]] = []
+        flags: list[torch.Tensor] = []
         for site in self.sites.values():
             for number, bank in site.banks.items():
                 sums = torch.stack([value.detach().sum() for value in bank.params.values()]).sum()
-                if int(bank.bad_steps) or not bool(torch.isfinite(sums)):
-                    found.append(self.cohorts[number])
+                asked += [(number, "gradient"), (number, "parameter")]
+                flags += [bank.bad_steps > 0, ~torch.isfinite(sums)]
                 bank.bad_steps.zero_()
-        return list({cohort.number: cohort for cohort in found}.values())
+            if site.grafted and site.telemetry is not None:
+                asked.append((max(site.grafted), f"activation at {site.info.name}"))
+                flags.append(site.telemetry.is_damaged())
+        if not flags:
+            return {}
+        values = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+        found: dict[int, str] = {}
+        for (number, what), value in zip(asked, values, strict=True):
+            if value:
+                found.setdefault(number, f"a non-finite {what}")
+        return found
+
+    def take_failures(self) -> dict[int, str]:
+        """Cohorts with a branch that has raised in the forward pass since the last call, and what."""
+        found: dict[int, str] = {}
+        if self.at_rest:
+            return found
+        for name, site in self.sites.items():
+            found.update({cohort: f"{name}: {what}" for cohort, what in site.failures.items()})
+            site.failures.clear()
+        return found
 
     def forget_gradients(self) -> None:
         """Drop accumulated gradients of everything that learns (the host skipped its step)."""
@@ -333,3 +394,10 @@ class Kasmina:
             site.refresh()
             self._grown = self._grown or bool(site.banks) or site.adds
         self._working = any(site.engaged for site in self.sites.values())
+
+
+def _translated(codes: npt.NDArray[Any], names: list[str], registry: Registry[Any]) -> npt.NDArray[Any]:
+    """Codes of a state whose plug-ins were registered in another order, as they are now; -1 stays."""
+    used = set(codes[codes >= 0].tolist())
+    here = [registry.code(name) if number in used else -1 for number, name in enumerate(names)]
+    return np.array([*here, -1], dtype=codes.dtype)[codes]

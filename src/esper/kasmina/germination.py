@@ -178,6 +178,13 @@ class Nursery:
         site = self.sites[seed.site]
         if site.refused is not None:
             return Gate("germination", False, f"the site cannot be used: {site.refused}")
+        needed, room_there = params * _BYTES_PER_PARAM, _device_bytes(self.plans[seed.site].weight.device)
+        if room_there is not None and needed > room_there[0] - self.config.safety.headroom * room_there[1]:
+            reason = (
+                f"a germination must leave {self.config.safety.headroom:.0%} of the GPU's {room_there[1]} bytes free "
+                f"(safety.headroom), got {needed} needed and {room_there[0]} free; grow less, or free memory"
+            )
+            return Gate("memory", False, reason)
         owned = self.table.owner[rows][seed.chunks] >= 0
         capturing = sum(s.capture.num_bytes for s in self.sites.values() if s.capture is not None)
         return germination_gate(
@@ -188,7 +195,7 @@ class Nursery:
             budget_params=room.budget_params,
             flops_after=max(1.0, room.flops + flops),
             budget_flops=room.budget_flops,
-            bytes_needed=params * _BYTES_PER_PARAM,
+            bytes_needed=needed,
             bytes_free=max(0, self.config.capture.max_bytes - capturing),
         )
 
@@ -202,10 +209,8 @@ class Nursery:
         # all sites are checked before anything is made
         columns = {name: self._columns(name, group) for name, group in grouped.items()}
         notes = [note for seed in seeds for note in seed.notes]
-        members = {
-            name: self._create_member(name, group, columns[name], number, step, notes)
-            for name, group in grouped.items()
-        }
+        banks = self._create_banks(grouped, columns, notes)
+        members = {name: self._seat(name, group, banks[name], number, step) for name, group in grouped.items()}
         total = sum(seed.flops for seed in seeds)
         for name, member in members.items():
             part = sum(seed.flops for seed in grouped[name]) / total if total > 0 else 0.0
@@ -250,27 +255,40 @@ class Nursery:
             )
         return columns_of(bounds, chunks).reshape(len(chunks), -1)
 
-    def _create_member(
+    def _create_banks(
         self,
-        name: str,
-        group: Sequence[Resolved],
-        columns: npt.NDArray[np.int64],
-        number: int,
-        step: int,
+        grouped: Mapping[str, Sequence[Resolved]],
+        columns: Mapping[str, npt.NDArray[np.int64]],
         notes: list[str],
-    ) -> Member:
+    ) -> dict[str, Bank]:
+        """Storage and captures of a cohort, for all sites or none: a user's blueprint may fail, and memory may end."""
+        banks: dict[str, Bank] = {}
+        capturing: list[Site] = []
+        try:
+            for name, group in grouped.items():
+                site, first = self.sites[name], group[0]
+                whole = len(columns[name]) == 1 and columns[name].size == site.info.out_features
+                banks[name] = Bank(
+                    first.blueprint,
+                    present_geometry(self.plans[name]),
+                    units=first.width,
+                    reads=site.reads,
+                    columns=None if whole else torch.from_numpy(columns[name]),
+                    generator=self.generator,
+                    device=self.plans[name].weight.device,
+                )
+                if STARTS[first.start].needs_rows and site.capture is None:
+                    site.capture = self._capture(site, notes)
+                    capturing.append(site)
+        except BaseException:
+            for site in capturing:
+                site.capture = None
+            raise
+        return banks
+
+    def _seat(self, name: str, group: Sequence[Resolved], bank: Bank, number: int, step: int) -> Member:
         site, first = self.sites[name], group[0]
         chunks = np.concatenate([seed.chunks for seed in group])
-        whole = len(columns) == 1 and columns.size == site.info.out_features
-        bank = Bank(
-            first.blueprint,
-            present_geometry(self.plans[name]),
-            units=first.width,
-            reads=site.reads,
-            columns=None if whole else torch.from_numpy(columns),
-            generator=self.generator,
-            device=self.plans[name].weight.device,
-        )
         slots = self.table.germinate_many(
             np.full(len(chunks), self.index[name]),
             chunks,
@@ -282,8 +300,6 @@ class Nursery:
             step=step,
         )
         site.banks[number] = bank
-        if STARTS[first.start].needs_rows and site.capture is None:
-            site.capture = self._capture(site, notes)
         keeps = [seed.keep for seed in group]
         keep = None if None in keeps else sum(k for k in keeps if k is not None)
         return Member(name, slots, first.start, keep=keep)
@@ -319,3 +335,11 @@ def _start_refusal(start: str, blueprint: str, site: Site) -> str | None:
             "more than those; use 'random_zero'"
         )
     return STARTS[start].refusal(blueprint, site.geometry)
+
+
+def _device_bytes(device: torch.device) -> tuple[int, int] | None:
+    """Free and total memory of a GPU, what torch holds and does not use counted as free; ``None`` on the CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total

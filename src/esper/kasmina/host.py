@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from esper.errors import AttachError
@@ -39,6 +41,10 @@ class _Group:
         self._seen = found
         return True
 
+    def forget(self) -> None:
+        """Take the settings for changed at the next call."""
+        self._seen = ()
+
 
 class HostClock:
     """Counts real steps of the first optimizer and notes, for each site, what its optimizer does.
@@ -48,7 +54,8 @@ class HostClock:
     optimizers:
         The user's optimizers, in order; the first one's steps are the clock.
     tracked:
-        Whatever the user named with ``track=``; a GradScaler among it tells the loss scale.
+        Whatever the user named with ``track=``; a GradScaler among it tells the loss scale. One that is not among it is
+        found when it takes its first step.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], plans: Iterable[SitePlan], tracked: Iterable[Any]) -> None:
@@ -59,7 +66,6 @@ class HostClock:
         self.steps = 0
         self.backwards_since_step = 0
         self.hosts: dict[str, Hyperparameters] = {}
-        self.silent: list[str] = []
         self._had_gradient: set[str] = set()
         self._scaler = next((t for t in tracked if hasattr(t, "get_scale") and hasattr(t, "unscale_")), None)
         self._scale_at_step = 1.0
@@ -182,6 +188,8 @@ class HostClock:
 
     def _before_step(self, *_: Any) -> None:
         self.note_hyperparameters()
+        if self._scaler is None and not torch.compiler.is_compiling():
+            self._scaler = _calling_scaler()
         if self._scaler is not None:
             self._scale_at_step = float(self._scaler.get_scale())
 
@@ -194,6 +202,32 @@ class HostClock:
     def _after_backward(self, _: torch.Tensor) -> None:
         self.backwards_since_step += 1
 
+    def state(self) -> dict[str, Any]:
+        """What was counted and noted, as a state tree; the tensors are its own, not copies."""
+        return {
+            "steps": self.steps,
+            "backwards_since_step": self.backwards_since_step,
+            "hosts": {name: asdict(host) for name, host in self.hosts.items()},
+            "scale_at_step": self._scale_at_step,
+            "last_scale": self._last_scale,
+            "measured": self._measured,
+            "norms": dict(self._norms),
+            "had_gradient": sorted(self._had_gradient),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` has told; it takes over the tensors."""
+        hosts = {name: Hyperparameters(**host) for name, host in state["hosts"].items()}
+        self.steps, self.backwards_since_step = state["steps"], state["backwards_since_step"]
+        self.hosts.clear()
+        self.hosts.update(hosts)
+        self._scale_at_step, self._last_scale = state["scale_at_step"], state["last_scale"]
+        self._measured = state["measured"]
+        self._norms = {name: norm.to(weight_of(self._plans[name].tail).device) for name, norm in state["norms"].items()}
+        self._had_gradient = set(state["had_gradient"])
+        for shared in self._shared:
+            shared.forget()
+
     def detach(self) -> None:
         self.let_go()
         for handle in self._handles:
@@ -201,13 +235,47 @@ class HostClock:
         self._handles = []
 
 
+_FRAMES = 16
+"""How far up the stack a scaler is looked for: a scheduler and a trainer may have wrapped the optimizer's step."""
+
+
+def _calling_scaler() -> GradScaler | None:
+    """The GradScaler that is calling the optimizer's step, if one is.
+
+    Gradients are unscaled by then and, unless the optimizer is fused, nothing on it tells of the scale; grown units,
+    which the scaler does not know, would learn from gradients that are still scaled.
+    """
+    frame = inspect.currentframe()
+    for _ in range(_FRAMES):
+        frame = None if frame is None else frame.f_back
+        if frame is None:
+            return None
+        if frame.f_code.co_name == "step":
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, GradScaler):
+                return caller
+    return None
+
+
 def read_loss(loss: Tensor | float) -> Tensor:
     """A copy of the user's loss: a static buffer is overwritten by the next step."""
     if not isinstance(loss, Tensor):
-        return torch.tensor(float(loss))
+        try:
+            return torch.tensor(float(loss))
+        except (TypeError, ValueError):
+            raise AttachError(
+                f"grower.step(loss) takes the training loss, one number, got {type(loss).__name__}; pass the value "
+                "on which backward() was called"
+            ) from None
     if loss.numel() != 1:
         raise AttachError(
             f"grower.step(loss) takes one number, got a tensor of shape {tuple(loss.shape)}; pass the mean loss"
         )
     copied = loss.detach().clone()
     return copied if copied.dim() == 0 else copied.reshape(())
+
+
+def stacked(losses: Collection[Tensor]) -> Tensor:
+    """Losses ``(N,)`` fp32, oldest first, where the newest one lies (restored ones come from the CPU)."""
+    values = list(losses)
+    return torch.stack([value.to(values[-1].device, torch.float32) for value in values])

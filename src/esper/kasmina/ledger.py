@@ -19,6 +19,14 @@ class Ledger:
     def add(self, part: str, flops: float) -> None:
         self.spent[part] += flops
 
+    def state(self) -> dict[str, float]:
+        """What was spent, by part."""
+        return dict(self.spent)
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on from what :meth:`state` has told."""
+        self.spent.update(state)
+
     @property
     def total(self) -> float:
         return sum(self.spent.values())

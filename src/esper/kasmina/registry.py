@@ -55,6 +55,11 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._items))
 
+    @property
+    def names(self) -> list[str]:
+        """All names, in the order of their codes."""
+        return list(self._items)
+
     def code(self, name: str) -> int:
         """Small integer for structure-of-arrays storage: the position in registration order."""
         self[name]  # unknown names raise with the list of known ones

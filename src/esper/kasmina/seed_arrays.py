@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from esper.errors import ConfigError, SiteError
+from esper.errors import ConfigError, SiteError, StateError
 from esper.kasmina.chunks import chunk_bounds
 
 Ints = npt.NDArray[np.int64]
@@ -105,3 +105,29 @@ class SeedArrays:
     def capacity(self) -> int:
         """Slots there are now, free ones included."""
         return len(self.seed_id)
+
+    def state(self) -> dict[str, Any]:
+        """All arrays as a state tree; they are its own, not copies."""
+        fields = [*self.CHUNK_FIELDS, *self.SLOT_FIELDS]
+        return {"next_seed_id": self.next_seed_id, **{name: getattr(self, name) for name in fields}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` has told; it takes over the arrays.
+
+        Raises
+        ------
+        StateError
+            An array is missing, or of another type or length. Nothing was changed.
+        """
+        num_chunks, capacity = int(self.offsets[-1]), len(state["seed_id"])
+        sizes = {**dict.fromkeys(self.CHUNK_FIELDS, num_chunks), **dict.fromkeys(self.SLOT_FIELDS, capacity)}
+        for name, (dtype, _) in {**self.CHUNK_FIELDS, **self.SLOT_FIELDS}.items():
+            array = state.get(name)
+            if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (sizes[name],):
+                raise StateError(
+                    f"the seed table's {name!r} must hold {sizes[name]} values of {np.dtype(dtype)}, got "
+                    f"{getattr(array, 'shape', None)} of {getattr(array, 'dtype', None)}; it is damaged"
+                )
+        for name in sizes:
+            setattr(self, name, state[name])
+        self.next_seed_id = state["next_seed_id"]

@@ -7,13 +7,13 @@ that has nothing to add and nothing to record returns the host's own tensor, unt
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from esper.errors import SiteError
+from esper.errors import CONTAINED, SiteError, contained
 from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import FusedBlueprint
 from esper.kasmina.capture import Capture
@@ -104,7 +104,7 @@ class Site:
         # what a forward pass adds: without cohort numbers, so that a compiled graph serves later cohorts of the same
         # sizes as well
         self._adds = False
-        self._active: list[Bank] = []
+        self._trial: list[Bank] = []
         self.capture: Capture | None = None
         self.telemetry: TelemetryBuffer | None = None
         self.generator: torch.Generator | None = None
@@ -112,6 +112,8 @@ class Site:
         """Tells this site's dropout masks from those of others."""
         self.probe: Probe | None = None
         """Set during judgements only."""
+        self.failures: dict[int, str] = {}
+        """Cohorts whose branch has raised in a forward pass since the last step, and what."""
         self.recording = True
         self.telemetry_due = False
         self.engaged = False
@@ -131,11 +133,11 @@ class Site:
     def refresh(self) -> None:
         """Decide whether the hooks have work in the next step."""
         self._adds = self.adds
-        self._active = [self.banks[cohort] for cohort in self.grafted]
+        self._trial = self._on_trial(self.grafted)
         adds = self._adds or self.probe is not None
         records = self.recording and (self.capture is not None or self.telemetry_due)
         self.engaged = adds or records
-        fused = [bank for bank in [*self.beside, *self._active] if _fuses(bank)]
+        fused = [bank for bank in [*self.beside, *self._trial] if _fuses(bank)]
         self._shares_columns = len(fused) > 1 and overlap(fused)
 
     @property
@@ -204,23 +206,26 @@ class Site:
             return self.probe.leave(self, x, layer_input, y, training)
         if self.recording and not transformed and torch.is_grad_enabled() and y.requires_grad and self._is_first_look():
             self._record(x, y)
-        return self._compose(x, y, self._active, training=training, writable=writable) if self._adds else None
+        return self._compose(x, y, self._trial, training=training, writable=writable) if self._adds else None
 
     def compose(
-        self, x: Tensor, y: Tensor, cohorts: Iterable[int], *, training: bool, writable: bool = False
+        self, x: Tensor, y: Tensor, cohorts: AbstractSet[int], *, training: bool, writable: bool = False
     ) -> Tensor:
         """``y`` plus the annex and the branches of ``cohorts``; ``y`` is not written unless ``writable``."""
-        active = [self.banks[cohort] for cohort in cohorts]
-        return self._compose(x, y, active, training=training, writable=writable)
+        return self._compose(x, y, self._on_trial(cohorts), training=training, writable=writable)
 
-    def _compose(self, x: Tensor, y: Tensor, active: list[Bank], *, training: bool, writable: bool = False) -> Tensor:
+    def _on_trial(self, cohorts: AbstractSet[int]) -> list[Bank]:
+        """In the order of germination: a set's own order would not survive a restore, and sums round by their order."""
+        return [bank for cohort, bank in self.banks.items() if cohort in cohorts]
+
+    def _compose(self, x: Tensor, y: Tensor, trial: list[Bank], *, training: bool, writable: bool = False) -> Tensor:
         """:meth:`compose` with banks.
 
         Every branch reads ``y`` as the host made it. Fused ones come first: where no two of them share a column, each
         finds its own still untouched in what the others have added to.
         """
         read = self.read(x)
-        behind = [*self.beside, *active]
+        behind = [*self.beside, *trial]
         fused = [] if self._shares_columns else [bank for bank in behind if _fuses(bank)]
         writable = writable and self.annex is None and len(fused) == len(behind)  # the others read y after them
         out = y
@@ -232,12 +237,31 @@ class Site:
             h = self.annex.hidden(self.annex.pick(read, y), training=training, generator=self.generator)
             self._grown = h if self.downstream_reads or self.probe is not None else None
             out = self.annex.scatter(out, self.annex.project(h))
-        for bank in behind:
-            if bank in fused:
-                continue
-            delta = bank.branch(bank.pick(read, y), training=training, generator=self.generator)
-            out = bank.scatter(out, delta)
+        for bank in self.beside:
+            if bank not in fused:
+                out = self._plus(out, bank, read, y, training)
+        for bank in trial:
+            if bank not in fused:
+                out = self._attempt(out, bank, read, y, training)
         return out
+
+    def _plus(self, out: Tensor, bank: Bank, read: Tensor, y: Tensor, training: bool) -> Tensor:
+        delta = bank.branch(bank.pick(read, y), training=training, generator=self.generator)
+        return bank.scatter(out, delta)
+
+    def _attempt(self, out: Tensor, bank: Bank, read: Tensor, y: Tensor, training: bool) -> Tensor:
+        """As :meth:`_plus` for a branch on trial: one that raises is left out, and noted, and the host goes on.
+
+        A compiler's trace has no place for that.
+        """
+        if torch.compiler.is_compiling():
+            return self._plus(out, bank, read, y, training)
+        try:
+            return self._plus(out, bank, read, y, training)
+        except CONTAINED as error:
+            cohort = next(number for number, other in self.banks.items() if other is bank)
+            self.failures.setdefault(cohort, contained(error))
+            return out
 
     @property
     def adds(self) -> bool:
@@ -306,7 +330,45 @@ class Site:
         if self.capture is not None:
             self.capture.record(self.read(x), y)
 
-    # ---------------------------------------------------------------------------------------------- copies
+    # ---------------------------------------------------------------------------------------------- copies and state
+
+    def state(self) -> dict[str, Any]:
+        """Everything grown and recorded here, between steps; the tensors are its own, not copies.
+
+        The generator of dropout masks is left out: each training forward seeds it from the host's random state.
+        """
+        return {
+            "banks": {cohort: bank.state() for cohort, bank in self.banks.items()},
+            "grafted": sorted(self.grafted),
+            "annex": None if self.annex is None else self.annex.state(),
+            "beside": [bank.state() for bank in self.beside],
+            "capture": None if self.capture is None else self.capture.state(),
+            "telemetry": None if self.telemetry is None else self.telemetry.state(),
+            "telemetry_due": self.telemetry_due,
+            "refused": self.refused,
+            "counts": [self.num_calls, self.num_rows, self.num_samples],
+        }
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what :meth:`state` has told; it takes over the tensors. Call :meth:`refresh` afterwards."""
+
+        def bank(kept: dict[str, Any]) -> Bank:
+            return Bank.of(kept, self.geometry, device)
+
+        banks = {cohort: bank(kept) for cohort, kept in state["banks"].items()}
+        self.annex = None if state["annex"] is None else bank(state["annex"])
+        self.beside = [bank(kept) for kept in state["beside"]]
+        self.banks.clear()
+        self.banks.update(banks)
+        self.grafted = set(state["grafted"])
+        kept = state["capture"]
+        self.capture = None if kept is None else Capture.of(kept, self.geometry, device)
+        if self.telemetry is not None:
+            self.telemetry.restore(state["telemetry"])
+        self.telemetry_due, self.refused = state["telemetry_due"], state["refused"]
+        self.num_calls, self.num_rows, self.num_samples = state["counts"]
+        self.open()
+        self._open = not self.info.kind.is_span
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels with a copied or saved host: the added branches, and nothing that records."""
@@ -322,7 +384,7 @@ class Site:
             probe=None,
             recording=False,
             telemetry_due=False,
-            _active=[],
+            _trial=[],
             _x=None,
             _grown=None,
         )

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from esper.errors import SiteError
 from esper.kasmina.ops.telemetry import record_statistics
 
 
@@ -25,7 +26,18 @@ class TelemetryBuffer:
         self.rows = rows
 
     def record(self, y: Tensor, feature_axis: int) -> None:
-        """Read up to ``rows`` rows of ``y``, strided over the whole batch; ``y`` is not changed or kept."""
+        """Read up to ``rows`` rows of ``y``, strided over the whole batch; ``y`` is not changed or kept.
+
+        Raises
+        ------
+        SiteError
+            ``y`` is on another device than the site was found on.
+        """
+        if y.device != self.statistics.device:
+            raise SiteError(
+                f"the model must stay on its device, it was on {self.statistics.device} when the Grower was made and "
+                f"is on {y.device} now; move it first (model.to(device)), then make the optimizer and the Grower"
+            )
         self.reports.add_(1)
         record_statistics(self.statistics, y, feature_axis, self.rows, self.chunk_of, self.chunk_sizes)
 
@@ -34,12 +46,26 @@ class TelemetryBuffer:
         """Whether the hook has ever run with telemetry on (also inside a compiled graph). Synchronises."""
         return int(self.reports) > 0
 
+    def is_damaged(self) -> Tensor:
+        """On the device: has the site reported, and were its last activations not finite?"""
+        return (self.reports > 0) & ~torch.isfinite(self.statistics.sum())
+
     def record_gradient(self, g: Tensor, feature_axis: int) -> None:
         """Mean squared gradient a chunk, from captured rows (scaled to unit mean square over the site)."""
         rows = g.movedim(feature_axis, -1).reshape(-1, g.shape[feature_axis])
         zeros = torch.zeros_like(self.chunk_sizes)
         total = zeros.index_add(0, self.chunk_of, rows.float().square().mean(0))
         self.gradient_energy.copy_(total / self.chunk_sizes)
+
+    def state(self) -> dict[str, Tensor]:
+        """What was read so far, as a state tree; the tensors are its own, not copies."""
+        return {"statistics": self.statistics, "gradient_energy": self.gradient_energy, "reports": self.reports}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from what :meth:`state` has told, in the same memory."""
+        self.statistics.copy_(state["statistics"])
+        self.gradient_energy.copy_(state["gradient_energy"])
+        self.reports.copy_(state["reports"])
 
     def snapshot(self) -> npt.NDArray[np.float32]:
         """``(3, C)``: mean, variance, gradient energy. Synchronises with the device."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,13 +80,14 @@ class Trace:
 _WEIGHTED = {"linear", "conv1d", "conv2d", "conv3d"}
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in nested lists, tuples and dictionaries, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]  # type: ignore[reportUnknownVariableType]
+        return [tensor for item in value for tensor in tensors_in(item)]  # type: ignore[reportUnknownVariableType]
     if isinstance(value, dict):
-        return [tensor for item in value.values() for tensor in _tensors(item)]  # type: ignore[reportUnknownVariableType]
+        return [tensor for item in value.values() for tensor in tensors_in(item)]  # type: ignore[reportUnknownVariableType]
     return []
 
 
@@ -113,9 +115,9 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._inside:
             return func(*args, **kwargs)
-        inputs = tuple(self._number(t) for t in _tensors(args) + _tensors(kwargs))
+        inputs = tuple(self._number(t) for t in tensors_in(args) + tensors_in(kwargs))
         result = func(*args, **kwargs)
-        outputs = _tensors(result)
+        outputs = tensors_in(result)
         name = getattr(func, "__name__", str(func)).rstrip("_") or str(func)
         if not outputs or (name.strip("_") in ("get", "set") and not isinstance(result, Tensor)):
             return result
@@ -128,7 +130,7 @@ class _Recorder(TorchFunctionMode):
     def note_call(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         """A forward hook: count the call and note what went in and came out."""
         self.trace.calls[id(module)] += 1
-        inputs, outputs = [*args, *kwargs.values()], _tensors(result)
+        inputs, outputs = [*args, *kwargs.values()], tensors_in(result)
         first = result[0] if isinstance(result, tuple) and result else result
         shapes = [tuple(v.shape) if isinstance(v, Tensor) else () for v in (inputs[0] if inputs else None, first)]
         self.trace.results[id(module)] = ModuleCall(shapes[0], shapes[1], tuple(self._number(t) for t in outputs))
@@ -141,7 +143,7 @@ class _Recorder(TorchFunctionMode):
 
         def leave(_module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
             self._inside -= 1
-            inputs = tuple(self._number(t) for t in _tensors(args) + _tensors(kwargs))
+            inputs = tuple(self._number(t) for t in tensors_in(args) + tensors_in(kwargs))
             outputs = (self._number(y, fresh=True),)
             self.trace.append(Operation(name, inputs, outputs, id(module.weight), shape=tuple(y.shape)))
 
@@ -171,13 +173,13 @@ class _Recorder(TorchFunctionMode):
 def trace(model: nn.Module, run: Callable[[], object]) -> Trace:
     """Record one call of ``run``, which runs ``model`` once without gradients."""
     recorder = _Recorder()
-    # first, so that every later hook on such a module sees its result numbered
-    handles = [handle for m in model.modules() if is_transposed(m) for handle in recorder.as_one(m, "linear")]
-    handles += [module.register_forward_hook(recorder.note_call, with_kwargs=True) for module in model.modules()]
-    try:
+    with ExitStack() as hooks:
+        # first, so that every later hook on such a module sees its result numbered
+        for module in model.modules():
+            for handle in recorder.as_one(module, "linear") if is_transposed(module) else []:
+                hooks.callback(handle.remove)
+        for module in model.modules():
+            hooks.callback(module.register_forward_hook(recorder.note_call, with_kwargs=True).remove)
         with torch.no_grad(), recorder:
             run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return recorder.trace

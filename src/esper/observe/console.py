@@ -25,6 +25,7 @@ from esper.protocol import (
     Lifecycle,
     Record,
     Refused,
+    Restored,
     RunFinished,
     RunStarted,
     Stopped,
@@ -35,6 +36,7 @@ from esper.protocol import (
 
 HEARTBEAT_SECONDS = 60.0
 LIVE_SECONDS = 0.2
+_RESTORED = ("RESTORED", "31")
 _DECIDED = {
     Lifecycle.FOSSILIZED: ("KEPT", "32"),
     Lifecycle.CULLED: ("REJECTED", "33"),
@@ -131,6 +133,8 @@ class Console:
                     f"step {event.step:<5} absorbed  {event.params:,} parameters into {len(event.layers)} layers",
                     run=self._run(event),
                 )
+            case Restored():
+                self._line(f"step {event.step:<5} RESTORED  {event.reason}", run=self._run(event), highlight=_RESTORED)
             case Refused() if self._is_news(event):
                 text = f"step {event.step:<5} refused {event.command} ({event.gate}): {event.reason}"
                 self._line(text, run=self._run(event))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +20,12 @@ import msgspec
 import numpy as np
 
 from esper.errors import EsperError
-from esper.files import sync
+from esper.files import lock_exclusively, sync
 from esper.protocol import SCHEMA_VERSION, AnyEvent, Record
 
 _ENCODER = msgspec.json.Encoder()
 # strict=False is what reads "NaN" back as a float.
 _DECODER = msgspec.json.Decoder(Record, strict=False)
-_LOCK_OFFSET = 1 << 62  # Windows locks are mandatory: lock a byte no reader ever touches.
 
 
 class _Head(msgspec.Struct):
@@ -37,6 +35,10 @@ class _Head(msgspec.Struct):
 
 
 _HEAD_DECODER = msgspec.json.Decoder(_Head)
+
+
+class DamagedLogError(EsperError):
+    """A line that is no whole event in order, and not the last one."""
 
 
 class EventLog:
@@ -53,6 +55,9 @@ class EventLog:
         killed writer left unfinished is cut off.
     clock:
         Wall-clock time in seconds.
+    repair:
+        Cut a damaged log off before its first damaged line instead of refusing it; for those who can tell the rest
+        again.
 
     Raises
     ------
@@ -60,9 +65,9 @@ class EventLog:
         Another writer has the log open, the log is damaged, or it was written by a newer Esper.
     """
 
-    def __init__(self, path: str | Path, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: str | Path, *, clock: Callable[[], float] = time.time, repair: bool = False) -> None:
         self.path = Path(path)
-        self._clock = clock
+        self._clock, self._repairs = clock, repair
         self._mutex = threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not self.path.exists()
@@ -99,6 +104,13 @@ class EventLog:
             self._next_seq += 1
             return record
 
+    def cut(self, count: int) -> None:
+        """Keep the first ``count`` events only."""
+        with self._mutex:
+            ends = [end for record, end, _ in _scan(self.path) if record.seq < count]
+            os.ftruncate(self._fd, ends[-1] if ends else 0)
+            self._next_seq = len(ends)
+
     def close(self) -> None:
         """Force everything to the disk and let go of the lock. Closing twice is harmless."""
         with self._mutex:
@@ -133,8 +145,12 @@ class EventLog:
     def _recover(self) -> int:
         """Next ``seq`` of an existing log, after cutting off or ending its last line."""
         count, end = 0, 0
-        for record, end_byte, _ in _scan(self.path):
-            count, end = record.seq + 1, end_byte
+        try:
+            for record, end_byte, _ in _scan(self.path):
+                count, end = record.seq + 1, end_byte
+        except DamagedLogError:
+            if not self._repairs:
+                raise
         if os.fstat(self._fd).st_size > end:
             os.ftruncate(self._fd, end)
         if end and _last_byte(self.path) != b"\n":
@@ -206,11 +222,11 @@ def _scan(path: Path) -> Iterator[tuple[Record, int, int]]:
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 if not is_whole:
                     return
-                raise EsperError(_damage(path, number, str(error))) from error
+                raise DamagedLogError(_damage(path, number, str(error))) from error
             except EsperError as error:
                 raise EsperError(f"{path}, line {number}: {error}") from error
             if record.seq != expected:
-                raise EsperError(_damage(path, number, f"seq must be {expected}, got {record.seq}"))
+                raise DamagedLogError(_damage(path, number, f"seq must be {expected}, got {record.seq}"))
             end, expected = end + len(line), expected + 1
             yield record, end, number
 
@@ -248,15 +264,7 @@ def _last_byte(path: Path) -> bytes:
 
 def _lock(fd: int, path: Path) -> None:
     try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            os.lseek(fd, _LOCK_OFFSET, os.SEEK_SET)
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_exclusively(fd)
     except OSError as error:
         raise EsperError(
             f"an event log has one writer, but another process (or this one) already writes {path}; "

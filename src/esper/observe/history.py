@@ -22,11 +22,13 @@ from esper.protocol import (
     Fitted,
     Germinated,
     HeldOut,
+    Incident,
     Judged,
     Lifecycle,
     Overhead,
     Record,
     Refused,
+    Restored,
     RunFinished,
     RunStarted,
     SiteInfo,
@@ -174,6 +176,9 @@ class SeedRun:
     cohorts: dict[int, Cohort] = field(default_factory=dict[int, Cohort])
     refusals: list[Refused] = field(default_factory=list[Refused])
     warnings: list[Warned] = field(default_factory=list[Warned])
+    incidents: list[Incident] = field(default_factory=list[Incident])
+    restores: list[Restored] = field(default_factory=list[Restored])
+    """Incidents and restores did happen, whatever was taken back: a rewind forgets none."""
     stopped: Stopped | None = None
     finished: ArmFinished | None = None
     last_step: int = 0
@@ -216,7 +221,7 @@ class SeedRun:
         return self.cohorts.setdefault(number, Cohort(number))
 
     def rewind(self, step: int) -> None:
-        """Forget what happened after ``step``: the run was resumed from a checkpoint taken there."""
+        """Forget what happened after ``step``: the run was resumed, or taken back, there."""
         for curve in (self.train, self.held_out, self.telemetry, self.overheads):
             curve.rewind(step)
         self.cohorts = {key: cohort for key, cohort in self.cohorts.items() if cohort.started_step <= step}
@@ -322,6 +327,11 @@ def _apply(run: SeedRun, event: AnyEvent) -> None:
             run.finished = event
         case Refused():
             run.refusals.append(event)
+        case Incident():
+            run.incidents.append(event)
+        case Restored():
+            run.rewind(event.to_step)
+            run.restores.append(event)
         case Warned():
             run.warnings.append(event)
         case Germinated() | Transitioned() | AlphaMoved() | Fitted() | Judged():

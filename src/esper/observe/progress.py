@@ -49,7 +49,7 @@ def done_line(history: RunHistory) -> str:
     measured = [(run.first_held_out, run.last_held_out) for run in runs]
     pairs = [(first.loss, last.loss) for first, last in measured if first is not None and last is not None]
     if not pairs:
-        return word
+        return f"{word:<10} nothing measured yet"
     text = (
         f"{word:<10} {decimal(_mean([first for first, _ in pairs]))} -> {decimal(_mean([last for _, last in pairs]))}"
     )

@@ -47,10 +47,14 @@ class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
 
 
 class RollBack(msgspec.Struct, frozen=True, kw_only=True, tag="roll_back"):
-    """Remove a cohort at once, without a ramp."""
+    """Remove a cohort at once, without a ramp.
+
+    ``exact`` takes the whole training back to the snapshot from before its graft as well; refused where there is none.
+    """
 
     cohort: int
     reason: str
+    exact: bool = False
 
 
 class Pause(msgspec.Struct, frozen=True, kw_only=True, tag="pause"):

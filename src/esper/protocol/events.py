@@ -242,6 +242,31 @@ class Absorbed(Event, frozen=True, kw_only=True, tag="absorbed"):
     params: int
 
 
+class Incident(Event, frozen=True, kw_only=True, tag="incident"):
+    """Something went wrong: non-finite numbers, a loss that diverges, no memory, a plug-in that raised."""
+
+    cohort: int | None
+    """The suspect, or ``None`` where nothing of Esper was on trial: then it is the training's own."""
+    action: str
+    """``removed`` (one cohort out, the host untouched), ``restored`` (the whole training taken back to before the
+    graft, exactly) or ``reported``."""
+    reason: str
+
+
+class Restored(Event, frozen=True, kw_only=True, tag="restored"):
+    """The whole training was put back, exactly, to what it was after ``to_step``; what followed did not happen."""
+
+    to_step: int
+    cohort: int | None
+    """The cohort whose graft was undone; it ends right after."""
+    verified: bool
+    """Whether the restored state has the snapshot's hash."""
+    rewound: bool
+    """Whether the data went back as well; otherwise training goes on with the next batch."""
+    digest: str
+    reason: str
+
+
 class ArmFinished(Event, frozen=True, kw_only=True, tag="arm_finished"):
     """One training run of one arm, scored on the test split. ``score`` is higher-is-better."""
 
@@ -282,6 +307,8 @@ AnyEvent = (
     | Stopped
     | Warned
     | Absorbed
+    | Incident
+    | Restored
     | ArmFinished
     | RunFinished
 )

@@ -19,11 +19,13 @@ from esper.grower import Grower
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import forward_flops
 from esper.protocol import AnyEvent, ArmFinished, Germinated, HeldOut, Lifecycle, TrainLoss, Transitioned
+from esper.runs.cell_store import CellStore, decode_events
 from esper.runs.hosts import widen
 from esper.runs.interrupt import obey
 from esper.runs.options import RunOptions
 from esper.runs.preset import Preset
 from esper.runs.presets import make_preset
+from esper.safety.training import Training
 from esper.settings import with_settings
 from esper.tamiyo import ScheduleController
 
@@ -64,6 +66,8 @@ class Trained:
     events: list[AnyEvent] = field(default_factory=list[AnyEvent])
     weights: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     layers: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    difference: dict[str, float] = field(default_factory=dict[str, float])
+    """Of the plain network from the grown one: of the loss and of the output, relative."""
     score: float = float("nan")
     loss: float = float("nan")
 
@@ -72,36 +76,41 @@ def load_preset(options: RunOptions, device: str, size: str) -> Preset:
     return make_preset(options.preset, torch.device(device), size=size, data=options.data)
 
 
-def train(cell: Cell, preset: Preset, emit: Emit) -> Trained:
-    """Train one cell. Deterministic by seed on the CPU: model, batches and Esper's streams follow from it."""
+def train(cell: Cell, preset: Preset, emit: Emit, store: CellStore | None = None) -> Trained:
+    """Train one cell. Deterministic by seed on the CPU: model, batches and Esper's streams follow from it.
+
+    With a ``store`` the training is kept there now and then, and goes on from what is kept; its events are told from
+    the first one on either way.
+    """
+    finished = None if store is None else store.finished
+    if finished is not None:
+        for event in finished["events"]:
+            emit(event)
+        return Trained(cell=cell, **finished)
     torch.manual_seed(cell.seed)
     model = preset.host(cell.widths).to(preset.device)
     optimizer = preset.optimizer(model, cell.lr)
-    events: list[AnyEvent] = []
-
-    def record(event: AnyEvent) -> None:
-        tagged = _tagged(event, cell)
-        events.append(tagged)
-        emit(tagged)
-
-    started = time.perf_counter()
-    grower = _grower(cell, preset, model, optimizer, record)
-    flops = _loop(cell, preset, model, optimizer, grower, record)
+    teller = _Teller(cell, emit)
+    progress = None if store is None else store.progress
+    teller.is_silent = progress is not None
+    grower = _grower(cell, preset, model, optimizer, teller.tell)
+    course = _Course(cell, preset, model, optimizer, grower, teller, store)
+    if progress is not None:
+        course.go_on_from(progress)
+    flops = course.run()
     if grower is not None:
         grower.finish()
-    seconds = time.perf_counter() - started
     held_out = _mean_loss(preset, model, preset.held_out())
     trained = Trained(
         cell=cell, held_out=held_out, params=_params(model, grower),
-        flops=grower.ledger.total if grower is not None else flops, seconds=seconds,
-        widths=_final_widths(cell, grower), events=events,
+        flops=grower.ledger.total if grower is not None else flops, seconds=course.seconds,
+        widths=_final_widths(cell, grower), events=teller.events,
     )  # fmt: skip
-    if not math.isfinite(held_out):  # diverged: there is no network to export, and the next rate may do better
-        return trained
-    plain = model
-    if grower is not None:
-        plain = _add_growth(trained, grower, events)
-    trained.weights = {name: value.detach().cpu().clone() for name, value in plain.state_dict().items()}
+    if math.isfinite(held_out):  # else there is no network to export, and the next rate may do better
+        plain = model if grower is None else _add_growth(trained, grower, teller.events)
+        trained.weights = {name: value.detach().cpu().clone() for name, value in plain.state_dict().items()}
+    if store is not None:
+        store.finish(trained)
     return trained
 
 
@@ -120,30 +129,103 @@ def score(trained: Trained, preset: Preset) -> ArmFinished:
     )  # fmt: skip
 
 
-def _loop(
-    cell: Cell, preset: Preset, model: nn.Module, optimizer: torch.optim.Optimizer, grower: Grower | None, record: Emit
-) -> float:
-    """The user's own training loop; returns the FLOPs of a static arm."""
-    held = preset.held_out()
-    per_step = 0.0
-    if grower is None:
-        batch = preset.train_batch(cell.seed, 0)
-        with undisturbed(model):
-            per_step = 3.0 * forward_flops(model, lambda: preset.loss(model, batch))
-    for step in range(cell.steps):
-        obey()
-        for group in optimizer.param_groups:
-            group["lr"] = cell.lr * preset.schedule(step / cell.steps)
-        batch = preset.train_batch(cell.seed, step)
-        loss = _train_step(preset, model, optimizer, batch)
-        if grower is not None:
-            grower.step(loss, batch=batch)
-        elif (step + 1) % preset.held_out_every == 0:
-            spent = per_step * (step + 1)
-            record(TrainLoss(step=step + 1, loss=float(loss.detach()), flops=spent))
-            value = _mean_loss(preset, model, held[:: max(1, len(held) // 8)])
-            record(HeldOut(step=step + 1, loss=value, params=_params(model, None), flops=spent))
-    return per_step * cell.steps
+class _ByStep:
+    """Tells the grower that batches and learning rates follow from the step alone, so that they go back with it."""
+
+    rewinds = True
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
+
+class _Teller:
+    """Tags the events of a training and tells them; what was told before an interruption is told from memory."""
+
+    def __init__(self, cell: Cell, emit: Emit) -> None:
+        self._cell, self._emit = cell, emit
+        self.events: list[AnyEvent] = []
+        self.is_silent = False
+
+    def tell(self, event: AnyEvent) -> None:
+        if not self.is_silent:
+            self.tell_again([_tagged(event, self._cell)])
+
+    def tell_again(self, events: Sequence[AnyEvent]) -> None:
+        """Events that have their tags."""
+        for event in events:
+            self.events.append(event)
+            self._emit(event)
+
+
+class _Course:
+    """The user's own training loop, which can be left and entered again after any step."""
+
+    def __init__(
+        self, cell: Cell, preset: Preset, model: nn.Module, optimizer: torch.optim.Optimizer, grower: Grower | None,
+        teller: _Teller, store: CellStore | None,
+    ) -> None:  # fmt: skip
+        self.cell, self.preset, self.model, self.optimizer, self.grower = cell, preset, model, optimizer, grower
+        self.teller, self.store = teller, store
+        self._first = 0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the training, in all processes that had it."""
+        return time.perf_counter() - self._started
+
+    def go_on_from(self, progress: Any) -> None:
+        """Enter where :meth:`_keep` has left."""
+        self._first = progress["step"]
+        self._started = time.perf_counter() - progress["seconds"]
+        if self.grower is not None:
+            self.grower.load_state_dict(progress["training"])
+        else:
+            training = Training(self.model, [self.optimizer], ())
+            training.check(progress["training"])
+            training.restore(progress["training"])
+        self.teller.is_silent = False
+        self.teller.tell_again(decode_events(progress))
+
+    def run(self) -> float:
+        """Train to the end; returns the FLOPs of a static arm."""
+        cell, preset, model = self.cell, self.preset, self.model
+        held = preset.held_out()
+        per_step = 0.0 if self.grower is not None else self._flops_per_step()
+        step = self._first
+        while step < cell.steps:
+            obey()
+            for group in self.optimizer.param_groups:
+                group["lr"] = cell.lr * preset.schedule(step / cell.steps)
+            batch = preset.train_batch(cell.seed, step)
+            loss = _train_step(preset, model, self.optimizer, batch)
+            step += 1
+            if self.grower is not None:
+                self.grower.step(loss, batch=batch)
+                step = self.grower.clock.steps  # an earlier one, where the grower has taken the training back
+            elif step % preset.held_out_every == 0:
+                spent = per_step * step
+                self.teller.tell(TrainLoss(step=step, loss=float(loss.detach()), flops=spent))
+                value = _mean_loss(preset, model, held[:: max(1, len(held) // 8)])
+                self.teller.tell(HeldOut(step=step, loss=value, params=_params(model, None), flops=spent))
+            if self.store is not None and self.store.is_due():
+                self._keep(self.store, step)
+        return per_step * cell.steps
+
+    def _keep(self, store: CellStore, step: int) -> None:
+        if self.grower is not None:
+            training = self.grower.state_dict()
+        else:
+            training = Training(self.model, [self.optimizer], ()).state()
+        store.save(training, step=step, seconds=self.seconds, events=self.teller.events)
+
+    def _flops_per_step(self) -> float:
+        batch = self.preset.train_batch(self.cell.seed, 0)
+        with undisturbed(self.model):
+            return 3.0 * forward_flops(self.model, lambda: self.preset.loss(self.model, batch))
 
 
 def _train_step(preset: Preset, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> torch.Tensor:
@@ -167,7 +249,7 @@ def _grower(
         config = dataclasses.replace(config, evidence=dataclasses.replace(config.evidence, accept="always"))
     return Grower(
         model, optimizer, loss=preset.loss, evaluate=preset.held_out(), config=config, controller=controller,
-        train_step=functools.partial(_train_step, preset), on_event=record,
+        train_step=functools.partial(_train_step, preset), on_event=record, track=[_ByStep()],
     )  # fmt: skip
 
 
@@ -205,6 +287,9 @@ def _add_growth(trained: Trained, grower: Grower, events: Sequence[AnyEvent]) ->
     trained.flops_parts = dict(grower.ledger.spent)
     trained.layers = grower.export_structure()
     plain = grower.export()
+    assert grower.export_difference is not None
+    measured = {f"{name}_difference": getattr(grower.export_difference, name) for name in ("loss", "output")}
+    trained.difference = {name: value for name, value in measured.items() if math.isfinite(value)}
     trained.params = _params(plain, None)  # a branch that folds into the host's own weight adds none
     return plain
 

@@ -49,8 +49,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_model(run_dir: Path, preset: Preset, trained: Trained) -> None:
     """The grown model of the first seed as plain weights, and the structure that they fit."""
-    weights = {name: value.contiguous() for name, value in trained.weights.items()}
-    replace_file(run_dir / "model.safetensors", lambda temporary: save_file(weights, temporary))
+    replace_file(run_dir / "model.safetensors", lambda temporary: _save(trained.weights, temporary))
     structure = {
         "version": STRUCTURE_VERSION,
         "preset": preset.name,
@@ -58,8 +57,23 @@ def write_model(run_dir: Path, preset: Preset, trained: Trained) -> None:
         "layers": trained.layers,
         "params": trained.params,
         "seed": trained.cell.seed,
+        **trained.difference,
     }
     write_json(run_dir / "structure.json", structure)
+
+
+def _save(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Write tensors, read them back and compare, bit for bit."""
+    state = {name: value.contiguous() for name, value in weights.items()}
+    save_file(state, path)
+    again = load_file(path)
+    differing = [name for name, value in state.items() if name not in again or _bits(again[name]) != _bits(value)]
+    if differing:
+        raise ExportError(f"what was written must read back equal, {len(differing)} tensors differ; check the disk")
+
+
+def _bits(value: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+    return value.dtype, value.shape, value.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def load_grown(run_dir: Path) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
@@ -99,13 +113,10 @@ def write_export(run_dir: Path, out: Path) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"an export needs a new or empty directory, got {str(out)!r}; choose another -o")
     out.mkdir(parents=True, exist_ok=True)
-    state = {name: value.contiguous() for name, value in grown.state_dict().items()}
-    save_file(state, out / "model.safetensors")
+    state = grown.state_dict()
+    _save(state, out / "model.safetensors")
     write_json(out / "structure.json", structure)
     (out / "host.py").write_text(inspect.getsource(hosts), encoding="utf-8")
     (out / "rebuild.py").write_text(_REBUILD, encoding="utf-8")
-    again = load_file(out / "model.safetensors")
-    differing = [name for name, value in state.items() if not torch.equal(again.get(name, torch.empty(0)), value)]
-    if differing:
-        raise ExportError(f"what was written must read back equal, {len(differing)} tensors differ; check the disk")
-    return {"path": str(out), "tensors": len(state), "params": structure["params"], "max_difference": 0.0}
+    facts = {"path": str(out), "tensors": len(state), "params": structure["params"]}
+    return facts | {name: structure[name] for name in ("loss_difference", "output_difference") if name in structure}

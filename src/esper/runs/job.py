@@ -18,15 +18,17 @@ import torch
 
 from esper.errors import ConfigError, DivergenceError
 from esper.kasmina.starts import STARTS
-from esper.observe.event_log import EventLog
 from esper.observe.report import write_report
 from esper.protocol import AnyEvent, RunFinished, RunStarted
 from esper.runs.arms import ARMS, Cell, Trained, configure, equal_flops_widths, load_preset, score, train
 from esper.runs.artifacts import write_json, write_model
+from esper.runs.cell_store import CellStore, folder_name
+from esper.runs.directory import PROGRESS, discard_progress, finished_summary, open_directory, tidy, where
 from esper.runs.hosts import build
 from esper.runs.options import RunOptions
 from esper.runs.preset import Preset
 from esper.runs.presets import check_preset
+from esper.runs.record import RunRecord
 from esper.runs.statistics import summarise
 from esper.tamiyo import make_controller
 
@@ -34,16 +36,22 @@ REPORT_EVERY_S = 5.0
 
 
 def execute(
-    options: RunOptions, on_event: Callable[[AnyEvent], None], on_note: Callable[[str], None] | None = None
+    options: RunOptions,
+    on_event: Callable[[AnyEvent], None],
+    on_note: Callable[[str], None] | None = None,
+    on_past: Callable[[AnyEvent], None] | None = None,
 ) -> dict[str, Any]:
-    """Run a job and return its summary (also in ``summary.json`` and the last event).
+    """Run a job, or go on with the same one interrupted earlier; returns its summary (also in ``summary.json`` and the
+    last event).
 
-    ``on_note`` is told in words what events do not show (the choice of learning rates).
+    ``on_note`` is told in words what events do not show (the choice of learning rates, from where a run is resumed),
+    ``on_past`` the events that an interrupted run has told already.
 
     Raises
     ------
     EsperError
-        For unknown names, missing data, a run directory that is in use, or a training that diverged.
+        For unknown names, missing data, a run directory that is in use or holds another run, or a training that
+        diverged.
     """
     check_preset(options.preset)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
@@ -52,13 +60,33 @@ def execute(
     size = ("gpu" if device == "cuda" else "cpu") if options.size == "auto" else options.size
     preset = load_preset(options, device, size)
     _check_settings(options, preset)
-    run_dir = claim_directory(options)
-    with EventLog(run_dir / "events.jsonl") as log:
-        job = _Job(options, preset, device, size, run_dir, log, on_event, on_note or _silent)
+    config = configuration(options, preset, device, size)
+    run_dir, is_resumed = open_directory(options, config)
+    note = on_note or _silent
+    with RunRecord(run_dir / "events.jsonl", on_event, on_past) as record:
         try:
-            return job.run()
+            tidy(run_dir)
+            summary = finished_summary(run_dir) if is_resumed else None
+            if summary is not None:
+                note(f"{run_dir} is finished; --fresh begins anew")
+                record.pass_by()
+            else:
+                if is_resumed:
+                    note(f"resuming {run_dir} {where(run_dir)}")
+                summary = _Job(options, preset, device, size, run_dir, config, record, note).run()
+            discard_progress(run_dir)
+            return summary
         finally:
             write_report(run_dir)
+
+
+def configuration(options: RunOptions, preset: Preset, device: str, size: str) -> dict[str, Any]:
+    """What was asked for, with the preset's own values where nothing was: what makes a run the same run."""
+    config = {k: v for k, v in dataclasses.asdict(options).items() if v is not None and k != "fresh"}
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
+    seeds = [options.seed + number for number in range(options.seeds or preset.seeds)]
+    config.update(steps=options.steps or preset.steps, lrs=list(options.lr or preset.lrs), seeds=seeds)
+    return {**config, "device": device, "size": size}
 
 
 def _check_settings(options: RunOptions, preset: Preset) -> None:
@@ -75,29 +103,6 @@ def _check_settings(options: RunOptions, preset: Preset) -> None:
         )
 
 
-def claim_directory(options: RunOptions) -> Path:
-    """Create the run directory: the one asked for (which must be new or empty), or the next free number."""
-    if options.run_dir is not None:
-        path = options.run_dir
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(f"a run directory must be new or empty, got {str(path)!r}; choose another --run-dir")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"the run directory {str(path)!r} cannot be made ({error}); choose another") from error
-        return path
-    for number in range(1, 100_000):
-        path = Path("runs") / f"{options.preset}-{number:02d}"
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise ConfigError(f"the run directory {str(path)!r} cannot be made ({error}); use --run-dir") from error
-        return path
-    raise ConfigError("runs/ holds 99,999 runs of this preset; delete some or use --run-dir")
-
-
 class _Job:
     def __init__(
         self,
@@ -106,28 +111,27 @@ class _Job:
         device: str,
         size: str,
         run_dir: Path,
-        log: EventLog,
-        on_event: Callable[[AnyEvent], None],
+        config: dict[str, Any],
+        record: RunRecord,
         on_note: Callable[[str], None],
     ) -> None:
         self.on_note = on_note
         self.options, self.preset, self.device, self.size = options, preset, device, size
-        self.run_dir, self.log, self.on_event = run_dir, log, on_event
-        self.steps = options.steps or preset.steps
-        self.lrs = options.lr or preset.lrs
-        self.seeds = [options.seed + number for number in range(options.seeds or preset.seeds)]
+        self.run_dir, self.config, self.record = run_dir, config, record
+        self.steps: int = config["steps"]
+        self.lrs: tuple[float, ...] = tuple(config["lrs"])
+        self.seeds: list[int] = config["seeds"]
         self.results: dict[str, list[Trained]] = {}
         self.lr_trials: dict[str, dict[float, float]] = {}
         self._reported = 0.0
 
     def run(self) -> dict[str, Any]:
-        config = {k: v for k, v in dataclasses.asdict(self.options).items() if v is not None}
-        config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
-        config.update(steps=self.steps, lrs=list(self.lrs), seeds=self.seeds, device=self.device, size=self.size)
-        write_json(self.run_dir / "config.json", config)
-        self._emit(
-            RunStarted(step=0, run=self.run_dir.name, preset=self.preset.name, config=config, environment=environment())
+        if not (self.run_dir / "config.json").exists():
+            write_json(self.run_dir / "config.json", self.config)
+        started = RunStarted(
+            step=0, run=self.run_dir.name, preset=self.preset.name, config=self.config, environment=environment()
         )
+        self._emit(started)
         for arm in ARMS if self.options.controls else ARMS[:1]:
             self._run_arm(arm)
             if arm == "grown":
@@ -195,11 +199,11 @@ class _Job:
     def _train_all(self, cells: list[Cell], *, live: bool) -> list[Trained]:
         emit: Callable[[AnyEvent], None] = self._emit if live else _ignore
         if self.options.jobs == 1 or len(cells) <= 1:
-            return [train(cell, self.preset, emit) for cell in cells]
+            return [_train_here(cell, self.preset, emit, self.run_dir) for cell in cells]
         context = multiprocessing.get_context("spawn")
         workers = min(self.options.jobs, len(cells))
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
-            pending: list[Future[Trained]] = [pool.submit(_train_alone, cell) for cell in cells]
+            pending: list[Future[Trained]] = [pool.submit(_train_alone, cell, self.run_dir) for cell in cells]
             try:
                 done = [future.result() for future in pending]
             except KeyboardInterrupt:
@@ -212,8 +216,7 @@ class _Job:
         return done
 
     def _emit(self, event: AnyEvent) -> None:
-        self.log.append(event)
-        self.on_event(event)
+        self.record.emit(event)
         if time.monotonic() - self._reported > REPORT_EVERY_S:
             write_report(self.run_dir)
             self._reported = time.monotonic()
@@ -225,10 +228,19 @@ def _prepare_worker() -> None:
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"esper\.")
 
 
-def _train_alone(cell: Cell) -> Trained:
+def _train_alone(cell: Cell, run_dir: Path) -> Trained:
     """One training in a process of its own."""
     torch.set_num_threads(1)
-    return train(cell, load_preset(cell.options, cell.device, cell.size), _ignore)
+    return _train_here(cell, load_preset(cell.options, cell.device, cell.size), _ignore, run_dir)
+
+
+def _train_here(cell: Cell, preset: Preset, emit: Callable[[AnyEvent], None], run_dir: Path) -> Trained:
+    """One training, kept below the run directory."""
+    store = CellStore(run_dir / PROGRESS / folder_name(cell), cell, cell.options.checkpoint_every)
+    try:
+        return train(cell, preset, emit, store)
+    finally:
+        store.close()
 
 
 def _ignore(event: AnyEvent) -> None:

@@ -49,6 +49,11 @@ class RunOptions:
     jobs: int = 1
     """Trainings at a time, each in a process of its own."""
 
+    checkpoint_every: float = 10.0
+    """Seconds between two checkpoints of a training, at the least."""
+    fresh: bool = False
+    """Begin anew where an interrupted run of the same configuration could be resumed."""
+
     def changed_settings(self) -> dict[str, str]:
         """:attr:`settings` taken apart."""
         return {name.strip(): value.strip() for name, _, value in (item.partition("=") for item in self.settings)}
@@ -63,6 +68,9 @@ class RunOptions:
         _require(0 <= self.seed < 2**31, "seed must lie between 0 and 2147483647", self.seed, "use 0")
         _require(self.device in ("auto", "cpu", "cuda"), "device must be auto, cpu or cuda", self.device, "use auto")
         _require(self.size in ("auto", "cpu", "gpu"), "size must be auto, cpu or gpu", self.size, "use auto")
+        _require(
+            self.checkpoint_every >= 0, "checkpoint_every must be at least 0 seconds", self.checkpoint_every, "use 10"
+        )
         _require(self.jobs >= 1, "jobs must be at least 1", self.jobs, "use 1")
 
 

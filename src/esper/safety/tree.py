@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -25,6 +26,8 @@ Tree = Any
 _MARK = "$"
 """The key that tells an encoded node from a plain dictionary."""
 MAX_DEPTH = 64
+_DTYPE = re.compile(r"[<>|=]?[?biufcmMSUV]\d{0,9}(\[\w{1,9}\])?")
+"""NumPy has dtypes that are small programs; those of a stored array are one number each."""
 
 
 def split(tree: Tree) -> tuple[Any, dict[str, Tensor]]:
@@ -68,7 +71,7 @@ def digest(tree: Tree) -> str:
         total.update(part)
     for name, tensor in tensors.items():
         value = tensor.detach()
-        total.update(f"|{name}:{value.dtype}:{tuple(value.shape)}:".encode())
+        total.update(f"|{name}:{value.dtype}:{tuple(value.shape)}:".encode("utf-8", "surrogatepass"))
         total.update(tensor_bytes(value))
     return total.hexdigest()
 
@@ -198,9 +201,9 @@ def _decode_tensor(node: dict[str, Any], value: Any, path: str, left: dict[str, 
 def _decode_array(
     node: dict[str, Any], value: Any, path: str, left: dict[str, Tensor], depth: int
 ) -> np.ndarray[Any, Any]:
-    dtype = np.dtype(str(node["dtype"]))
-    if dtype.hasobject:
-        raise StateError(f"a stored array holds numbers, got dtype {dtype} at {path!r}; it is damaged")
+    if not isinstance(node["dtype"], str) or not _DTYPE.fullmatch(node["dtype"]):
+        raise StateError(f"a stored array holds numbers, got dtype {node['dtype']!r} at {path!r}; it is damaged")
+    dtype = np.dtype(node["dtype"])
     return np.frombuffer(bytes(tensor_bytes(_taken(value, path, left))), dtype=dtype).reshape(node["shape"]).copy()
 
 

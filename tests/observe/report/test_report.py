@@ -202,3 +202,15 @@ def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest
 def test_arm_without_held_out_is_placed_by_test_loss() -> None:
     stream = [e for e in events(seeds=2) if not (isinstance(e, p.HeldOut) and e.arm == "static_final")]
     assert "test loss (path: held-out)" in render(wrap(stream))
+
+
+def test_incidents_are_listed() -> None:
+    stream = [event for event in events(seeds=1) if not isinstance(event, p.RunFinished)]
+    stream += [
+        p.Incident(step=45, cohort=None, action="reported", reason="the loss <b>is</b> not finite"),
+        p.Restored(step=60, to_step=29, cohort=2, verified=True, rewound=True, digest="ab", reason="back to step 29"),
+    ]
+    page = render(wrap(stream))
+    assert "Incidents and warnings" in page and "back to step 29" in page
+    assert "the training's own, reported: the loss &lt;b&gt;is&lt;/b&gt; not finite" in page.replace("&#x27;", "'")
+    assert "Incidents" not in render(wrap(list(events(seeds=1))))

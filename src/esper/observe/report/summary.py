@@ -98,6 +98,10 @@ def notes(history: RunHistory) -> str:
     if len(warned) > _MAX_NOTES:
         parts.append(element("p", f"and {len(warned) - _MAX_NOTES} more warnings in the event log", class_="quiet"))
     heading = "<h2>Warnings</h2>" if warned else ""
+    taken_back = [event for run in history.seed_runs for event in (*run.restores, *run.incidents)]
+    if taken_back:
+        parts.insert(0, _incidents(history))
+        heading = "<h2>Incidents and warnings</h2>"
     skipped = list(dict.fromkeys((item.name, item.reason) for run in runs for item in run.skipped))
     attached = next((run.attached for run in runs if run.attached), None)
     if attached is not None:
@@ -187,3 +191,17 @@ def _flat(config: dict[str, object], prefix: str = "") -> dict[str, str]:
         else:
             out[name] = svg.shorten(str(value), 200)
     return out
+
+
+def _incidents(history: RunHistory) -> str:
+    """What the guard has seen and done, oldest first."""
+    told: list[str] = []
+    for run in history.seed_runs:
+        tag = "" if run.arm == "grown" and run.seed == 0 else f"[{run.arm} {run.seed}] "
+        for event in run.incidents:
+            whose = "the training's own" if event.cohort is None else f"cohort {event.cohort}"
+            told.append(f"{tag}step {event.step}, {whose}, {event.action}: {event.reason}")
+        told += [f"{tag}step {event.step}, cohort {event.cohort}: {event.reason}" for event in run.restores]
+    shown = "".join(element("li", escape(text)) for text in told[:_MAX_NOTES])
+    more = element("li", f"and {len(told) - _MAX_NOTES} more in the event log") if len(told) > _MAX_NOTES else ""
+    return element("ul", shown + more, class_="incidents")

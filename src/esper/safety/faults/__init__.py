@@ -1,0 +1,49 @@
+"""Faults to inject into a run: for tests and for ``esper trials --faults``.
+
+Faults of training are registered here; faults of the disk (a corrupt or truncated checkpoint, a full disk, a killed
+writer) belong beside them, one file each.
+"""
+
+from esper.safety.faults.blueprint_forward import BlueprintForward
+from esper.safety.faults.blueprint_init import BlueprintInit
+from esper.safety.faults.clock_jumps import ClockJumps
+from esper.safety.faults.evaluation_hangs import EvaluationHangs
+from esper.safety.faults.evaluation_raises import EvaluationRaises
+from esper.safety.faults.exploding_lr import ExplodingRate
+from esper.safety.faults.fault import (
+    FAULTS,
+    Expectation,
+    Fault,
+    InjectedError,
+    Moment,
+    NotRefusedError,
+    Strikes,
+    Subject,
+)
+from esper.safety.faults.host_nan import HostNan
+from esper.safety.faults.inf_batch import InfBatch
+from esper.safety.faults.nan_batch import NanBatch
+from esper.safety.faults.out_of_memory import OutOfMemory
+from esper.safety.faults.two_growers import TwoGrowers
+
+__all__ = [
+    "FAULTS",
+    "BlueprintForward",
+    "BlueprintInit",
+    "ClockJumps",
+    "EvaluationHangs",
+    "EvaluationRaises",
+    "Expectation",
+    "ExplodingRate",
+    "Fault",
+    "HostNan",
+    "InfBatch",
+    "InjectedError",
+    "Moment",
+    "NanBatch",
+    "NotRefusedError",
+    "OutOfMemory",
+    "Strikes",
+    "Subject",
+    "TwoGrowers",
+]

@@ -1,0 +1,120 @@
+"""Exact snapshots in memory: copies on the CPU that the training step does not wait for, with a hash.
+
+A snapshot is kept for as long as a cohort that was grafted after it may have to be undone.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper.safety.tree import Tree, copy_of, digest, split
+
+
+@dataclass
+class Snapshot:
+    """The whole state of a run after ``step``; read :attr:`tree` and :attr:`digest` through their methods only."""
+
+    step: int
+    num_bytes: int
+    _tree: Tree
+    _copied: list[Any]
+    """Events on CUDA streams, one a device, that tell when the copies are complete."""
+    _digest: str = ""
+    _worker: threading.Thread | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, state: Tree, step: int) -> Snapshot:
+        """Begin to copy ``state``; its tensors may change again as soon as this returns (on their own streams)."""
+        tree = copy_of(state, _on_the_host)
+        devices = {t.device for t in split(state)[1].values() if t.is_cuda}
+        snapshot = cls(step, num_bytes(state), tree, [_mark(device) for device in devices])
+        snapshot._worker = threading.Thread(target=snapshot._hash, name="esper-snapshot")
+        snapshot._worker.start()
+        return snapshot
+
+    def tree(self) -> Tree:
+        """A copy of the state, to be given away."""
+        self._wait()
+        return copy_of(self._tree)
+
+    def digest(self) -> str:
+        """Hash of the state; waits until it is known."""
+        assert self._worker is not None
+        self._worker.join()
+        return self._digest
+
+    def _wait(self) -> None:
+        for event in self._copied:
+            event.synchronize()
+
+    def _hash(self) -> None:
+        self._wait()
+        self._digest = digest(self._tree)
+
+
+class Snapshots:
+    """Snapshots by the cohort that was grafted after them, together within a bound.
+
+    Parameters
+    ----------
+    max_bytes:
+        Most memory all of them may take.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._by_cohort: dict[int, Snapshot] = {}
+
+    def __contains__(self, cohort: int) -> bool:
+        return cohort in self._by_cohort
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory they take; one that several cohorts share counts once."""
+        return sum(snapshot.num_bytes for snapshot in {id(s): s for s in self._by_cohort.values()}.values())
+
+    def fits(self, state: Tree) -> bool:
+        """Whether one more of ``state`` stays within the bound."""
+        return self.num_bytes + num_bytes(state) <= self.max_bytes
+
+    def put(self, snapshot: Snapshot, cohorts: list[int]) -> None:
+        """Keep ``snapshot`` for these cohorts."""
+        self._by_cohort.update(dict.fromkeys(cohorts, snapshot))
+
+    def of(self, cohort: int) -> Snapshot | None:
+        """The newest snapshot from before a cohort's graft."""
+        return self._by_cohort.get(cohort)
+
+    def keep_only(self, cohorts: set[int]) -> None:
+        """Let go what only other cohorts needed."""
+        for number in set(self._by_cohort) - cohorts:
+            del self._by_cohort[number]
+
+    @property
+    def oldest_step(self) -> int | None:
+        """Step of the oldest snapshot, ``None`` without one."""
+        return min((snapshot.step for snapshot in self._by_cohort.values()), default=None)
+
+
+def num_bytes(state: Tree) -> int:
+    """Bytes of all tensors and arrays of a state tree."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in split(state)[1].values())
+
+
+def _on_the_host(tensor: Tensor) -> Tensor:
+    """A copy in the CPU's memory; from a GPU into pinned memory, behind what its stream has yet to do."""
+    if not tensor.is_cuda:
+        return tensor.to("cpu", copy=True)
+    pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
+
+
+def _mark(device: torch.device) -> Any:
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
