@@ -25,8 +25,10 @@ def sitting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
     precision = torch.get_float32_matmul_precision()
     session = Session(Record("test", CPU, lambda text: None, folder), tiny=True)
+    compiler = torch._dynamo.config.skip_nnmodule_hook_guards
     session.measure(PARTS)
     torch.set_float32_matmul_precision(precision)
+    assert torch._dynamo.config.skip_nnmodule_hook_guards == compiler, "the compiler is as it was"
     assert session.failures == {}
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,33 +72,33 @@ def parts(device: torch.device, *, tiny: bool = False) -> Iterator[tuple[str, Ca
 
 def phases(host: Host, device: torch.device, *, steps: int, blocks: int) -> Iterator[Line]:
     """One line a phase; on GPT-2's shape how busy the device is comes with the last."""
-    _let_compile()
-    bare, watched = Training(host, device, None), Training(host, device, patient(host))
-    grower = watched.grower
-    assert grower is not None
-    infos = grower.sites()
-    facts = {"host": host.name, "sites": len(infos), "dormant_seeds": sum(info.num_chunks for info in infos)}
-    yield facts | compare("every_step", bare, watched, steps=steps, blocks=blocks)
-    grower.config = dataclasses.replace(grower.config, telemetry=TelemetryConfig())
-    yield facts | compare("default", bare, watched, steps=steps, blocks=blocks)
-    if host.name != "gpt2":
-        return
-    layers = [info.name for info in infos if info.name.endswith(".out")]
-    _germinate(watched, "chunk_mlp", "random_zero", layers, Lifecycle.GRAFTING)
-    layers = [info.name for info in infos if info.name.endswith(".fc2") and not info.kind.is_span]
-    _germinate(watched, "low_rank", "reconstruction", layers, Lifecycle.GERMINATED)
-    line = facts | {"seeds": 2 * SEEDS}
-    yield line | compare("grafted_and_training", bare, watched, steps=min(8, steps), blocks=min(6, blocks))
-    yield facts | utilisation(bare, watched, steps=2 * steps)
+    with compiling():
+        bare, watched = Training(host, device, None), Training(host, device, patient(host))
+        grower = watched.grower
+        assert grower is not None
+        infos = grower.sites()
+        facts = {"host": host.name, "sites": len(infos), "dormant_seeds": sum(info.num_chunks for info in infos)}
+        yield facts | compare("every_step", bare, watched, steps=steps, blocks=blocks)
+        grower.config = dataclasses.replace(grower.config, telemetry=TelemetryConfig())
+        yield facts | compare("default", bare, watched, steps=steps, blocks=blocks)
+        if host.name != "gpt2":
+            return
+        layers = [info.name for info in infos if info.name.endswith(".out")]
+        _germinate(watched, "chunk_mlp", "random_zero", layers, Lifecycle.GRAFTING)
+        layers = [info.name for info in infos if info.name.endswith(".fc2") and not info.kind.is_span]
+        _germinate(watched, "low_rank", "reconstruction", layers, Lifecycle.GERMINATED)
+        line = facts | {"seeds": 2 * SEEDS}
+        yield line | compare("grafted_and_training", bare, watched, steps=min(8, steps), blocks=min(6, blocks))
+        yield facts | utilisation(bare, watched, steps=2 * steps)
 
 
-def _let_compile() -> None:
+@contextmanager
+def compiling() -> Generator[None]:
     """Hooks of a second model of a compiled class are called, and no variant of its graph falls back to eager."""
     settings: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
-    settings.skip_nnmodule_hook_guards = False
-    for name in ("recompile_limit", "cache_size_limit"):  # the newer and the older name
-        if hasattr(settings, name):
-            setattr(settings, name, 64)
+    limit = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # its older name
+    with settings.patch({"skip_nnmodule_hook_guards": False, limit: 64}):
+        yield
 
 
 def _germinate(training: Training, blueprint: str, start: str, layers: Sequence[str], wanted: Lifecycle) -> None:
