@@ -57,6 +57,18 @@ def test_to_a_file() -> None:
     assert show(Stream(), stop=1100) == SNAPSHOT
 
 
+def test_what_an_interrupted_run_has_told_is_counted_and_not_told_again() -> None:
+    stream = Stream()
+    console = Console(stream, Clock(), environ={})
+    for event in events(seeds=1, arms=("grown",)):
+        if event.step > 1100:
+            break
+        (console.on_past if event.step <= 500 else console.on_event)(event)
+    told = stream.getvalue()
+    assert "step 270" not in told and "step 460" not in told and "step 730   KEPT" in told
+    assert "1 kept | 1 rejected" in told.splitlines()[0], "the first sign of life counts what was decided before"
+
+
 def test_the_end_of_a_run() -> None:
     tail = show(Stream()).splitlines()[-4:]
     assert tail[0].startswith("finished  grown seed 0: accuracy 0.97")

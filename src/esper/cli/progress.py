@@ -26,13 +26,17 @@ def run_visibly(options: RunOptions, context: Context) -> Outcome:
     history = RunHistory()
     console = Console(sys.stderr)
 
-    def on_past(event: AnyEvent) -> None:
+    def remember(event: AnyEvent) -> None:
         history.apply(Record(v=SCHEMA_VERSION, seq=history.num_events, time=0.0, event=event))
         if isinstance(event, RunStarted):
             context.run_dir = _run_dir(options, event)
 
+    def on_past(event: AnyEvent) -> None:
+        remember(event)
+        console.on_past(event)
+
     def on_event(event: AnyEvent) -> None:
-        on_past(event)
+        remember(event)
         if isinstance(event, RunStarted):
             write_lines([_first_line(_run_dir(options, event))], sys.stderr)
         elif not isinstance(event, RunFinished):  # the outcome says it, on standard output

@@ -91,10 +91,13 @@ class Console:
         A stream that is closed or whose reader has gone away silences the console for good: progress lines must
         not end a training run.
         """
-        if self._rank != 0:
-            return
+        if self._rank == 0:
+            self.on_past(event)
+            self._attempt(lambda: self._show(event))
+
+    def on_past(self, event: AnyEvent) -> None:
+        """Take in an event of which nothing is to be said: an interrupted run has told it already."""
         self._history.apply(Record(v=SCHEMA_VERSION, seq=self._history.num_events, time=0.0, event=event))
-        self._attempt(lambda: self._show(event))
 
     def on_note(self, text: str) -> None:
         """Write a line that no event stands for, under the same rules."""
