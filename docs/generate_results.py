@@ -30,6 +30,10 @@ ARMS = {
     "always": "grown, every cohort kept",
     "gromo_tiny": "gromo 0.1.0, TINY",
     "gromo_gradmax": "gromo 0.1.0, GradMax",
+    "gromo_tiny_equal_flops": "gromo 0.1.0, TINY, same FLOPs",
+    "gromo_gradmax_equal_flops": "gromo 0.1.0, GradMax, same FLOPs",
+    "grown_short": "grown in fewer steps",
+    "static_final_short": "final shape in three quarters of the steps",
 }
 SCORES = {"digits": "accuracy", "vision": "accuracy", "code-lm": "score (minus nats a byte)"}
 IN_README = ("digits", "code_lm")
@@ -173,7 +177,10 @@ paired.
 - **small** never grows; **final shape** has the grown network's final widths of the same seed from the start;
   **same FLOPs** has the widths that cost what growth cost.
 - **random growth** repeats the grown network's schedule with units of random inputs and zero outputs.
-- **gromo** grows to the same widths by TINY or GradMax (on MLPs; `benchmarks/training/peers/gromo.py` says how).
+- **gromo** grows to the same widths by TINY or GradMax (on MLPs; `src/esper/runs/peers/gromo.py` says how), or as far as
+  makes the whole training cost what growing did (**same FLOPs**).
+- **grown in fewer steps** grows anew in as many steps as may cost at most 75% of the final shape's training; beside it
+  the **final shape in three quarters of the steps**. Both ask whether the final shape's quality is to be had for less.
 """
 
 
