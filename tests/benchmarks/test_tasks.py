@@ -53,8 +53,8 @@ def preset_of(name: str, data: Path, seed: int = 0) -> Preset:
 
 def test_every_task_is_found() -> None:
     assert set(NAMES) == {
-        "cifar10", "code_lm", "fashion_mnist", "mnist1d", "teacher_student", "teacher_student_constant",
-        "tinyshakespeare", "uci_kin8nm",
+        "cifar10", "code_lm", "digits_arms", "fashion_mnist", "mnist1d", "teacher_student",
+        "teacher_student_constant", "tinyshakespeare", "uci_kin8nm",
     }  # fmt: skip
 
 
