@@ -33,7 +33,7 @@ ARMS = {
     "gromo_tiny_equal_flops": "gromo 0.1.0, TINY, same FLOPs",
     "gromo_gradmax_equal_flops": "gromo 0.1.0, GradMax, same FLOPs",
     "grown_short": "grown in fewer steps",
-    "static_final_short": "final shape in three quarters of the steps",
+    "static_final_short": "final shape, 75% of the steps",
 }
 SCORES = {"digits": "accuracy", "vision": "accuracy", "code-lm": "score (minus nats a byte)"}
 IN_README = ("digits", "code_lm")
@@ -177,10 +177,10 @@ paired.
 - **small** never grows; **final shape** has the grown network's final widths of the same seed from the start;
   **same FLOPs** has the widths that cost what growth cost.
 - **random growth** repeats the grown network's schedule with units of random inputs and zero outputs.
-- **gromo** grows to the same widths by TINY or GradMax (on MLPs; `src/esper/runs/peers/gromo.py` says how), or as far as
-  makes the whole training cost what growing did (**same FLOPs**).
+- **gromo** grows to the same widths by TINY or GradMax (on MLPs; `src/esper/runs/peers/gromo.py` says how), or as far
+  as makes the whole training cost what growing did (**same FLOPs**).
 - **grown in fewer steps** grows anew in as many steps as may cost at most 75% of the final shape's training; beside it
-  the **final shape in three quarters of the steps**. Both ask whether the final shape's quality is to be had for less.
+  the **final shape, 75% of the steps**. Both ask whether the final shape's quality is to be had for less.
 """
 
 
@@ -339,7 +339,7 @@ STYLE = """
       .grown .bar { stroke: #3fb950; }
     }
   """
-LEGEND = 250
+LEGEND = 260
 
 
 def _picture(name: str, result: dict[str, Any]) -> str:
@@ -358,7 +358,7 @@ def _picture(name: str, result: dict[str, Any]) -> str:
         svg.text(frame.width + 12, 44 + 22 * number, f"{number}  {_key(arm, value, frame)}")
         for number, (arm, value) in enumerate(result["arms"].items(), 1)
     ]
-    width, height = frame.width + LEGEND, frame.height
+    width, height = frame.width + LEGEND, max(frame.height, 44 + 22 * len(result["arms"]) + 24)
     return "".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" ',
         f'role="img" aria-labelledby="t">\n  <title id="t">{html.escape(title)}</title>\n  <style>{STYLE}</style>\n  ',
