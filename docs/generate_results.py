@@ -214,7 +214,9 @@ def _sizings(results: list[dict[str, Any]]) -> str:
 
 RECIPE = """Each row changes one thing against what is shipped, with a learning rate of its own; the loss is the
 held-out one (nothing is chosen by it but learning rates), paired by seed: **bold** where the interval excludes zero.
-Positive is worse. A branch on a single layer, another blueprint or another host may order them differently."""
+Positive is worse. A branch on a single layer, another blueprint or another host may order them differently.
+Measured with the code that each command names, in which a cohort was judged once: that it may be judged three
+times ([0015](decisions/0015-looks.md)) came later."""
 
 
 def _recipe(result: dict[str, Any]) -> str:
