@@ -24,6 +24,8 @@ class TelemetryBuffer:
         self.gradient_energy = torch.full((len(sizes),), float("nan"), device=device)
         self.reports = torch.zeros((), dtype=torch.int64, device=device)
         self.rows = rows
+        self.latest: npt.NDArray[np.float32] | None = None
+        """``(3, C)`` as :func:`snapshots` has read it last, on the host; nothing writes into it afterwards."""
 
     def record(self, y: Tensor, feature_axis: int) -> None:
         """Read up to ``rows`` rows of ``y``, strided over the whole batch; ``y`` is not changed or kept.
@@ -84,7 +86,7 @@ def snapshots(buffers: Sequence[TelemetryBuffer]) -> list[npt.NDArray[np.float32
         start = 0
         for number in members:
             size = 3 * buffers[number].gradient_energy.numel()
-            found[number] = flat[start : start + size].reshape(3, -1)
+            buffers[number].latest = found[number] = flat[start : start + size].reshape(3, -1)
             start += size
     return [found[number] for number in range(len(buffers))]
 

@@ -182,13 +182,23 @@ def encode_record(record: Record) -> bytes:
         Something in the event has no JSON form.
     """
     try:
-        plain = msgspec.to_builtins(record, str_keys=True, enc_hook=_plain_number)
-        return _ENCODER.encode(_without_non_finite(plain)) + b"\n"
+        return _ENCODER.encode(plain(record)) + b"\n"
     except (TypeError, ValueError, OverflowError) as error:  # ValueError: text that is not valid Unicode
         kind = type(record.event).__name__
         raise EsperError(
             f"events hold plain data only, but a {kind} could not be written ({error}); use str, int, float or bool"
         ) from error
+
+
+def plain(value: Any) -> Any:
+    """``value`` as dictionaries, lists, text and numbers, with NaN and infinities as text.
+
+    Raises
+    ------
+    TypeError, ValueError, OverflowError
+        Something in it has no JSON form.
+    """
+    return _without_non_finite(msgspec.to_builtins(value, str_keys=True, enc_hook=_plain_number))
 
 
 def decode_record(line: bytes) -> Record:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import msgspec
 
 from esper.errors import EnvelopeError, StateError
+from esper.observe.event_log import plain
 from esper.safety import bounded_json
 
 SPEC_VERSION = "1.0"
@@ -102,7 +103,7 @@ def seconds(time: str) -> float:
     return moment.timestamp()
 
 
-def encode(envelope: Envelope) -> bytes:
+def encode(envelope: Envelope, *, max_bytes: int = MAX_MESSAGE_BYTES) -> bytes:
     """The message as bytes.
 
     Raises
@@ -111,12 +112,12 @@ def encode(envelope: Envelope) -> bytes:
         It is larger than a message may be.
     """
     value = b"\n".join((_ENCODER.encode(envelope.header()), envelope.data))
-    if len(value) > MAX_MESSAGE_BYTES:
-        raise EnvelopeError(f"a message may have {MAX_MESSAGE_BYTES} bytes, got {len(value)}; send a claim instead")
+    if len(value) > max_bytes:
+        raise EnvelopeError(f"a message may have {max_bytes} bytes, got {len(value)}; send a claim instead")
     return value
 
 
-def decode(value: bytes) -> Envelope:
+def decode(value: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES) -> Envelope:
     """The message that ``value`` holds. Its data are not looked at.
 
     Raises
@@ -124,8 +125,8 @@ def decode(value: bytes) -> Envelope:
     EnvelopeError
         It is no envelope, too large or too deep, or of another version of CloudEvents.
     """
-    if len(value) > MAX_MESSAGE_BYTES:
-        raise EnvelopeError(f"a message may have {MAX_MESSAGE_BYTES} bytes, got {len(value)}")
+    if len(value) > max_bytes:
+        raise EnvelopeError(f"a message may have {max_bytes} bytes, got {len(value)}")
     head, newline, data = value.partition(b"\n")
     if not newline:
         raise EnvelopeError("an envelope is a header, a newline and data, got no newline")
@@ -162,8 +163,17 @@ def read_json(data: bytes, kind: Any) -> Any:
 
 
 def write_json(value: Any) -> bytes:
-    """``value`` as data of type ``application/json``."""
-    return _ENCODER.encode(value)
+    """``value`` as data of type ``application/json``; NaN and infinities as text, which :func:`read_json` understands.
+
+    Raises
+    ------
+    EnvelopeError
+        Something in it has no JSON form.
+    """
+    try:
+        return _ENCODER.encode(plain(value))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise EnvelopeError(f"data must have a form in JSON ({error}); use str, int, float or bool") from error
 
 
 def describe(value: bytes) -> str:

@@ -1,0 +1,281 @@
+"""Where claimed content waits: in memory, in a folder, in Redis, or wherever fsspec leads."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import re
+import secrets
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from esper.errors import BusError, ConfigError
+from esper.oona.aside import aside
+from esper.oona.claims import TTL_S, ClaimStore
+from esper.safety.disk import Disk, LocalDisk, make_folders
+
+MOST_MEMORY_BYTES = 512 << 20
+_OURS = re.compile(r"(?:[0-9a-f]{64}|\.[0-9a-f]{64}\.[0-9a-f]{16}\.part)")
+"""Names of content, and of content that is being written."""
+_ATOMIC = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "memory"}
+"""Stores in which an object appears whole or not at all, and a rename is a copy."""
+
+
+class MemoryStore:
+    """Content in this process, for the bus in this process. Beyond ``max_bytes`` the oldest goes."""
+
+    address = "memory://"
+
+    def __init__(
+        self,
+        *,
+        ttl_s: float = TTL_S,
+        max_bytes: int = MOST_MEMORY_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.ttl_s, self._max_bytes, self._clock = ttl_s, max_bytes, clock
+        self._content: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
+        self._num_bytes = 0
+
+    async def put(self, name: str, data: bytes) -> None:
+        self._take(name)
+        self._content[name] = (self._clock() + self.ttl_s, data)
+        self._num_bytes += len(data)
+        while self._num_bytes > self._max_bytes:
+            self._take(next(iter(self._content)))
+
+    async def get(self, name: str, limit: int) -> bytes | None:
+        until, data = self._content.get(name, (0.0, b""))
+        return data[: limit + 1] if name in self._content and until > self._clock() else None
+
+    async def sweep(self) -> int:
+        old = [name for name, (until, _) in self._content.items() if until <= self._clock()]
+        for name in old:
+            self._take(name)
+        return len(old)
+
+    async def close(self) -> None:
+        self._content.clear()
+        self._num_bytes = 0
+
+    def _take(self, name: str) -> None:
+        _, data = self._content.pop(name, (0.0, b""))
+        self._num_bytes -= len(data)
+
+
+class FolderStore:
+    """A folder (0700, files 0600), on a disk that sender and receiver share as one user.
+
+    Parameters
+    ----------
+    clock:
+        Unix time, as the files have it.
+    """
+
+    def __init__(
+        self, folder: Path, *, ttl_s: float = TTL_S, disk: Disk | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.ttl_s, self._folder, self._clock = ttl_s, folder, clock
+        self._disk = disk or LocalDisk()
+
+    @property
+    def address(self) -> str:
+        return f"file://{self._folder}"
+
+    async def put(self, name: str, data: bytes) -> None:
+        await _reaching(self.address, lambda: self._put(name, data))
+
+    async def get(self, name: str, limit: int) -> bytes | None:
+        return await _reaching(self.address, lambda: self._get(name, limit))
+
+    async def sweep(self) -> int:
+        return await _reaching(self.address, self._sweep)
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+    def _put(self, name: str, data: bytes) -> None:
+        path = self._folder / name
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISREG(path.lstat().st_mode) and path.lstat().st_size == len(data):
+                os.utime(path, follow_symlinks=False)  # the same content again: its time begins anew
+                return
+        make_folders(self._disk, self._folder)
+        temporary = self._folder / f".{name}.{secrets.token_hex(8)}.part"
+        handle = self._disk.create(temporary)
+        try:
+            try:
+                handle.write(data)  # not forced to the disk: after a power cut its hash tells
+            finally:
+                handle.close()
+            self._disk.rename(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._disk.unlink(temporary)
+            raise
+
+    def _get(self, name: str, limit: int) -> bytes | None:
+        path = self._folder / name
+        try:
+            found = path.lstat()
+            if not stat.S_ISREG(found.st_mode):
+                return None  # a link, whoever has put it there, is not followed
+            return bytes(limit + 1) if found.st_size > limit else self._disk.read(path, limit)
+        except FileNotFoundError:
+            return None
+
+    def _sweep(self) -> int:
+        count, before = 0, self._clock() - self.ttl_s
+        for name in self._disk.names(self._folder) if self._folder.is_dir() else ():
+            path = self._folder / name
+            with contextlib.suppress(FileNotFoundError):  # another process sweeps too
+                if _OURS.fullmatch(name) and path.lstat().st_mtime < before:
+                    self._disk.unlink(path)
+                    count += 1
+        return count
+
+
+class RedisClient(Protocol):
+    """What is used of ``redis.asyncio.Redis``."""
+
+    def set(self, name: str, value: bytes, *, ex: int) -> Awaitable[Any]: ...
+
+    def getrange(self, key: str, start: int, end: int) -> Awaitable[Any]: ...
+
+    def aclose(self) -> Awaitable[None]: ...
+
+
+class RedisStore:
+    """Keys in Redis that end by themselves (``SET ... EX``).
+
+    Parameters
+    ----------
+    client:
+        A ``redis.asyncio`` client that returns bytes. It is closed with the store.
+    """
+
+    def __init__(self, client: RedisClient, *, address: str, ttl_s: float = TTL_S) -> None:
+        self.address, self.ttl_s, self._client = address, ttl_s, client
+
+    async def put(self, name: str, data: bytes) -> None:
+        await self._ask(self._client.set(f"esper:claim:{name}", data, ex=max(1, round(self.ttl_s))))
+
+    async def get(self, name: str, limit: int) -> bytes | None:
+        # No more than limit + 1 bytes leave the server, whatever lies under the key.
+        found = cast("bytes", await self._ask(self._client.getrange(f"esper:claim:{name}", 0, limit)))
+        return found or None
+
+    async def sweep(self) -> int:
+        return 0
+
+    async def close(self) -> None:
+        await self._ask(self._client.aclose())
+
+    async def _ask(self, answer: Awaitable[Any]) -> Any:
+        errors = importlib.import_module("redis.exceptions")
+        try:
+            return await answer
+        except (errors.RedisError, OSError, TimeoutError) as error:
+            raise BusError(f"the claim store {self.address} must answer, got {type(error).__name__}") from error
+
+
+class ObjectStore:
+    """Objects under a URL that fsspec knows (``s3://``, ``gs://``, ``sftp://``, ...); needs the extra ``claims``.
+
+    Raises
+    ------
+    ConfigError
+        fsspec, or what it needs for this kind of URL, is missing.
+    """
+
+    def __init__(self, url: str, *, ttl_s: float = TTL_S, clock: Callable[[], float] = time.time) -> None:
+        self.ttl_s, self._clock = ttl_s, clock
+        scheme = url.partition("://")[0]
+        self.address = f"{scheme}://..."  # what follows may hold a password
+        try:
+            core = importlib.import_module("fsspec.core")
+        except ImportError as error:
+            raise ConfigError(
+                f"a claim store at {self.address} needs fsspec; install it with: pip install 'esper-morph[claims]'"
+            ) from error
+        try:
+            self._files, self._root = core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"fsspec must know a claim store's URL, got {self.address} ({error})") from error
+        self._is_atomic = scheme in _ATOMIC
+
+    async def put(self, name: str, data: bytes) -> None:
+        await _reaching(self.address, lambda: self._put(name, data))
+
+    async def get(self, name: str, limit: int) -> bytes | None:
+        return await _reaching(self.address, lambda: self._get(name, limit))
+
+    async def sweep(self) -> int:
+        return await _reaching(self.address, self._sweep)
+
+    async def close(self) -> None:
+        """fsspec closes its connections itself."""
+
+    def _put(self, name: str, data: bytes) -> None:
+        self._files.makedirs(self._root, exist_ok=True)
+        if self._is_atomic:
+            self._files.pipe_file(f"{self._root}/{name}", data)
+            return
+        temporary = f"{self._root}/.{name}.{secrets.token_hex(8)}.part"
+        self._files.pipe_file(temporary, data)
+        self._files.mv(temporary, f"{self._root}/{name}")
+
+    def _get(self, name: str, limit: int) -> bytes | None:
+        try:
+            return self._files.cat_file(f"{self._root}/{name}", start=0, end=limit + 1)
+        except FileNotFoundError:
+            return None
+
+    def _sweep(self) -> int:
+        count, before = 0, self._clock() - self.ttl_s
+        try:
+            paths = self._files.ls(self._root, detail=False)
+        except FileNotFoundError:
+            return 0
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError, NotImplementedError):
+                if _OURS.fullmatch(str(path).rpartition("/")[2]) and self._files.modified(path).timestamp() < before:
+                    self._files.rm_file(path)
+                    count += 1
+        return count
+
+
+def make_store(url: str, *, ttl_s: float = TTL_S) -> ClaimStore:
+    """The store that a setting names: ``memory://``, a folder's path or ``file://`` URL, or a URL that fsspec knows.
+
+    Raises
+    ------
+    ConfigError
+        It names none, or something that it needs is missing.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator and url:
+        return FolderStore(Path(url).absolute(), ttl_s=ttl_s)
+    if scheme == "file" and rest.startswith("/"):
+        return FolderStore(Path(rest), ttl_s=ttl_s)
+    if scheme == "memory" and not rest:
+        return MemoryStore(ttl_s=ttl_s)
+    if not url or scheme in ("file", "memory", "redis", "rediss"):
+        raise ConfigError(
+            "a claim store is memory://, a folder (file:///PATH) or a URL that fsspec knows, got "
+            f"{f'{scheme}://...' if separator else 'nothing'}; Redis is used as a store by the bus that runs on it"
+        )
+    return ObjectStore(url, ttl_s=ttl_s)
+
+
+async def _reaching(address: str, call: Callable[[], Any]) -> Any:
+    """What a blocking call returns; an error of the disk or the network as a ``BusError``."""
+    try:
+        return await aside(call)
+    except OSError as error:
+        raise BusError(f"the claim store {address} must be usable, got an error ({error})") from error
