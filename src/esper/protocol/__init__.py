@@ -20,6 +20,7 @@ from esper.protocol.commands import (
     SeedPlan,
     SetBudget,
     SetStrategy,
+    Snapshot,
     Stop,
 )
 from esper.protocol.events import (
@@ -30,10 +31,12 @@ from esper.protocol.events import (
     ArmFinished,
     Attached,
     Audited,
+    Commanded,
     EffectScored,
     Event,
     Fitted,
     Germinated,
+    GrowthPaused,
     HeldOut,
     Incident,
     Judged,
@@ -60,6 +63,13 @@ from esper.protocol.observation import (
     Observation,
     Verdict,
 )
+from esper.protocol.orders import (
+    ACKNOWLEDGEMENT_SCHEMA,
+    ORDER_SCHEMA,
+    Acknowledgement,
+    Order,
+    Outcome,
+)
 from esper.protocol.sites import (
     SiteInfo,
     SiteKind,
@@ -67,9 +77,12 @@ from esper.protocol.sites import (
 )
 
 __all__ = [
+    "ACKNOWLEDGEMENT_SCHEMA",
+    "ORDER_SCHEMA",
     "SCHEMA_VERSION",
     "SITE_FEATURES",
     "Absorbed",
+    "Acknowledgement",
     "AlphaMoved",
     "AnyEvent",
     "ArmFinished",
@@ -78,17 +91,21 @@ __all__ = [
     "Cancel",
     "CohortView",
     "Command",
+    "Commanded",
     "Cull",
     "EffectScored",
     "Event",
     "Fitted",
     "Germinate",
     "Germinated",
+    "GrowthPaused",
     "HeldOut",
     "Incident",
     "Judged",
     "Lifecycle",
     "Observation",
+    "Order",
+    "Outcome",
     "Overhead",
     "Pause",
     "Record",
@@ -104,6 +121,7 @@ __all__ = [
     "SiteInfo",
     "SiteKind",
     "Skipped",
+    "Snapshot",
     "Stop",
     "Stopped",
     "Telemetry",

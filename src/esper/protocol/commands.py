@@ -58,15 +58,21 @@ class RollBack(msgspec.Struct, frozen=True, kw_only=True, tag="roll_back"):
 
 
 class Pause(msgspec.Struct, frozen=True, kw_only=True, tag="pause"):
-    """Hold a cohort where it is: alpha stays as it is, timers stand still."""
+    """Hold a cohort where it is: alpha stays as it is, timers stand still.
 
-    cohort: int
+    ``None``: growth as a whole. The controller is not asked and nothing germinates until :class:`Resume`; cohorts that
+    are alive go on.
+    """
+
+    cohort: int | None = None
+    reason: str = ""
 
 
 class Resume(msgspec.Struct, frozen=True, kw_only=True, tag="resume"):
-    """Let a paused cohort go on."""
+    """Let a paused cohort go on, or with ``None`` growth as a whole."""
 
-    cohort: int
+    cohort: int | None = None
+    reason: str = ""
 
 
 class SetBudget(msgspec.Struct, frozen=True, kw_only=True, tag="set_budget"):
@@ -84,9 +90,19 @@ class SetStrategy(msgspec.Struct, frozen=True, kw_only=True, tag="set_strategy")
 
 
 class Stop(msgspec.Struct, frozen=True, kw_only=True, tag="stop"):
-    """Start no further cohort. Cohorts that are alive are brought to their end."""
+    """Start no further cohort. Cohorts that are alive are brought to their end.
+
+    ``emergency`` removes them at once instead; what is permanent stays. Training goes on either way.
+    """
 
     reason: str
+    emergency: bool = False
 
 
-Command = Germinate | Cull | Cancel | RollBack | Pause | Resume | SetBudget | SetStrategy | Stop
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
+    """Write a checkpoint now; refused where the training keeps none."""
+
+    reason: str = ""
+
+
+Command = Germinate | Cull | Cancel | RollBack | Pause | Resume | SetBudget | SetStrategy | Stop | Snapshot

@@ -203,6 +203,28 @@ class Refused(Event, frozen=True, kw_only=True, tag="refused"):
     command: str
     gate: str
     reason: str
+    issuer: str = ""
+
+
+class Commanded(Event, frozen=True, kw_only=True, tag="commanded"):
+    """An order from outside was judged: who wanted what, and what became of it."""
+
+    id: str
+    issuer: str
+    kind: str
+    outcome: str
+    """``applied``, ``refused`` or ``expired``."""
+    gate: str
+    reason: str
+    again: bool = False
+    """It was applied before, but that was taken back with the whole training. Its acknowledgement is the first one."""
+
+
+class GrowthPaused(Event, frozen=True, kw_only=True, tag="growth_paused"):
+    """Growth as a whole waits (``paused``), or goes on."""
+
+    paused: bool
+    reason: str
 
 
 class Telemetry(Event, frozen=True, kw_only=True, tag="telemetry"):
@@ -302,6 +324,8 @@ AnyEvent = (
     | EffectScored
     | Audited
     | Refused
+    | Commanded
+    | GrowthPaused
     | Telemetry
     | Overhead
     | Stopped

@@ -1,0 +1,88 @@
+"""How orders and what became of them stand in the command log.
+
+::
+
+    order/ID    {"order": ..., "turn": n}                 on the disk before the order is applied
+    answer/ID   {"acknowledgement": ..., "content": ...}  on the disk before the acknowledgement is sent
+
+An order that was turned away (expired, no room) has an answer only. Whoever sends acknowledgements follows the answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, cast
+
+import msgspec
+
+from esper.errors import StateError
+from esper.protocol import Acknowledgement, Order
+from esper.safety.command_log import Entry
+
+_ORDER, _ANSWER = "order/", "answer/"
+
+
+@dataclass(frozen=True)
+class Intent:
+    """An order that is applied in the ``turn``-th real step of the run's whole life, those taken back counted too."""
+
+    order: Order
+    turn: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of an order; ``content`` says which command the id stands for (:func:`content_of`)."""
+
+    acknowledgement: Acknowledgement
+    content: str
+
+
+def intent_entry(intent: Intent, step: int) -> Entry:
+    """An order as it stands in the log."""
+    payload = {"order": _plain(intent.order), "turn": intent.turn}
+    return Entry(id=_ORDER + intent.order.id, step=step, payload=payload)
+
+
+def answer_entry(answer: Answer) -> Entry:
+    """An answer as it stands in the log."""
+    told = answer.acknowledgement
+    payload = {"acknowledgement": _plain(told), "content": answer.content}
+    return Entry(id=_ANSWER + told.id, step=told.step, payload=payload)
+
+
+def read_entry(entry: Entry) -> Intent | Answer:
+    """What an entry of the log says.
+
+    Raises
+    ------
+    StateError
+        It is neither an order nor an answer.
+    """
+    payload = cast("dict[str, Any]", entry.payload) if isinstance(entry.payload, dict) else {}
+    try:
+        if entry.id.startswith(_ORDER):
+            order = msgspec.convert(payload["order"], Order)
+            if entry.id == _ORDER + order.id:
+                return Intent(order, msgspec.convert(payload["turn"], int))
+        elif entry.id.startswith(_ANSWER):
+            told = msgspec.convert(payload["acknowledgement"], Acknowledgement)
+            if entry.id == _ANSWER + told.id:
+                return Answer(told, msgspec.convert(payload["content"], str))
+    except (KeyError, msgspec.ValidationError) as error:
+        raise StateError(
+            f"a log of orders holds orders and answers, got another entry {entry.id!r} ({error})"
+        ) from error
+    raise StateError(f"a log of orders holds orders and answers, got another entry {entry.id!r}; it is another log")
+
+
+def content_of(order: Order) -> str:
+    """What an id stands for: the command, its issuer and whom it is for. Sent again, it may have other times."""
+    what = msgspec.json.encode((order.command, order.issuer, order.run, order.job), order="sorted")
+    return hashlib.sha256(what).hexdigest()[:32]
+
+
+def _plain(value: Any) -> Any:
+    """As it is read again: lists, not tuples."""
+    return msgspec.json.decode(msgspec.json.encode(value))
