@@ -1,0 +1,83 @@
+"""The training's side of remote control: observations go out, and while nobody steers a local controller decides."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from esper.protocol import Command, Observation
+from esper.tamiyo import Controller
+
+PATIENCE_S = 10.0
+"""Silence of the controller after which the training decides by itself."""
+
+
+class Line(Protocol):
+    """What a remote controller needs of a link."""
+
+    @property
+    def heard(self) -> float | None:
+        """When a controller was heard last (``time.monotonic``), ``None``: never."""
+        ...
+
+    def observe(self, observation: Observation) -> None:
+        """Send an observation; never waits."""
+        ...
+
+
+class RemoteController:
+    """Lets somebody else decide: their orders come over the bus, not from here.
+
+    While nobody has been heard for ``patience_s`` seconds the ``fallback`` decides; as soon as somebody is heard again
+    it is no longer asked.
+
+    Parameters
+    ----------
+    line:
+        The link to the bus; ``None``: there is none (yet), so the fallback decides.
+    clock:
+        Seconds that only go forward.
+    """
+
+    def __init__(
+        self, fallback: Controller, *, line: Line | None = None, patience_s: float = PATIENCE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.fallback, self.line = fallback, line
+        self._patience_s, self._clock = patience_s, clock
+        self._was_steered: bool | None = None
+        self._notes: list[str] = []
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether somebody was heard of late."""
+        heard = None if self.line is None else self.line.heard
+        return heard is not None and self._clock() - heard <= self._patience_s
+
+    def decide(self, observation: Observation) -> tuple[Command, ...]:
+        """Send the observation; returns the fallback's commands while nobody steers."""
+        steered = self.is_steered
+        if steered is not self._was_steered:
+            self._notes.append(
+                "a remote controller steers this training"
+                if steered
+                else f"no remote controller was heard for {self._patience_s:g} s: the local one decides"
+            )
+            self._was_steered = steered
+        if self.line is not None:
+            self.line.observe(observation)
+        return () if steered else self.fallback.decide(observation)
+
+    def notes(self) -> tuple[str, ...]:
+        """What there is to tell since the last call."""
+        told, self._notes = tuple(self._notes), []
+        return told
+
+    def state(self) -> dict[str, Any]:
+        """The fallback's."""
+        return {"fallback": self.fallback.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` has told."""
+        self.fallback.load(state["fallback"])

@@ -1,0 +1,301 @@
+"""A controller for any number of trainings: it answers their observations with orders.
+
+::
+
+    training --- observation ---> decide ---- orders -----> training
+                                     '------- decision ---> whoever wants to know
+             --- acknowledgement --> the next observation may be decided on
+
+Each training has a controller of its own, made when its first observation comes. Nothing is decided for a training
+whose last orders have neither been answered nor run out, so a slow bus cannot make it do something twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from esper.errors import CONTAINED, BusError, EnvelopeError, contained
+from esper.oona import envelope as wire
+from esper.oona.backoff import Backoff
+from esper.oona.bus import Bus, Delivery, Message, Subscription
+from esper.oona.claims import ClaimExpired, Claims
+from esper.oona.dead_letters import bury
+from esper.oona.envelope import Envelope
+from esper.oona.schemas import DECISION_SCHEMA, HEARTBEAT_SCHEMA, Decision, Heartbeat, decode_payload
+from esper.oona.sender import Sender
+from esper.oona.signing import Keyring
+from esper.oona.topics import ACKNOWLEDGEMENTS, COMMANDS, DECISIONS, HEARTBEATS, OBSERVATIONS, Topic
+from esper.protocol import ORDER_SCHEMA, Acknowledgement, Command, Observation, Order
+from esper.tamiyo import Controller
+
+GROUP = "tamiyo"
+ISSUER = "tamiyo"
+ROLE = "controller"
+HEARTBEAT_S = 2.0
+DEADLINE_S = 30.0
+"""How long an order may take to its training."""
+FORGET_S = 3600.0
+"""A training that has said nothing for so long is over."""
+
+
+@dataclass
+class _Training:
+    """One training as it is steered."""
+
+    controller: Controller
+    heard: float
+    decided: float = float("-inf")
+    """Time of the observation that was decided on last, by the training's clock."""
+    answered: float = float("-inf")
+    """Time of its last acknowledgement, by the training's clock."""
+    open: dict[str, float] = field(default_factory=dict[str, float])
+    """Orders that are not answered, and when they run out."""
+
+    def is_free(self, now: float) -> bool:
+        """Whether all its orders are answered or have run out."""
+        self.open = {order: until for order, until in self.open.items() if until > now}
+        return not self.open
+
+
+class Steering:
+    """Serves a bus. For one event loop.
+
+    Parameters
+    ----------
+    make:
+        Makes a training's controller.
+    name:
+        What the controllers are called, for those who read decisions.
+    keyring:
+        Signs the orders; observations must be signed by one of its keys then. ``None``: nothing is signed.
+    consumer:
+        This server's name in the group; each server has its own.
+    clock:
+        Unix time.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        make: Callable[[], Controller],
+        *,
+        name: str,
+        keyring: Keyring | None = None,
+        claims: Claims | None = None,
+        consumer: str = "server",
+        deadline_s: float = DEADLINE_S,
+        clock: Callable[[], float] = time.time,
+        on_note: Callable[[str], None] | None = None,
+    ) -> None:
+        self._bus, self._make, self._name, self._keyring, self._claims = bus, make, name, keyring, claims
+        self._consumer, self._deadline_s, self._clock = consumer, deadline_s, clock
+        self._note = on_note or _silent
+        self._sender = Sender(source="esper/tamiyo", keyring=keyring, claims=claims)
+        self._trainings: dict[tuple[str, str], _Training] = {}
+        self.counts: Counter[str] = Counter()
+        """What was done: observations, decided, orders, applied, refused, expired, superseded, waited, buried."""
+
+    @property
+    def num_trainings(self) -> int:
+        """Trainings that are steered now."""
+        return len(self._trainings)
+
+    async def serve(self, until: asyncio.Event) -> None:
+        """Steer until ``until`` is set; a bus that fails is waited for."""
+        heart = asyncio.create_task(self._beat(until))
+        backoff = Backoff()
+        try:
+            while not until.is_set():
+                try:
+                    await self._serve(until, backoff)
+                except BusError as error:
+                    self._note(f"the bus fails ({error}); trying again")
+                    await _pause(until, backoff.next_s())
+        finally:
+            heart.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await heart
+
+    async def _serve(self, until: asyncio.Event, backoff: Backoff) -> None:
+        topics = (ACKNOWLEDGEMENTS, OBSERVATIONS)
+        subscription = await self._bus.subscribe(topics, group=GROUP, consumer=self._consumer, begin="newest")
+        try:
+            while not until.is_set():
+                deliveries = await subscription.receive(most=500, wait_s=0.5)
+                backoff.reset()
+                await self._take(subscription, deliveries)
+        finally:
+            with contextlib.suppress(BusError):  # it is what failed; the group gets what lies there either way
+                await subscription.close()
+
+    async def _take(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> None:
+        """Answers first, then the newest observation of each training; all of them are done with then."""
+        newest: dict[tuple[str, str], tuple[Delivery, Envelope]] = {}
+        for delivery in deliveries:
+            envelope = await self._open(delivery)
+            if envelope is None:
+                continue
+            if delivery.topic == ACKNOWLEDGEMENTS.name:
+                await self._hear(delivery, envelope)
+                continue
+            self.counts["observations"] += 1
+            job = (envelope.esperrun, envelope.subject)
+            known = newest.get(job)
+            if known is not None:
+                self.counts["superseded"] += 1
+            if known is None or wire.seconds(envelope.time) >= wire.seconds(known[1].time):
+                newest[job] = (delivery, envelope)
+        for job, (delivery, envelope) in newest.items():
+            await self._look(job, delivery, envelope)
+        self._forget()
+        if deliveries:
+            await subscription.acknowledge(deliveries)
+
+    async def _open(self, delivery: Delivery) -> Envelope | None:
+        """The envelope, if it may be listened to; otherwise it is buried."""
+        try:
+            envelope = wire.decode(delivery.value)
+            wire.seconds(envelope.time)
+            if self._keyring is not None and not self._keyring.is_signed(envelope):
+                raise EnvelopeError("a controller with a key listens to signed trainings only; give them the key")
+            return envelope
+        except EnvelopeError as error:
+            await self._bury(delivery, error)
+            return None
+
+    async def _hear(self, delivery: Delivery, envelope: Envelope) -> None:
+        """An answer to one of the orders."""
+        try:
+            told = decode_payload(envelope)
+        except EnvelopeError as error:
+            await self._bury(delivery, error)
+            return
+        training = self._trainings.get((envelope.esperrun, envelope.subject))
+        if not isinstance(told, Acknowledgement) or training is None or training.open.pop(told.id, None) is None:
+            return
+        training.answered = max(training.answered, wire.seconds(envelope.time))
+        self.counts[told.outcome] += 1
+
+    async def _look(self, job: tuple[str, str], delivery: Delivery, envelope: Envelope) -> None:
+        """Decide on an observation, unless it is older than what is known or the last orders are under way."""
+        training = self._trainings.get(job)
+        at, now = wire.seconds(envelope.time), self._clock()
+        if training is not None and (at <= training.decided or at < training.answered or not training.is_free(now)):
+            training.heard = now
+            self.counts["waited"] += 1
+            return
+        try:
+            observation = await self._observation(envelope)
+        except EnvelopeError as error:
+            await self._bury(delivery, error)
+            return
+        if observation is None:
+            self.counts["claims expired"] += 1
+            return
+        if training is None:
+            training = self._trainings[job] = _Training(self._make(), now)
+            self._note(f"{job[0]} {job[1]}: steering from step {observation.step}")
+        training.heard = now
+        await self._decide(job, training, envelope, observation)
+        training.decided = at
+
+    async def _observation(self, envelope: Envelope) -> Observation | None:
+        whole = envelope if self._claims is None else await self._claims.redeem(envelope)
+        if isinstance(whole, ClaimExpired):
+            return None
+        observation = decode_payload(whole)
+        if not isinstance(observation, Observation):
+            raise EnvelopeError(f"observations are looked at here, got {type(observation).__name__}")
+        return observation
+
+    async def _decide(
+        self, job: tuple[str, str], training: _Training, envelope: Envelope, observation: Observation
+    ) -> None:
+        before = training.controller.state()
+        commands: tuple[Command, ...] = ()
+        reason = ""
+        if observation.stopped is None:
+            try:
+                commands = training.controller.decide(observation)
+            except CONTAINED as error:  # a controller of the user's own; the others go on being steered
+                reason = f"the controller failed: {contained(error)}"
+                self._note(f"{job[0]} {job[1]}: {reason}")
+        orders = [self._order(job, envelope, number, command) for number, command in enumerate(commands)]
+        decision = Decision(
+            step=observation.step, observation=envelope.id, controller=self._name, commands=commands, reason=reason
+        )
+        try:
+            if orders:
+                await self._bus.publish(COMMANDS, [await self._message(job, order) for order in orders])
+            told = self._sender.envelope(DECISION_SCHEMA, wire.write_json(decision), subject=job[1])
+            await self._bus.publish(DECISIONS, [await self._sender.message(_of_run(told, job[0]))])
+        except BusError:
+            training.controller.load(before)  # the observation comes again, and is decided on again
+            raise
+        training.open |= {order.id: self._clock() + self._deadline_s for order in orders}
+        self.counts["decided"] += 1
+        self.counts["orders"] += len(orders)
+
+    def _order(self, job: tuple[str, str], envelope: Envelope, number: int, command: Command) -> Order:
+        """The same observation makes the same id: a decision that is sent again is applied once."""
+        name = hashlib.sha256("\0".join((*job, envelope.id, str(number))).encode()).hexdigest()[:32]
+        until = datetime.fromtimestamp(self._clock() + self._deadline_s, UTC).isoformat().replace("+00:00", "Z")
+        return Order(
+            id=name, command=command, issuer=ISSUER, run=job[0], job=job[1], issued=wire.now(), deadline=until
+        )
+
+    async def _message(self, job: tuple[str, str], order: Order) -> Message:
+        envelope = self._sender.envelope(
+            ORDER_SCHEMA, wire.write_json(order), kind=order.kind, subject=job[1], id=order.id, expires=order.deadline
+        )
+        return await self._sender.message(_of_run(envelope, job[0]))
+
+    async def _bury(self, delivery: Delivery, error: EnvelopeError) -> None:
+        self.counts["buried"] += 1
+        await bury(self._bus, self._sender, delivery, str(error))
+
+    def _forget(self) -> None:
+        now = self._clock()
+        for job in [job for job, training in self._trainings.items() if now - training.heard > FORGET_S]:
+            del self._trainings[job]
+            self._note(f"{job[0]} {job[1]}: silent for an hour, forgotten")
+
+    async def _beat(self, until: asyncio.Event) -> None:
+        """Tell the trainings that somebody steers them."""
+        backoff = Backoff()
+        while not until.is_set():
+            beat = Heartbeat(role=ROLE, every_s=HEARTBEAT_S, state=self._name, counts=dict(self.counts))
+            envelope = self._sender.envelope(HEARTBEAT_SCHEMA, wire.write_json(beat))
+            try:
+                await self._bus.publish(HEARTBEATS, [await self._sender.message(envelope)])
+                backoff.reset()
+                await _pause(until, HEARTBEAT_S)
+            except BusError:  # said by the loop that receives
+                await _pause(until, max(HEARTBEAT_S, backoff.next_s()))
+
+
+def _of_run(envelope: Envelope, run: str) -> Envelope:
+    import msgspec
+
+    return msgspec.structs.replace(envelope, esperrun=run)
+
+
+async def _pause(until: asyncio.Event, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(until.wait(), seconds)
+
+
+def _silent(note: str) -> None:
+    """Nobody asked for notes."""
+
+
+def topics() -> Iterable[Topic]:
+    """What a server reads and writes."""
+    return (OBSERVATIONS, ACKNOWLEDGEMENTS, COMMANDS, DECISIONS, HEARTBEATS)
