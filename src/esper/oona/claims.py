@@ -11,7 +11,6 @@ import hmac
 import re
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Literal, Protocol
 
 import msgspec
@@ -99,9 +98,7 @@ class Claims:
         Unix time.
     """
 
-    def __init__(
-        self, store: ClaimStore, *, above: int = CLAIM_BYTES, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, store: ClaimStore, *, above: int = CLAIM_BYTES, clock: Callable[[], float] = time.time) -> None:
         self.store, self._above, self._clock = store, above, clock
 
     async def check_in(self, envelope: Envelope) -> Envelope:
@@ -120,11 +117,10 @@ class Claims:
         if size > MOST_BYTES:
             raise EnvelopeError(f"a claim may stand for {MOST_BYTES} bytes, got {size}; send less at once")
         name = await _hash(envelope.data)
-        expires = datetime.fromtimestamp(self._clock() + self.store.ttl_s, UTC)
         await self.store.put(name, envelope.data)
         reference = ClaimReference(
             sha256=name, size=size, media_type=envelope.datacontenttype,
-            expires=expires.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            expires=wire.timestamp(self._clock() + self.store.ttl_s),
         )  # fmt: skip
         return msgspec.structs.replace(envelope, datacontenttype=CLAIM, data=wire.write_json(reference))
 

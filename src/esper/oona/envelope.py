@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -78,7 +79,12 @@ _ENCODER = msgspec.json.Encoder()
 
 def now() -> str:
     """The time as an envelope has it."""
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return timestamp(time.time())
+
+
+def timestamp(unix_s: float) -> str:
+    """A unix time as an envelope has it."""
+    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def fresh_id() -> str:
@@ -86,8 +92,8 @@ def fresh_id() -> str:
     return secrets.token_hex(16)
 
 
-def seconds(time: str) -> float:
-    """Unix time of an envelope's ``time``.
+def seconds(text: str) -> float:
+    """Unix time of what :func:`timestamp` writes.
 
     Raises
     ------
@@ -95,11 +101,11 @@ def seconds(time: str) -> float:
         It is no RFC 3339 time with a zone.
     """
     try:
-        moment = datetime.fromisoformat(time)
+        moment = datetime.fromisoformat(text)
     except ValueError:
         moment = None
     if moment is None or moment.tzinfo is None:
-        raise EnvelopeError(f"a time must be RFC 3339 with its zone, got {time[:40]!r}")
+        raise EnvelopeError(f"a time must be RFC 3339 with its zone, got {text[:40]!r}")
     return moment.timestamp()
 
 
@@ -109,9 +115,13 @@ def encode(envelope: Envelope, *, max_bytes: int = MAX_MESSAGE_BYTES) -> bytes:
     Raises
     ------
     EnvelopeError
-        It is larger than a message may be.
+        It is larger than a message may be, or an attribute has no form in JSON.
     """
-    value = b"\n".join((_ENCODER.encode(envelope.header()), envelope.data))
+    try:
+        head = _ENCODER.encode(envelope.header())
+    except (TypeError, ValueError, OverflowError) as error:  # ValueError: half of a surrogate pair, for one
+        raise EnvelopeError(f"an envelope's attributes must have a form in JSON ({error})") from error
+    value = b"\n".join((head, envelope.data))
     if len(value) > max_bytes:
         raise EnvelopeError(f"a message may have {max_bytes} bytes, got {len(value)}; send a claim instead")
     return value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 
@@ -57,10 +59,9 @@ def decode(data: bytes) -> Observation:
     site = packed.take(arrays, "chunk_site", np.int64, (None,))
     if site.size and not 0 <= site.min() <= site.max() < num_sites:
         raise EnvelopeError(f"chunk_site must name one of {num_sites} sites, got {site.min()} to {site.max()}")
-    return Observation(
-        **{name: getattr(head, name) for name in _Head.__struct_fields__},
-        sites=packed.take(arrays, "sites", np.float64, (num_sites, len(SITE_FEATURES))),
-        **{name: packed.take(arrays, name, kind, (num_sites,)) for name, kind in _PER_SITE.items()},
-        **{name: packed.take(arrays, name, kind, (site.size,)) for name, kind in _PER_CHUNK.items()},
-        **{name: packed.take(arrays, name, np.float64, (num_sites,)) for name in _COSTS if name in arrays},
-    )
+    fields: dict[str, Any] = {name: getattr(head, name) for name in _Head.__struct_fields__}
+    fields["sites"] = packed.take(arrays, "sites", np.float64, (num_sites, len(SITE_FEATURES)))
+    fields |= {name: packed.take(arrays, name, kind, (num_sites,)) for name, kind in _PER_SITE.items()}
+    fields |= {name: packed.take(arrays, name, kind, (site.size,)) for name, kind in _PER_CHUNK.items()}
+    fields |= {name: packed.take(arrays, name, np.float64, (num_sites,)) for name in _COSTS if name in arrays}
+    return Observation(**fields)

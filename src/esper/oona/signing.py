@@ -194,7 +194,9 @@ class Verifier:
         if envelope.espersignature is None or envelope.esperkeyid is None:
             return Reason(Flaw.UNSIGNED, "a message must be signed here; set ESPER_BUS_KEY where it is sent")
         if not self._keyring.is_signed(envelope):
-            return Reason(Flaw.FORGED, f"the signature must fit a key of this receiver ({', '.join(self._keyring.ids)})")
+            return Reason(
+                Flaw.FORGED, f"the signature must fit a key of this receiver ({', '.join(self._keyring.ids)})"
+            )
         now = self._clock()
         late = self._late(envelope, now)
         if late is not None:

@@ -94,6 +94,11 @@ class CommandLog:
     def position(self) -> Position:
         return Position(count=len(self._entries), seal=self._seals[-1])
 
+    @property
+    def num_bytes(self) -> int:
+        """How much of the file is on the disk for certain: what may be told of. Safe from any thread."""
+        return self._size
+
     def __contains__(self, command_id: str) -> bool:
         return command_id in self._entries
 
