@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -116,22 +117,58 @@ class CommandLog:
             The command cannot be stored, the id stands for another payload, or the disk refused it: it must not be
             acknowledged then.
         """
+        return self.extend([Entry(id=command_id, step=step, payload=payload)]) == 1
+
+    def extend(self, entries: Sequence[Entry]) -> int:
+        """:meth:`append` for several at the price of one; returns how many are new.
+
+        Raises
+        ------
+        StateError
+            As for one. Where the disk refused, some of the first may be on it all the same: open the log anew to know.
+        """
         if self._handle is None:
             raise StateError(f"a command log takes commands while open, got a closed one ({self.path}); open it anew")
         if self._broken is not None:
             raise StateError(f"a command log takes nothing after an error, got one ({self._broken}); open it anew")
-        entry = Entry(id=command_id, step=step, payload=payload)
-        known = self._entries.get(command_id)
-        if known is not None:
-            if known.payload != payload:
-                raise StateError(f"an id stands for one command, got {command_id!r} for two; give each its own")
-            return False
-        line, seal = _line(entry, self._seals[-1])
-        if len(line) > MAX_LINE_BYTES or self._size + len(line) > MAX_LOG_BYTES:
-            raise StateError(f"a command may have {MAX_LINE_BYTES} bytes, got {len(line)}; send less")
-        bounded_json.check(line, max_bytes=MAX_LINE_BYTES, max_depth=MAX_DEPTH, max_values=MAX_VALUES)
+        new = self._new(entries)
+        if not new:
+            return 0
+        lines: list[bytes] = []
+        seals: list[str] = []
+        for entry in new:
+            line, seal = _line(entry, (seals or self._seals)[-1])
+            if len(line) > MAX_LINE_BYTES:
+                raise StateError(f"a command may have {MAX_LINE_BYTES} bytes, got {len(line)}; send less")
+            bounded_json.check(line, max_bytes=MAX_LINE_BYTES, max_depth=MAX_DEPTH, max_values=MAX_VALUES)
+            lines.append(line)
+            seals.append(seal)
+        self._write(b"".join(lines))
+        for entry, seal in zip(new, seals, strict=True):
+            self._take(entry, seal)
+        return len(new)
+
+    def _new(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Those that are not in the log yet, each once."""
+        new: dict[str, Entry] = {}
+        for entry in entries:
+            known = self._entries.get(entry.id) or new.get(entry.id)
+            if known is None:
+                new[entry.id] = entry
+            elif known.payload != entry.payload:
+                raise StateError(f"an id stands for one command, got {entry.id!r} for two; give each its own")
+        return list(new.values())
+
+    def _write(self, data: bytes) -> None:
+        """Whole lines, on the disk when this returns."""
+        assert self._handle is not None
+        if self._size + len(data) > MAX_LOG_BYTES:
+            raise StateError(
+                f"a command log may have {MAX_LOG_BYTES} bytes, got {self._size + len(data)} in {self.path}; "
+                "begin the run anew"
+            )
         try:
-            self._handle.write(line)
+            self._handle.write(data)
             self._handle.sync()
         except OSError as error:
             # After a failed sync nobody knows what is on the disk; only reading the log anew tells.
@@ -142,9 +179,7 @@ class CommandLog:
                 f"a command must be on the disk before it is acknowledged, but {self.path} did not take it ({error}); "
                 "free disk space and open the log anew"
             ) from error
-        self._size += len(line)
-        self._take(entry, seal)
-        return True
+        self._size += len(data)
 
     def after(self, position: Position) -> list[Entry]:
         """Commands applied after ``position``, in order: what a checkpoint that holds it has not seen.
