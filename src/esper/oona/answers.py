@@ -52,6 +52,11 @@ def answer_entry(answer: Answer) -> Entry:
     return Entry(id=_ANSWER + told.id, step=told.step, payload=payload)
 
 
+def is_order(entry_id: str) -> bool:
+    """Whether an entry is an order's, not an answer's."""
+    return entry_id.startswith(_ORDER)
+
+
 def read_entry(entry: Entry) -> Intent | Answer:
     """What an entry of the log says.
 

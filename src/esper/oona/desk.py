@@ -87,6 +87,8 @@ class Desk:
         """Taken, and not on the disk yet: a death forgets them, and their senders have not been told anything."""
         self._unwritten: list[Answer] = []
         self._unlogged: list[Acknowledgement] = []
+        self._doubted: list[Order] = []
+        """They may be on the disk or not, and were not applied: nothing is said of them before it is known."""
         self._ended: str | None = None
         self._step = 0
         self._pad = Pad(Path(path), clock, disk)
@@ -317,8 +319,19 @@ class Desk:
         while self._replay and self._replay[0].turn <= self._turn:
             self._ready.append(self._replay.popleft().order)
 
+    def _settle(self) -> None:
+        """Refuse what was in doubt, once it is certain that it is not on the disk."""
+        if self._doubted and self._pad.settle():
+            for order in self._doubted:
+                self._open.pop(order.id)
+                self._waiting[order.id] = order
+            why: tuple[Outcome, str, str] = ("refused", "journal", "the disk did not take it; send it anew")
+            doubted, self._doubted = self._doubted, []
+            self._turn_away_waiting({order.id: why for order in doubted})
+
     def _write_down(self, step: int) -> None:
         """Bring what waits onto the disk: what is there is ready, all else is turned away."""
+        self._settle()
         orders = list(islice(self._waiting.values(), MOST_AT_ONCE))
         away: dict[str, tuple[Outcome, str, str]] = {
             order.id: ("expired", "deadline", f"its deadline {order.deadline} has passed")
@@ -332,8 +345,9 @@ class Desk:
             if entry.id in self._pad:
                 self._ready.append(self._waiting.pop(order.id))
                 self._open[order.id] = content_of(order)
-            elif entry.id in self._pad.doubtful:  # only the next process will know; nothing is said of it
-                self._open[order.id] = content_of(self._waiting.pop(order.id))
+            elif entry.id in self._pad.doubtful:
+                self._doubted.append(self._waiting.pop(order.id))
+                self._open[order.id] = content_of(order)
             else:
                 away[order.id] = ("refused", "journal", refusal or "")
         self._turn_away_waiting(away)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from esper.errors import StateError
+from esper.oona.answers import is_order
 from esper.safety.command_log import CommandLog, Entry, Position
 from esper.safety.disk import Disk
 
@@ -28,10 +29,11 @@ class Pad:
         self._position = self._log.position
         self._refused: tuple[float, str] | None = None
         """When and why the disk did not take something."""
+        self._is_open = True
         self.lost: str | None = None
-        """Why it is not known any more what is on the disk: nothing is written from then on."""
+        """Why nothing is written any more by this process."""
         self.doubtful: set[str] = set()
-        """Entries that may be on the disk or not."""
+        """Entries that may be on the disk or not; only reading the log tells."""
 
     @property
     def position(self) -> Position:
@@ -51,27 +53,40 @@ class Pad:
         """
         return self._log.after(position)
 
+    def settle(self) -> bool:
+        """Whether it is known now what is on the disk; tries to find out."""
+        return self.lost is None and (self._is_open or (not self._is_resting() and self._read_anew()))
+
     def write(self, entries: Sequence[Entry]) -> str | None:
         """Put entries on the disk, in order; else say why. Those that are there all the same can be asked for."""
-        if self.lost is not None:
-            return self.lost
-        if self._refused is not None and abs(self._clock() - self._refused[0]) < RETRY_S:
-            return self._refused[1]
+        if self.lost is not None or (not self._is_open and not self.settle()):
+            return self.lost or self._reason
+        if self._is_resting():
+            return self._reason
         try:
             self._log.extend(entries)
         except StateError as error:
             self._refused = (self._clock(), str(error))
-            self._read_anew(entries)
+            missing = {entry.id for entry in entries} - {entry.id for entry in entries if entry.id in self}
+            if not self._read_anew():
+                self.doubtful = missing
         else:
             self._refused = None
-        self._position = self._log.position
-        if self.lost is not None or not all(entry.id in self for entry in entries):
-            return self.lost or (self._refused or (0.0, ""))[1]
-        return None
+        if self._is_open:
+            self._position = self._log.position
+        return None if all(entry.id in self for entry in entries) else self.lost or self._reason
 
-    def _read_anew(self, entries: Sequence[Entry]) -> None:
-        missing = {entry.id for entry in entries} - {entry.id for entry in entries if entry.id in self._log}
+    @property
+    def _reason(self) -> str:
+        return "" if self._refused is None else self._refused[1]
+
+    def _is_resting(self) -> bool:
+        return self._refused is not None and abs(self._clock() - self._refused[0]) < RETRY_S
+
+    def _read_anew(self) -> bool:
+        """Find out what is on the disk, and make it certain."""
         self._log.close()
+        self._is_open = False
         try:
             log = CommandLog(self._path, disk=self._disk)
             try:
@@ -80,10 +95,16 @@ class Pad:
                 log.close()
                 raise
         except StateError as error:
-            self.lost = f"the log of commands cannot be read any more ({error}); start the training again"
-            self.doubtful = missing
-            return
-        self._log = log
+            self._refused = (self._clock(), str(error))
+            return False
+        self._log, self._is_open = log, True
+        if any(entry_id in log and is_order(entry_id) for entry_id in self.doubtful):
+            # It belongs to a step that has passed without it: only a training that begins again gets there.
+            self.lost = "an order is in the log that was not applied in its step; start the training again"
+            return False
+        self.doubtful = set()
+        self._position = log.position
+        return True
 
     def close(self) -> None:
         """Let the next writer in."""
