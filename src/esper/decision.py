@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 from esper.accounts import Accounts
@@ -27,6 +28,7 @@ class Run(Protocol):
     accounts: Accounts
     journal: Journal
     loop: Loop
+    watcher: Callable[[Observation], None] | None
 
 
 def look(run: Run, step: int) -> Observation:
@@ -39,6 +41,9 @@ def look(run: Run, step: int) -> Observation:
     loss = float(run.loop.losses[-1]) if run.loop.losses else math.nan
     flops = run.accounts.ledger.total
     run.journal.publish(observation, run.kasmina.cohorts.values(), loss=loss, flops=flops)
+    if run.watcher is not None:
+        with run.journal.timed("bus"):
+            run.watcher(observation)
     return observation
 
 

@@ -48,6 +48,7 @@ from esper.protocol import (
     Attached,
     Command,
     Lifecycle,
+    Observation,
     SiteInfo,
     Stopped,
     Verdict,
@@ -154,6 +155,8 @@ class Grower(Stored):
         self.loop = Loop(deque(maxlen=self.config.graft.stabilize_window))
         self._setup = Setup(self.config, self.sites, self._evaluator.batches)
         self.export_difference: exporting.Difference | None = None
+        self.watcher: Callable[[Observation], None] | None = None
+        """Called in the training thread at every decision point, with what is observed; a link to a bus listens."""
         self.trials = Trials(
             self.model, self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit,
             self.journal.warn, self._train_step, self._audit, lambda: self.accounts.training_flops,

@@ -47,9 +47,9 @@ class Bus:
             completes=_COMMANDS,
         ),
     ] = None  # fmt: skip
-    bus: Annotated[
-        str, Option(metavar="URL", help="redis://, rediss://, redis+cluster://, kafka:// or memory://.")
-    ] = "redis://localhost:6379"
+    bus: Annotated[str, Option(metavar="URL", help="redis://, rediss://, redis+cluster://, kafka:// or memory://.")] = (
+        "redis://localhost:6379"
+    )
     run: Annotated[str, Option(metavar="NAME", help="The run, or a pattern for tail.", default="")] = ""
     job: Annotated[str, Option(metavar="NAME", help="The training in it, or a pattern for tail.", default="")] = ""
     topics: Annotated[
@@ -147,7 +147,7 @@ class Bus:
 
         deliveries = await held(bus, DEAD_LETTERS, self.count or 1000)
         letters = [await self._letter(bus, delivery) for delivery in deliveries]
-        lines = [labelled(letter["state"], f"{letter['topic']} {letter['position']}: {letter['reason']}") for letter in letters]
+        lines = [labelled(x["state"], f"{x['topic']} {x['position']}: {x['reason']}") for x in letters]
         lines.append(labelled("letters", f"{len(letters)}"))
         return Outcome(result={"letters": letters}, lines=lines, ok=all(x["state"] != "failed" for x in letters))
 
@@ -173,7 +173,8 @@ class Bus:
         topics = self._topics()
         await bus.forget(topics, self.what)
         text = f"group {self.what!r} in {len(topics)} topics"
-        return Outcome(result={"group": self.what, "topics": [t.name for t in topics]}, lines=[labelled("forgotten", text)])
+        names = [topic.name for topic in topics]
+        return Outcome(result={"group": self.what, "topics": names}, lines=[labelled("forgotten", text)])
 
     # -------------------------------------------------------------------------------------------------- what they need
 
@@ -213,11 +214,10 @@ class Bus:
         if kind == "germinate":
             if self.site is None:
                 raise UsageError("germinate needs a site; say --site NAME (esper sites lists them)")
-            plan = {"site": self.site, "blueprint": self.blueprint, "width": self.width}
+            plan: dict[str, object] = {"site": self.site, "blueprint": self.blueprint, "width": self.width}
             plan["strategy"] = fields.pop("strategy", None)
             fields["seeds"] = [plan]
         try:
             return command_from(kind, fields)
         except EnvelopeError as error:
             raise UsageError(str(error)) from error
-

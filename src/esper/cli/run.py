@@ -61,6 +61,12 @@ class Run:
     controller: Annotated[str | None, Option(metavar="NAME", help="Which controller decides.", default="heuristic")] = (
         None
     )
+    bus: Annotated[
+        str | None, Option(metavar="URL", help="A message bus to tell and to obey: redis://HOST.", default="none")
+    ] = None
+    unsigned_commands: Annotated[
+        bool, Option(help="Obey whoever reaches the bus, without ESPER_BUS_KEY.", default="no")
+    ] = False
     start: Annotated[
         str | None,
         Option(metavar="NAME", help="How a branch's first weights are made.", default="by site and optimizer"),

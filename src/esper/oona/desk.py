@@ -142,6 +142,11 @@ class Desk:
         with self._lock:
             return order_id in self._waiting or order_id in self._open
 
+    @property
+    def num_bytes(self) -> int:
+        """How much of the log is on the disk for certain. Safe from any thread."""
+        return self._pad.num_bytes
+
     def answer_to(self, order_id: str) -> Acknowledgement | None:
         """The answer for ever, or ``None`` before there is one."""
         with self._lock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -19,7 +19,9 @@ from esper.oona.topics import ACKNOWLEDGEMENTS, COMMANDS, Topic
 from esper.protocol import ORDER_SCHEMA, Acknowledgement, Command, Order
 
 
-async def passing(bus: Bus, topics: Sequence[Topic], begin: Begin, wait_s: float = 0.5) -> AsyncIterator[list[Delivery]]:
+async def passing(
+    bus: Bus, topics: Sequence[Topic], begin: Begin, wait_s: float = 0.5
+) -> AsyncGenerator[list[Delivery]]:
     """Messages as they come, for ever; an empty list where none came for ``wait_s``. Nobody else gets fewer by it.
 
     Raises

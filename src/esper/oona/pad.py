@@ -40,6 +40,11 @@ class Pad:
         """How far it goes, as far as is known."""
         return self._position
 
+    @property
+    def num_bytes(self) -> int:
+        """How much of the log is on the disk for certain."""
+        return self._log.num_bytes
+
     def __contains__(self, entry_id: str) -> bool:
         return entry_id in self._log
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from esper.protocol import Command, Observation
 from esper.tamiyo import Controller
 
+REMOTE = "remote"
+"""What a run calls it."""
 PATIENCE_S = 10.0
 """Silence of the controller after which the training decides by itself."""
 

@@ -247,9 +247,7 @@ class Steering:
         """The same observation makes the same id: a decision that is sent again is applied once."""
         name = hashlib.sha256("\0".join((*job, envelope.id, str(number))).encode()).hexdigest()[:32]
         until = datetime.fromtimestamp(self._clock() + self._deadline_s, UTC).isoformat().replace("+00:00", "Z")
-        return Order(
-            id=name, command=command, issuer=ISSUER, run=job[0], job=job[1], issued=wire.now(), deadline=until
-        )
+        return Order(id=name, command=command, issuer=ISSUER, run=job[0], job=job[1], issued=wire.now(), deadline=until)
 
     async def _message(self, job: tuple[str, str], order: Order) -> Message:
         envelope = self._sender.envelope(

@@ -19,6 +19,7 @@ from esper.config import Config
 from esper.grower import Grower
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import forward_flops
+from esper.oona.remote import REMOTE, RemoteController
 from esper.protocol import AnyEvent, ArmFinished, Germinated, HeldOut, Lifecycle, TrainLoss, Transitioned
 from esper.runs.cell_store import CellStore, decode_events
 from esper.runs.hosts import widen
@@ -28,7 +29,7 @@ from esper.runs.preset import Preset
 from esper.runs.presets import make_preset
 from esper.safety.training import Training
 from esper.settings import with_settings
-from esper.tamiyo import ScheduleController
+from esper.tamiyo import ScheduleController, make_controller
 
 ARMS = ("grown", "static_small", "static_final", "static_equal_flops", "random_growth")
 Emit = Callable[[AnyEvent], None]
@@ -260,6 +261,9 @@ def _grower(
     if cell.arm == "random_growth":
         controller = ScheduleController.replay(cell.schedule, start="random_zero")
         config = dataclasses.replace(config, evidence=dataclasses.replace(config.evidence, accept="always"))
+    elif cell.options.controller == REMOTE:
+        fallback = make_controller("heuristic", config.tamiyo, seed=config.seed)
+        controller = RemoteController(fallback)
     return Grower(
         model, optimizer, loss=preset.loss, evaluate=preset.held_out(), config=config, controller=controller,
         train_step=functools.partial(_train_step, preset), on_event=record, track=[_ByStep()],
@@ -271,7 +275,7 @@ def configure(config: Config, options: RunOptions, seed: int) -> Config:
     tamiyo = config.tamiyo
     if options.temper is not None:
         tamiyo = dataclasses.replace(tamiyo, temper=options.temper)
-    if options.controller is not None:
+    if options.controller is not None and options.controller != REMOTE:  # which decides by the heuristic while alone
         tamiyo = dataclasses.replace(tamiyo, controller=options.controller)
     if options.growth is not None:
         tamiyo = dataclasses.replace(tamiyo, growth=options.growth)

@@ -20,7 +20,7 @@ from esper.safety.disk import LocalDisk
 PROGRESS = "progress"
 """Checkpoints of the trainings; gone once the run is finished."""
 _LOG, _CONFIG, _SUMMARY = "events.jsonl", "config.json", "summary.json"
-_FREE = ("run_dir", "jobs", "checkpoint_every", "fresh")
+_FREE = ("run_dir", "jobs", "checkpoint_every", "fresh", "bus", "unsigned_commands")
 """Options that change nothing of what a run finds."""
 
 

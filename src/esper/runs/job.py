@@ -22,6 +22,7 @@ from esper.observe.report import write_report
 from esper.protocol import AnyEvent, RunFinished, RunStarted
 from esper.runs.arms import ARMS, Cell, Trained, configure, equal_flops_widths, load_preset, score, train
 from esper.runs.artifacts import write_json, write_model
+from esper.runs.bus import attaching, events_followed
 from esper.runs.cell_store import CellStore, folder_name
 from esper.runs.directory import PROGRESS, discard_progress, finished_summary, open_directory, tidy, where
 from esper.runs.hosts import build
@@ -63,7 +64,10 @@ def execute(
     config = configuration(options, preset, device, size)
     run_dir, is_resumed = open_directory(options, config)
     note = on_note or _silent
-    with RunRecord(run_dir / "events.jsonl", on_event, on_past) as record:
+    with (
+        RunRecord(run_dir / "events.jsonl", on_event, on_past) as record,
+        events_followed(options, run_dir, note),
+    ):
         try:
             tidy(run_dir)
             summary = finished_summary(run_dir) if is_resumed else None
@@ -238,7 +242,7 @@ def _train_here(cell: Cell, preset: Preset, emit: Callable[[AnyEvent], None], ru
     """One training, kept below the run directory."""
     store = CellStore(run_dir / PROGRESS / folder_name(cell), cell, cell.options.checkpoint_every)
     try:
-        return train(cell, preset, emit, store)
+        return train(cell, preset, emit, store, attaching(cell.options, run_dir))
     finally:
         store.close()
 

@@ -49,6 +49,10 @@ class RunOptions:
     jobs: int = 1
     """Trainings at a time, each in a process of its own."""
 
+    bus: str | None = None
+    """URL of a message bus that the run talks over."""
+    unsigned_commands: bool = False
+    """Take commands that nobody vouches for from a bus that others can reach."""
     checkpoint_every: float = 10.0
     """Seconds between two checkpoints of a training, at the least."""
     fresh: bool = False
@@ -71,6 +75,10 @@ class RunOptions:
         _require(
             self.checkpoint_every >= 0, "checkpoint_every must be at least 0 seconds", self.checkpoint_every, "use 10"
         )
+        _require(
+            self.controller != "remote" or self.bus is not None, "a remote controller is reached over a bus",
+            self.bus, "say --bus redis://localhost:6379",
+        )  # fmt: skip
         _require(self.jobs >= 1, "jobs must be at least 1", self.jobs, "use 1")
 
 
