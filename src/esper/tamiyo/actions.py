@@ -145,7 +145,7 @@ class Masks:
             return self.fits.any(axis=(1, 2))
         if len(chosen) == 2:
             return self.fits[chosen[1]].any(axis=1)
-        return self.strategy if len(chosen) == 4 else np.asarray(self.fits[chosen[1], chosen[2]])
+        return self.strategy if len(chosen) == 4 else self.fits[chosen[1] : chosen[1] + 1, chosen[2]].ravel()
 
     def allow(self, action: Action) -> bool:
         """Whether ``action`` is one of the valid ones."""
