@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from esper.config import TamiyoConfig
@@ -113,7 +114,8 @@ class NeuralController:
     def _choose(self, policy: Policy, sight: Sight) -> Action:
         generator = None
         if self.sampled:  # one generator a decision: the count is all there is to save
-            generator = torch.Generator().manual_seed(((self._seed << 32) + self._decisions) % (1 << 63))
+            seed = np.random.SeedSequence([self._seed, self._decisions]).generate_state(1)
+            generator = torch.Generator().manual_seed(int(seed[0]))
         # A user's autocast is none of the policy's business.
         with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             found = policy(Batch.of([sight]), generator=generator)
