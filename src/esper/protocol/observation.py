@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import msgspec
@@ -89,6 +90,18 @@ class Observation:
     unit_params, unit_flops:
         What one more unit costs, ``(S,)`` float64 (a hidden unit of a span, a rank of a layer site): parameters, and
         forward FLOPs a training step. ``None`` or NaN is unknown: a controller then estimates from the site's sizes.
+    train_loss, loss_noise:
+        Mean of the latest training losses, and their standard deviation as a share of it; NaN where unknown.
+    lr_share:
+        Learning rate now as a share of the largest so far, mean over the sites; NaN where unknown.
+    price:
+        Smallest gain (share of the held-out loss) per share of FLOPs added that is worth having; NaN where unknown.
+    fit_explained, fit_error:
+        Of the isolated fit of the seeds alive on a site, ``(S,)`` float64: share of the target's energy explained on
+        rows of other batches, and its standard error. ``None`` or NaN where nothing was fitted.
+    alternatives, alternative_params, alternative_flops:
+        Names of B blueprints, and what one more unit of each costs on each site, ``(S, B)`` float64, as for
+        ``unit_params``; NaN where it cannot sit or is the default already. Empty and ``None`` where unknown.
     """
 
     step: int
@@ -114,3 +127,12 @@ class Observation:
     stopped: str | None
     unit_params: npt.NDArray[np.float64] | None = None
     unit_flops: npt.NDArray[np.float64] | None = None
+    train_loss: float = math.nan
+    loss_noise: float = math.nan
+    lr_share: float = math.nan
+    price: float = math.nan
+    fit_explained: npt.NDArray[np.float64] | None = None
+    fit_error: npt.NDArray[np.float64] | None = None
+    alternatives: tuple[str, ...] = ()
+    alternative_params: npt.NDArray[np.float64] | None = None
+    alternative_flops: npt.NDArray[np.float64] | None = None
