@@ -163,7 +163,7 @@ def _announce(run: Run, cohort: Cohort, reason: str, step: int) -> None:
             scales=per_seed(member.scale for member in cohort.members.values()),
             lr_scales=per_seed(bank.lr_scale for bank in banks.values()),
             designs=per_seed(member.design for member in cohort.members.values()),
-            added_flops_share=cohort.added_flops_share,
+            model_params=run.kasmina.params - cohort.added_params, added_flops_share=cohort.added_flops_share,
         )
     )  # fmt: skip
     run.journal.emit(

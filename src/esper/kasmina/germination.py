@@ -355,13 +355,24 @@ def _check_scales(plan: SeedPlan, blueprint: str, start: str) -> None:
 
 
 def offers(site: Site) -> tuple[tuple[str, str], ...]:
-    """The ``(blueprint, start)`` pairs that a plan may name at a site, in the order of their names."""
+    """The ``(blueprint, start)`` pairs that a plan may name at a site, in the order of their names.
+
+    A start that goes by several names is offered under its first.
+    """
+    starts: dict[type, str] = {}
+    for name in STARTS.names:
+        starts.setdefault(type(STARTS[name]), name)
     families = [
         name
         for name in BLUEPRINTS
         if site.info.kind in BLUEPRINTS[name].kinds and BLUEPRINTS[name].refusal(site.geometry) is None
     ]
-    return tuple((name, start) for name in families for start in STARTS if _start_refusal(start, name, site) is None)
+    return tuple(
+        (name, start)
+        for name in families
+        for start in sorted(starts.values())
+        if _start_refusal(start, name, site) is None
+    )
 
 
 def _start_refusal(start: str, blueprint: str, site: Site) -> str | None:

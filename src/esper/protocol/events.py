@@ -84,6 +84,8 @@ class Germinated(Event, frozen=True, kw_only=True, tag="germinated"):
     lr_scales: tuple[float, ...] = ()
     designs: tuple[str, ...] = ()
     """Name of the design that each seed follows; empty for none."""
+    model_params: int = 0
+    """Parameters of the whole model before it; 0 is unknown."""
     added_flops_share: float = math.nan
     """Forward FLOPs the cohort adds, as a share of the model's before it."""
 
