@@ -34,7 +34,7 @@ def test_one_registration_is_enough() -> None:
         def load(self, state: dict[str, Any]) -> None:
             return None
 
-    assert known_controllers() == ("heuristic", "still")
+    assert known_controllers() == ("bandit", "heuristic", "still")
     assert isinstance(make_controller("still", TamiyoConfig()), Still)
 
 

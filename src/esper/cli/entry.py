@@ -23,6 +23,7 @@ COMMANDS = {
     "sites": ("esper.cli.sites", "Sites", "List where a model can grow, and why not elsewhere."),
     "trials": ("esper.cli.trials", "Trials", "Grow many small hosts and count what growth does to them."),
     "soak": ("esper.cli.soak", "Soak", "Train and grow small hosts without a rest and watch for what leaks."),
+    "karn": ("esper.cli.karn", "Karn", "Look into what has grown so far, and carry it from place to place."),
     "bench": ("esper.cli.bench", "Bench", "Measure what Esper costs on this machine."),
     "doctor": ("esper.cli.doctor", "Doctor", "Check that this installation works."),
 }

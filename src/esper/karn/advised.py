@@ -93,8 +93,8 @@ class AdvisedController:
 
 
 def _reference(place: Place, hidden: int) -> float:
-    sides = [0 if value is None else round(math.exp(value)) for value in (place.log_in, place.log_out)]
-    return reference_width(*sides, hidden)
+    inputs, outputs = (0 if value is None else round(math.exp(value)) for value in (place.log_in, place.log_out))
+    return reference_width(inputs, outputs, hidden)
 
 
 def _with(plan: SeedPlan, proposal: Proposal | None) -> SeedPlan:

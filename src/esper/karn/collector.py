@@ -132,14 +132,15 @@ def _report(collector: Collector, arm: str, seed: int, cohort: _Open, around: Su
     born, end = cohort.born, cohort.ends[-1]
     judged, held_out = cohort.judged[-1] if cohort.judged else (None, around.held_out)
     cost = born.added_flops_share if judged is None else judged.added_flops_share
+    gains = [None] * 4 if judged is None else [
+        _known(value) for value in (judged.gain, judged.gain_low, judged.gain_high, judged.gain_shrunken)
+    ]  # fmt: skip
     return FieldReport(
         run=collector.run, job=collector.job, arm=arm, seed=seed, cohort=born.cohort, germinated=born.step,
         ended=end.step, placements=tuple(_placements(cohort, around)),
         added_params=born.added_params if judged is None else judged.added_params, added_flops_share=_known(cost),
-        held_out=held_out, looks=len(cohort.judged), state=end.target, reason=end.reason,
-        **{} if judged is None else {
-            name: _known(getattr(judged, name)) for name in ("gain", "gain_low", "gain_high", "gain_shrunken")
-        },
+        held_out=held_out, looks=len(cohort.judged), state=end.target, reason=end.reason, gain=gains[0],
+        gain_low=gains[1], gain_high=gains[2], gain_shrunken=gains[3],
     )  # fmt: skip
 
 

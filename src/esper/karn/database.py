@@ -184,7 +184,8 @@ class Database:
             found = self._connection.execute("PRAGMA integrity_check").fetchone()[0]
         if found != "ok":
             raise StateError(f"{_damage(self.path)} ({found})")
-        self.reports(), self.designs()
+        self.reports()
+        self.designs()
 
     def close(self) -> None:
         """Let go of the file."""

@@ -69,9 +69,12 @@ def standings(snapshot: Snapshot) -> dict[str, Standing]:
         told = report.targets
         if told is None:
             continue
+        parts: dict[str, float] = {}
         for part in report.placements:
             name = part.design if part.design in known else content_name(part.place.kind, part.choice)
-            cost = part.share * (report.added_flops_share or 0.0)
+            parts[name] = parts.get(name, 0.0) + part.share
+        for name, part_share in parts.items():
+            cost = part_share * (report.added_flops_share or 0.0)
             seen.setdefault(name, []).append((told[0], report.kept, cost))
     return {
         name: Standing(

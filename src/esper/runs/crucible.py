@@ -184,8 +184,9 @@ class _Trial:
             return
         yield from _after_learning(bank, learnt)
         self.grower.finish()
-        if [verdict.state for verdict in self.grower.verdicts] != [Lifecycle.FOSSILIZED]:
-            yield f"it did not become permanent: {', '.join(v.reason for v in self.grower.verdicts) or 'still on trial'}"
+        verdicts = self.grower.verdicts
+        if [verdict.state for verdict in verdicts] != [Lifecycle.FOSSILIZED]:
+            yield f"it did not become permanent: {', '.join(v.reason for v in verdicts) or 'still on trial'}"
         self.grower.export()  # raises where the export differs
 
     def _train(self, batch: tuple[Tensor, Tensor]) -> None:
@@ -210,7 +211,9 @@ class _Trial:
             silent = bank.scatter(y, bank.branch(bank.pick(x, y), training=False, generator=None))
         rows = y.numel() // y.shape[bank.geometry.feature_axis]
         counted, declared = counter.get_total_flops() / 2, bank.flops_per_row * rows
-        if bank.blueprint not in _UNCOUNTED and counted != declared:
+        # where each seed has one unit its products have nothing to add up, and no counter counts them
+        uncounted = bank.blueprint in _UNCOUNTED or (bank.units == 1 and counted <= declared)
+        if counted != declared and not uncounted:
             yield f"it declares {declared:.0f} FLOPs and needs {counted:.0f}"
         if not bool(torch.isfinite(branch).all()):
             yield "its first output is not finite"

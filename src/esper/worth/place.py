@@ -63,33 +63,23 @@ def reference_width(inputs: int, outputs: int, hidden: int) -> float:
 
 def places(observation: Observation) -> tuple[Place, ...]:
     """Every site of an observation as a place."""
-    shared = {
-        "family": observation.family,
-        "optimizer": observation.optimizer,
-        "progress": progress(observation.step, observation.total_steps),
-        "loss_level": log_ratio(observation.held_out, observation.held_out_initial),
-        "price": log_ratio(observation.params, observation.host_params),
-    }
+    over = progress(observation.step, observation.total_steps)
+    level = log_ratio(observation.held_out, observation.held_out_initial)
+    price = log_ratio(observation.params, observation.host_params)
     energies = relative_energies(observation.sites[:, _COLUMN["gradient_energy"]])
     kinds = observation.kinds or ("",) * len(observation.site_names)
     return tuple(
         Place(
-            kind=kind, energy=energy, **shared, **sizes(row, int(hidden), int(grown)),
+            kind=kind, family=observation.family, optimizer=observation.optimizer, progress=over, loss_level=level,
+            price=price, energy=energy, log_in=_known(row, "log_in"), log_out=_known(row, "log_out"),
+            log_hidden=_known(row, "log_hidden"), fill=grown / hidden if hidden > 0 else None,
             last_gain=share(_known(row, "last_gain"), observation.held_out),
             age=share(_known(row, "steps_since_growth"), observation.total_steps),
         )
         for kind, row, energy, hidden, grown in zip(
-            kinds, observation.sites, energies, observation.hidden, observation.grown, strict=True
+            kinds, observation.sites, energies, observation.hidden.tolist(), observation.grown.tolist(), strict=True
         )
     )  # fmt: skip
-
-
-def sizes(row: np.ndarray[tuple[int], np.dtype[np.float64]], hidden: int, grown: int) -> dict[str, float | None]:
-    """Widths of a site from its row of an observation."""
-    return {
-        "log_in": _known(row, "log_in"), "log_out": _known(row, "log_out"), "log_hidden": _known(row, "log_hidden"),
-        "fill": grown / hidden if hidden > 0 else None,
-    }  # fmt: skip
 
 
 def _known(row: np.ndarray[tuple[int], np.dtype[np.float64]], name: str) -> float | None:

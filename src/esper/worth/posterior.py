@@ -36,7 +36,9 @@ class LinearPosterior:
         For values that make no prior.
     """
 
-    def __init__(self, precision: npt.ArrayLike, *, num_targets: int = 1, shape: float = 2.0, rate: float = 1.0) -> None:
+    def __init__(
+        self, precision: npt.ArrayLike, *, num_targets: int = 1, shape: float = 2.0, rate: float = 1.0
+    ) -> None:
         prior = np.array(precision, dtype=np.float64)
         if prior.ndim != 1 or not prior.size or not (np.isfinite(prior) & (prior > 0)).all():
             raise ConfigError(f"a prior precision must be a vector of positive numbers, got {prior}; use ones")
@@ -87,7 +89,7 @@ class LinearPosterior:
     def mean(self) -> Floats:
         """Posterior mean of the weights, ``(D, K)``."""
         factor = self._cholesky()
-        return np.linalg.solve(factor.T, np.linalg.solve(factor, self._moment))
+        return np.asarray(np.linalg.solve(factor.T, np.linalg.solve(factor, self._moment)), np.float64)
 
     @property
     def shape(self) -> float:
@@ -153,5 +155,5 @@ class LinearPosterior:
     def _cholesky(self) -> Floats:
         """Lower factor of the precision, made once after each update."""
         if self._factor is None:
-            self._factor = np.linalg.cholesky(self._precision)
+            self._factor = np.asarray(np.linalg.cholesky(self._precision), np.float64)
         return self._factor
