@@ -25,9 +25,10 @@ import torch
 
 from esper.grower import Grower
 from esper.karn import AdvisedController, Architect, Collector, Database, FieldReport, Snapshot
+from esper.karn.experience import rows
 from esper.runs.advice import breed_into
 from esper.runs.trials.training import STEPS, Setup, audit_losses, take_step, trial_config
-from esper.tamiyo import Controller, make_controller
+from esper.tamiyo import BanditController, Controller, make_controller
 
 FIRST_EVALUATED = 1_000_000
 """Number of the first host that is evaluated on; those that experience comes from count from 0."""
@@ -96,6 +97,15 @@ def advised(snapshot: Snapshot, **how: Any) -> Callable[[Any, int], Controller]:
     def make(config: Any, number: int) -> Controller:
         inner = make_controller("heuristic", config.tamiyo, seed=config.seed)
         return AdvisedController(inner, architect, seed=number)
+
+    return make
+
+
+def bandit(reports: Sequence[FieldReport]) -> Callable[[Any, int], Controller]:
+    def make(config: Any, number: int) -> Controller:
+        controller = BanditController(config.tamiyo, seed=number)
+        controller.learn(*rows(reports))
+        return controller
 
     return make
 
@@ -190,6 +200,8 @@ def main() -> None:
     if args.bred:
         snapshot = with_bred(reports, args.work, args.bred)
         makers[f"karn-{max(args.reports)}-hybrid-bred"] = advised(snapshot)
+    makers["bandit"] = bandit(())
+    makers[f"bandit-{max(args.reports)}"] = bandit(reports)
     numbers = range(FIRST_EVALUATED, FIRST_EVALUATED + args.hosts)
     arms: dict[str, list[Trial]] = {name: [] for name in makers}
     for number in numbers:  # host by host, so that what is finished is paired

@@ -23,7 +23,7 @@ _SHOWN = 30
 
 @dataclass(frozen=True, kw_only=True)
 class Karn:
-    """Look into what has grown so far, and carry it from one place to another.
+    """Look into what has grown so far, and carry it from place to place.
 
     list: designs, the best first. show NAME: one design, where it comes from and what became of it. export FILE: all
     of it as one JSON file. import PATH: a run directory or such a file. breed: make new designs and test them.

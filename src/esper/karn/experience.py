@@ -11,17 +11,19 @@ import numpy.typing as npt
 from esper.karn.design import content_name
 from esper.karn.report import FieldReport
 from esper.karn.snapshot import Snapshot
-from esper.worth import FEATURE_NAMES, TARGETS, LinearPosterior, encode, prior_precision
+from esper.worth import FEATURE_NAMES, TARGETS, LinearPosterior, compressed, encode, prior_precision
 
-PRIOR_STRENGTH = 2.0
-PRIOR_SHAPE, PRIOR_RATE = 2.0, 0.1
-"""Noise of about a third: gains per cost and shares of kept cohorts are numbers of that size."""
+PRIOR_STRENGTH = 4.0
+PRIOR_SHAPE, PRIOR_RATE = 2.0, 0.5
+"""Noise of about 0.7, and weights of half that: chosen on 200 reports of small hosts, by what was predicted best of
+hosts left out (docs/decisions/0017)."""
 
 Floats = npt.NDArray[np.float64]
 
 
 def rows(reports: Iterable[FieldReport]) -> tuple[Floats, Floats]:
-    """``(N, D)`` features and ``(N, K)`` targets of the reports that say something, in their order.
+    """``(N, D)`` features and ``(N, K)`` values of the reports that say something, in their order: the targets, gains
+    compressed.
 
     A cohort over several sites is one row, the mean of its sites' by their shares of the parameters: its gain per cost
     is that mean of theirs, if gains add up.
@@ -32,7 +34,8 @@ def rows(reports: Iterable[FieldReport]) -> tuple[Floats, Floats]:
         if report.targets is None or not report.placements:
             continue
         features.append(sum((p.share * encode(p.place, p.choice) for p in report.placements), np.zeros(_NUM)))
-        values.append(report.targets)
+        efficiency, gain, kept = report.targets
+        values.append((compressed(efficiency), compressed(gain), kept))
     return np.array(features).reshape(-1, _NUM), np.array(values).reshape(-1, len(TARGETS))
 
 

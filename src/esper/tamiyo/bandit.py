@@ -26,6 +26,7 @@ from esper.worth import (
     Choice,
     LinearPosterior,
     Place,
+    compressed,
     encode,
     gain_share,
     places,
@@ -36,9 +37,9 @@ from esper.worth import (
 
 SIZES = (0.5, 1.0, 2.0)
 """Sizes tried on a site, as multiples of what the configuration states."""
-_HOPE = 0.05
+_HOPE = compressed(0.05)
 """Gain per cost of what nothing is known of: worth a try under the usual thresholds."""
-_PRIOR_STRENGTH, _PRIOR_RATE = 2.0, 0.02
+_PRIOR_STRENGTH, _PRIOR_RATE = 4.0, 0.5
 _MOST_WAIT_SHARE, _WAIT = 0.05, 50
 """After a draw that found nothing worth its price the next one comes after this share of the run, or so many steps."""
 _KEYS = ("pace", "rows", "values", "pending", "draws", "wait_until", "prior_rows")
@@ -157,9 +158,10 @@ class BanditController(HeuristicController):
             gain = gain_share(end.gain_shrunken, observation.held_out)
             told = targets(end.state, gain, end.added_flops_share, end.reason)
             if told is not None:
-                _see(self._known, [entry.features], [told[0]])
+                value = compressed(told[0])
+                _see(self._known, [entry.features], [value])
                 self._rows.append(entry.features)
-                self._values.append(told[0])
+                self._values.append(value)
         self._pending = left
 
     # ---------------------------------------------------------------------------------------------- choosing
@@ -174,22 +176,22 @@ class BanditController(HeuristicController):
         around = places(observation)
         base = asked_widths(observation, self.growth * 0.5**self._refusals)
         picks: list[_Pick] = []
-        best = -math.inf
+        best, price = -math.inf, compressed(self.threshold)
         for row in rows.tolist():
             options = list(_options(observation, row, around[row], int(base[row])))
             worths = [_HOPE + float(option.features @ draw) for option in options]
             at = int(np.argmax(worths))
             best = max(best, worths[at])
-            if worths[at] >= self.threshold:
+            if worths[at] >= price:
                 picks.append(options[at])
         if not picks:
             total = observation.total_steps
             pause = _WAIT if total is None else max(1, math.ceil(_MOST_WAIT_SHARE * total))
             self._wait_until = observation.step + pause
             return ()
-        return self._ask(observation, picks, best)
+        return self._ask(observation, picks, best - price)
 
-    def _ask(self, observation: Observation, picks: Sequence[_Pick], best: float) -> tuple[Command, ...]:
+    def _ask(self, observation: Observation, picks: Sequence[_Pick], margin: float) -> tuple[Command, ...]:
         chosen = np.array([pick.row for pick in picks], dtype=np.int64)
         costs = UnitCosts(*(unit[chosen] for unit in unit_costs(observation)))
         widths = fit_widths(np.array([pick.width for pick in picks], dtype=np.int64), costs, room(observation))
@@ -214,9 +216,8 @@ class BanditController(HeuristicController):
             for pick, width in grown
         )  # fmt: skip
         sites = "1 site" if len(plans) == 1 else f"{len(plans)} sites"
-        reason = (
-            f"worth up to {best:.2g} gain per cost by draw {self._draws}, {len(self._values)} cohorts seen: {sites}"
-        )
+        seen = self._prior_rows + len(self._values)
+        reason = f"{sites}: up to {margin:.2g} above its price by draw {self._draws}, after {seen} cohorts"
         return (Germinate(seeds=plans, reason=reason),)
 
 

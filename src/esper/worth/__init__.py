@@ -6,7 +6,7 @@ Shared by the architect and by controllers that learn; plain data and NumPy only
 from esper.worth.features import FEATURE_NAMES, LAYOUT, encode, prior_precision
 from esper.worth.place import Choice, Place, places, reference_width
 from esper.worth.posterior import LinearPosterior
-from esper.worth.target import TARGETS, gain_share, targets
+from esper.worth.target import TARGETS, compressed, gain_share, targets
 
 __all__ = [
     "FEATURE_NAMES",
@@ -15,6 +15,7 @@ __all__ = [
     "Choice",
     "LinearPosterior",
     "Place",
+    "compressed",
     "encode",
     "gain_share",
     "places",

@@ -15,6 +15,7 @@ _LEAST_COST = 1e-3
 """Share of the model's FLOPs below which a cohort counts as costing that much."""
 
 
+_UNIT = 0.05
 _CUT = "training ended"
 """How the reason of a cohort begins that the end of the training took out."""
 
@@ -52,3 +53,12 @@ def targets(
     if not (math.isfinite(gain) and math.isfinite(cost)) or cost < 0:
         return None
     return max(-_BOUND, min(_BOUND, gain / max(cost, _LEAST_COST))), gain, 1.0
+
+
+def compressed(value: float) -> float:
+    """What the model is taught of a gain or a gain per cost: nearly linear below 0.05, logarithmic above.
+
+    Most cohorts gain next to nothing and a few gain very much; a linear model of the plain numbers would tell of those
+    few only. The order stays.
+    """
+    return math.copysign(math.log1p(abs(value) / _UNIT), value)
