@@ -166,6 +166,11 @@ def _announce(run: Run, cohort: Cohort, reason: str, step: int) -> None:
             widths=per_seed(bank.units for bank in banks.values()), added_params=cohort.added_params,
             reason="; ".join([reason, *cohort.notes]),
             chunks=tuple(run.kasmina.table.num_chunks[cohort.slots].tolist()),
+            params=per_seed(bank.num_params // bank.num_slots for bank in banks.values()),
+            scales=per_seed(member.scale for member in cohort.members.values()),
+            lr_scales=per_seed(bank.lr_scale for bank in banks.values()),
+            designs=per_seed(member.design for member in cohort.members.values()),
+            model_params=run.kasmina.params - cohort.added_params, added_flops_share=cohort.added_flops_share,
         )
     )  # fmt: skip
     run.journal.emit(

@@ -175,7 +175,7 @@ class Grower(Stored):
             Attached(
                 step=0, sites=infos, skipped=self.discovery.skipped, host_params=self.kasmina.host_params,
                 covered_params=self.discovery.covered_params, total_steps=self.config.total_steps,
-                notes=self.discovery.notes,
+                notes=self.discovery.notes, family=self.kasmina.family, optimizer=self.kasmina.optimizer_family,
             )
         )  # fmt: skip
         for text in [*self.clock.approximations, *self.training.omissions]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from esper.kasmina.blueprints import BLUEPRINTS, Cost
 from esper.kasmina.defaults import default_blueprint
 from esper.kasmina.execution import Kasmina
+from esper.kasmina.germination import offers
 from esper.kasmina.site import Site
 from esper.kasmina.telemetry import snapshots
 from esper.protocol import SITE_FEATURES, CohortView, Lifecycle, Observation, Verdict
@@ -86,6 +87,10 @@ def observe(
         alternatives=fixed.alternatives,
         alternative_params=others[0].copy(),
         alternative_flops=others[1] * rows_per_step[:, None],
+        kinds=fixed.kinds,
+        offers=fixed.offers,
+        family=kasmina.family,
+        optimizer=kasmina.optimizer_family,
     )
 
 
@@ -146,6 +151,8 @@ class _Fixed:
     names: tuple[str, ...]
     chunks: npt.NDArray[np.int64]
     hidden: npt.NDArray[np.int64]
+    kinds: tuple[str, ...]
+    offers: tuple[tuple[tuple[str, str], ...], ...]
     rows: npt.NDArray[np.float64]
     """Site features as long as nothing has grown; NaN where sensors tell."""
     alternatives: tuple[str, ...]
@@ -175,7 +182,12 @@ def _fixed(kasmina: Kasmina) -> _Fixed:
                 rows[row, _COLUMN["grown_share"]] = 0.0
         chunks = np.array([info.num_chunks for info in infos], dtype=np.int64)
         hidden = np.array([info.hidden_features for info in infos], dtype=np.int64)
-        found = _known[kasmina] = _Fixed(tuple(kasmina.sites), chunks, hidden, rows, *_alternatives(kasmina))
+        alternatives, sits = _alternatives(kasmina)
+        found = _known[kasmina] = _Fixed(
+            names=tuple(kasmina.sites), chunks=chunks, hidden=hidden, kinds=tuple(str(info.kind) for info in infos),
+            offers=tuple(offers(site) for site in kasmina.sites.values()), rows=rows, alternatives=alternatives,
+            sits=sits,
+        )  # fmt: skip
     return found
 
 

@@ -34,7 +34,7 @@ def test_one_registration_is_enough() -> None:
         def load(self, state: dict[str, Any]) -> None:
             return None
 
-    assert {"heuristic", "neural", "still"} <= set(known_controllers())
+    assert {"bandit", "heuristic", "neural", "still"} <= set(known_controllers())
     assert isinstance(make_controller("still", TamiyoConfig()), Still)
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "trials": ("esper.cli.trials", "Trials", "Grow many small hosts and count what growth does to them."),
     "soak": ("esper.cli.soak", "Soak", "Train and grow small hosts without a rest and watch for what leaks."),
     "bus": ("esper.cli.bus", "Bus", "Look at a message bus, command a training, read the dead letters."),
+    "karn": ("esper.cli.karn", "Karn", "Look into what has grown so far, and carry it from place to place."),
     "bench": ("esper.cli.bench", "Bench", "Measure what Esper costs on this machine."),
     "controller": ("esper.cli.controller", "Controller", "Train and compare what decides where and when to grow."),
     "doctor": ("esper.cli.doctor", "Doctor", "Check that this installation works."),

@@ -87,6 +87,21 @@ class Run:
             default="",
         ),
     ] = ()  # fmt: skip
+    karn: Annotated[
+        Path | None,
+        Option(
+            metavar="PATH", help="Let Karn propose what grows, and file what became of it in this database.",
+            default="", completes="file",
+        ),
+    ] = None  # fmt: skip
+    karn_strategy: Annotated[
+        str | None,
+        Option(
+            metavar="NAME", help="How Karn selects: performance, efficiency, stability, risk, novelty or hybrid.",
+            default="hybrid",
+            completes=("performance", "efficiency", "stability", "risk", "novelty", "hybrid"),
+        ),
+    ] = None  # fmt: skip
     seed: Annotated[int, Option(metavar="N", help="First seed.")] = 0
     jobs: Annotated[int, Option(metavar="N", help="Trainings at a time, each in a process of its own.")] = 1
     checkpoint_every: Annotated[

@@ -26,6 +26,7 @@ def fossilise(site: Site, cohort: int, slots: list[int], *, betas: tuple[float, 
     """
     bank = site.banks[cohort]
     bank.scale_output(bank.alpha)
+    bank.lr_scale = 1.0  # from here on it learns with its neighbours
     if not bank.plan.absorbs:
         bank.alpha.fill_(1.0)
         bank.set_learning(True)

@@ -39,6 +39,10 @@ class Bank:
         ``(S, K)`` int64 on the CPU: the site's feature columns each slot adds to. ``None``: one slot, all columns.
     units, reads:
         Hidden units (or rank) a slot, and features it reads.
+    scale:
+        Factor on the random weights (not biases) by which units read.
+    lr_scale:
+        Factor on the learning rate that the host's rule gives; 1 once it is permanent.
 
     Attributes
     ----------
@@ -59,6 +63,8 @@ class Bank:
         columns: Tensor | None,
         generator: torch.Generator,
         device: torch.device,
+        scale: float = 1.0,
+        lr_scale: float = 1.0,
     ) -> None:
         self.blueprint = blueprint
         self.geometry = geometry
@@ -69,6 +75,11 @@ class Bank:
         params, buffers = self.plan.init(
             geometry, num_slots=self.num_slots, units=units, columns=self.width, reads=reads, generator=generator
         )
+        if scale != 1.0:
+            for name in self.plan.input_names():
+                if name in params and params[name].dim() > 2:  # biases and norms are (S, U)
+                    params[name].mul_(scale)
+        self.lr_scale = lr_scale
         self.params = {name: value.to(device) for name, value in params.items()}
         self.buffers = {name: value.to(device) for name, value in buffers.items()}
         self.alpha = torch.zeros(self.num_slots, device=device)
@@ -213,6 +224,7 @@ class Bank:
             "alpha": self.alpha,
             "moments": {"first": self.moments.first, "second": self.moments.second, "steps": self.moments.steps},
             "bad_steps": self.bad_steps,
+            "lr_scale": self.lr_scale,
             "learning": self.learning,
             "norm_momentum": self.norm_momentum,
         }
@@ -236,6 +248,7 @@ class Bank:
         moments = state["moments"]
         bank.moments = Moments(placed(moments["first"]), placed(moments["second"]), moments["steps"].to(device))
         bank.norm_momentum = state["norm_momentum"]
+        bank.lr_scale = state.get("lr_scale", 1.0)
         bank.set_learning(state["learning"])
         bank.plan  # noqa: B018  (an unknown blueprint raises here, with the known ones)
         return bank

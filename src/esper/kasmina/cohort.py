@@ -27,6 +27,10 @@ class Member:
     """Its part of the cohort's ``added_flops_share``."""
     keep: int | None = None
     """How many of its seeds go on after the isolated training; ``None``: all."""
+    scale: float = 1.0
+    """Factor on the random weights that its seeds were given."""
+    design: str = ""
+    """Name of the design that they follow, if any."""
     preserves_function: bool = False
     """Whether the branches' output is exactly zero when they are grafted."""
 

@@ -19,6 +19,7 @@ from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import BLUEPRINTS
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.discovery import Discovery, SitePlan
+from esper.kasmina.family import host_family
 from esper.kasmina.germination import Nursery, Room
 from esper.kasmina.hooks import attach
 from esper.kasmina.lifecycle import Gate, learns_from_task
@@ -45,6 +46,8 @@ class Kasmina:
     def __init__(self, model: nn.Module, discovery: Discovery, config: Config, *, adaptive: bool) -> None:
         self.config = config
         self.plans: dict[str, SitePlan] = {plan.info.name: plan for plan in discovery.sites}
+        self.family = host_family(model)
+        self.optimizer_family = "adaptive" if adaptive else "sgd"
         self.host_params = sum(parameter.numel() for parameter in model.parameters())
         self.device = next(model.parameters()).device
         dispatch.prepare(self.device)

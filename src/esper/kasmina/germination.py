@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,9 @@ class Resolved:
     start: str
     strategy: str
     keep: int | None
+    scale: float
+    lr_scale: float
+    design: str
     params: int
     """Of all N seeds."""
     flops: float
@@ -133,6 +137,7 @@ class Nursery:
         width = family.resolve_units(site.geometry, plan.width)
         if plan.width is None:
             width = max(1, width // max(1, len(chunks)))  # the default is what a site gets, all seeds together
+        _check_scales(plan, blueprint, start)
         cap = STARTS[start].max_units(site.geometry, columns=columns, reads=site.reads)
         if cap is not None and width > cap > 0:
             notes += (f"{plan.site}: {start} gives a seed here at most {cap} units (its rank), {width} were asked for",)
@@ -140,7 +145,8 @@ class Nursery:
         cost = family.cost(site.geometry, units=width, columns=columns, reads=site.reads)
         return Resolved(
             site=plan.site, chunks=chunks, blueprint=blueprint, width=width, start=start, strategy=strategy,
-            keep=plan.keep, params=cost.params * len(chunks),
+            keep=plan.keep, scale=plan.scale, lr_scale=plan.lr_scale, design=plan.design or "",
+            params=cost.params * len(chunks),
             flops=cost.flops_per_row * self.rows_per_step[plan.site] * len(chunks), notes=notes,
         )  # fmt: skip
 
@@ -240,10 +246,10 @@ class Nursery:
         EsperError
             Seeds that do not go together.
         """
-        kinds = {(seed.blueprint, seed.width, seed.start, seed.chunks.shape[1]) for seed in group}
+        kinds = {(s.blueprint, s.width, s.start, s.chunks.shape[1], s.scale, s.lr_scale) for s in group}
         if len(kinds) > 1:
             raise EsperError(
-                f"seeds of one cohort on one site must share blueprint, width, start and number of chunks, got "
+                f"seeds of one cohort on one site must share blueprint, width, start, scales and number of chunks, got "
                 f"{len(kinds)} kinds on {name!r}; germinate them as cohorts of their own"
             )
         chunks = np.concatenate([seed.chunks for seed in group])
@@ -279,6 +285,8 @@ class Nursery:
                     columns=None if whole else torch.from_numpy(columns[name]),
                     generator=self.generator,
                     device=self.plans[name].weight.device,
+                    scale=first.scale,
+                    lr_scale=first.lr_scale,
                 )
                 if STARTS[first.start].needs_rows and site.capture is None:
                     site.capture = self._capture(site, notes)
@@ -305,7 +313,7 @@ class Nursery:
         site.banks[number] = bank
         keeps = [seed.keep for seed in group]
         keep = None if None in keeps else sum(k for k in keeps if k is not None)
-        return Member(name, slots, first.start, keep=keep)
+        return Member(name, slots, first.start, keep=keep, scale=first.scale, design=first.design)
 
     def _capture(self, site: Site, notes: list[str]) -> Capture:
         """Room for a site's rows; where memory is short, fewer of them, and ``notes`` says so."""
@@ -328,6 +336,46 @@ class Nursery:
             site.geometry, num_batches=config.batches, rows_per_batch=per_batch, generator=self.generator,
             device=device,
         )  # fmt: skip
+
+
+def _check_scales(plan: SeedPlan, blueprint: str, start: str) -> None:
+    """Refuse scales that are out of range or would change nothing."""
+    for name, value in (("scale", plan.scale), ("lr_scale", plan.lr_scale)):
+        if not (math.isfinite(value) and value > 0):
+            raise EsperError(f"a plan's {name} must be positive and finite, got {value} on {plan.site!r}; use 1.0")
+    if plan.scale == 1.0:
+        return
+    if not BLUEPRINTS[blueprint].input_names():
+        raise EsperError(
+            f"a plan's scale multiplies the weights that units read by, got {plan.scale} for {blueprint!r} on "
+            f"{plan.site!r}, which has none; leave it 1.0"
+        )
+    if not STARTS[start].keeps_draw:
+        raise EsperError(
+            f"a plan's scale multiplies random first weights, got {plan.scale} for the start {start!r} on "
+            f"{plan.site!r}, which makes its own; leave it 1.0, or use 'random_zero'"
+        )
+
+
+def offers(site: Site) -> tuple[tuple[str, str], ...]:
+    """The ``(blueprint, start)`` pairs that a plan may name at a site, in the order of their names.
+
+    A start that goes by several names is offered under its first.
+    """
+    starts: dict[type, str] = {}
+    for name in STARTS.names:
+        starts.setdefault(type(STARTS[name]), name)
+    families = [
+        name
+        for name in BLUEPRINTS
+        if site.info.kind in BLUEPRINTS[name].kinds and BLUEPRINTS[name].refusal(site.geometry) is None
+    ]
+    return tuple(
+        (name, start)
+        for name in families
+        for start in sorted(starts.values())
+        if _start_refusal(start, name, site) is None
+    )
 
 
 def _start_refusal(start: str, blueprint: str, site: Site) -> str | None:

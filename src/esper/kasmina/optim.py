@@ -130,9 +130,9 @@ class SlotAdamW:
             steps=moments.steps,
             bad_steps=bank.bad_steps,
         )
-        step(stacks, self._rates(host), learning=learning, inverse_scale=inverse_scale)
+        step(stacks, self._rates(host, bank.lr_scale), learning=learning, inverse_scale=inverse_scale)
 
-    def _rates(self, host: Hyperparameters) -> Rates:
+    def _rates(self, host: Hyperparameters, lr_scale: float) -> Rates:
         lr = host.lr
         if host.rule != "sgd":
             lr *= self.lr_boost
@@ -140,7 +140,7 @@ class SlotAdamW:
                 lr = min(lr, max(host.lr, self.lr_ceiling * host.peak_lr))
         return Rates(
             rule=host.rule,
-            lr=lr,
+            lr=lr * lr_scale,
             weight_decay=host.weight_decay,
             betas=host.betas,
             eps=host.eps,

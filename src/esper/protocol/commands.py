@@ -13,6 +13,10 @@ class SeedPlan(msgspec.Struct, frozen=True, kw_only=True):
     ``seeds`` above 1 shares the chunks out, in their order and evenly, to so many seeds of that width each (at most
     one a chunk; what does not come out even stays dormant). ``keep`` is how many of them go on after the isolated
     training: those with the largest first-order gain on held-out batches; ``None`` keeps all.
+
+    ``scale`` multiplies the random weights by which the branch's units read, before any fit; refused where there are
+    none, or where the start makes weights of its own. ``lr_scale`` multiplies the learning rate of the seeds until
+    they become permanent. ``design`` is the name of the design that this plan follows, if any; it is only recorded.
     """
 
     site: str
@@ -23,6 +27,9 @@ class SeedPlan(msgspec.Struct, frozen=True, kw_only=True):
     strategy: str | None = None
     seeds: int = 1
     keep: int | None = None
+    scale: float = 1.0
+    lr_scale: float = 1.0
+    design: str | None = None
 
 
 class Germinate(msgspec.Struct, frozen=True, kw_only=True, tag="germinate"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -40,6 +41,10 @@ class Attached(Event, frozen=True, kw_only=True, tag="attached"):
     total_steps: int | None
     notes: tuple[str, ...] = ()
     """What was chosen otherwise than asked (fewer chunks where memory is short), and why."""
+    family: str = ""
+    """What kind of network the host is (``mlp``, ``conv``, ``transformer``, ``recurrent``); empty is unknown."""
+    optimizer: str = ""
+    """The host's optimizer: ``adaptive`` or ``sgd``; empty is unknown."""
 
 
 class TrainLoss(Event, frozen=True, kw_only=True, tag="train_loss"):
@@ -59,7 +64,10 @@ class HeldOut(Event, frozen=True, kw_only=True, tag="held_out"):
 
 
 class Germinated(Event, frozen=True, kw_only=True, tag="germinated"):
-    """A cohort came alive. One entry a seed in ``seeds``, ``sites``, ``widths`` and ``chunks`` (how many it holds)."""
+    """A cohort came alive. One entry a seed in ``seeds``, ``sites``, ``widths`` and ``chunks`` (how many it holds).
+
+    The tuples behind ``chunks`` have one too, or are empty in logs of an Esper that did not know them.
+    """
 
     cohort: int
     seeds: tuple[int, ...]
@@ -70,6 +78,16 @@ class Germinated(Event, frozen=True, kw_only=True, tag="germinated"):
     added_params: int
     reason: str
     chunks: tuple[int, ...] = ()
+    params: tuple[int, ...] = ()
+    """Parameters of each seed."""
+    scales: tuple[float, ...] = ()
+    lr_scales: tuple[float, ...] = ()
+    designs: tuple[str, ...] = ()
+    """Name of the design that each seed follows; empty for none."""
+    model_params: int = 0
+    """Parameters of the whole model before it; 0 is unknown."""
+    added_flops_share: float = math.nan
+    """Forward FLOPs the cohort adds, as a share of the model's before it."""
 
 
 class Transitioned(Event, frozen=True, kw_only=True, tag="transitioned"):

@@ -87,6 +87,11 @@ class Observation:
         Cohorts alive now, and all cohorts that ended, oldest first.
     stopped:
         Growth has been stopped; ``None`` while it goes on.
+    kinds, offers:
+        Per site, its :class:`~esper.protocol.SiteKind`, and the ``(blueprint, start)`` pairs that a plan may name
+        there. Empty is unknown.
+    family, optimizer:
+        Of the host, as in :class:`~esper.protocol.Attached`. Empty is unknown.
     unit_params, unit_flops:
         What one more unit costs, ``(S,)`` float64 (a hidden unit of a span, a rank of a layer site): parameters, and
         forward FLOPs a training step. ``None`` or NaN is unknown: a controller then estimates from the site's sizes.
@@ -136,3 +141,7 @@ class Observation:
     alternatives: tuple[str, ...] = ()
     alternative_params: npt.NDArray[np.float64] | None = None
     alternative_flops: npt.NDArray[np.float64] | None = None
+    kinds: tuple[str, ...] = ()
+    offers: tuple[tuple[tuple[str, str], ...], ...] = ()
+    family: str = ""
+    optimizer: str = ""

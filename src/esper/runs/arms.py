@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import forward_flops
 from esper.oona.remote import REMOTE, RemoteController
 from esper.protocol import AnyEvent, ArmFinished, Germinated, HeldOut, Lifecycle, TrainLoss, Transitioned
+from esper.runs.advice import advised_controller
 from esper.runs.cell_store import CellStore, decode_events
 from esper.runs.hosts import widen
 from esper.runs.interrupt import obey
@@ -29,7 +31,7 @@ from esper.runs.preset import Preset
 from esper.runs.presets import make_preset
 from esper.safety.training import Training
 from esper.settings import with_settings
-from esper.tamiyo import ScheduleController, make_controller
+from esper.tamiyo import Controller, ScheduleController, make_controller
 
 ARMS = ("grown", "static_small", "static_final", "static_equal_flops", "random_growth")
 Emit = Callable[[AnyEvent], None]
@@ -48,6 +50,8 @@ class Cell:
     device: str
     size: str
     schedule: tuple[Germinated, ...] = ()
+    snapshot: Path | None = None
+    """What Karn knew when the run began; ``None``: nobody asks it."""
 
 
 Attach = Callable[[Cell, Grower, CellStore | None], AbstractContextManager[object]]
@@ -257,13 +261,16 @@ def _grower(
     if cell.arm.startswith("static"):
         return None
     config = configure(preset.config(cell.steps), cell.options, cell.seed)
-    controller = None
+    controller: Controller | None = None
     if cell.arm == "random_growth":
         controller = ScheduleController.replay(cell.schedule, start="random_zero")
         config = dataclasses.replace(config, evidence=dataclasses.replace(config.evidence, accept="always"))
-    elif cell.options.controller == REMOTE:
-        fallback = make_controller("heuristic", config.tamiyo, seed=config.seed)
-        controller = RemoteController(fallback)
+    elif cell.options.controller == REMOTE or cell.snapshot is not None:
+        if cell.snapshot is None:
+            controller = make_controller("heuristic", config.tamiyo, seed=config.seed)
+        else:
+            controller = advised_controller(config, cell.snapshot, cell.options.karn_strategy)
+        controller = RemoteController(controller) if cell.options.controller == REMOTE else controller
     return Grower(
         model, optimizer, loss=preset.loss, evaluate=preset.held_out(), config=config, controller=controller,
         train_step=functools.partial(_train_step, preset), on_event=record, track=[_ByStep()],

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 
 from esper.errors import ConfigError, DivergenceError
+from esper.karn import Database
+from esper.karn.selection import find_selection
 from esper.kasmina.starts import STARTS
 from esper.observe.report import write_report
 from esper.protocol import AnyEvent, RunFinished, RunStarted
+from esper.runs.advice import conclude, take_snapshot
 from esper.runs.arms import ARMS, Cell, Trained, configure, equal_flops_widths, load_preset, score, train
 from esper.runs.artifacts import write_json, write_model
 from esper.runs.bus import attaching, events_followed
@@ -79,6 +82,7 @@ def execute(
                     note(f"resuming {run_dir} {where(run_dir)}")
                 summary = _Job(options, preset, device, size, run_dir, config, record, note).run()
             discard_progress(run_dir)
+            conclude(options, run_dir, note)
             return summary
         finally:
             write_report(run_dir)
@@ -97,6 +101,10 @@ def _check_settings(options: RunOptions, preset: Preset) -> None:
     """Refuse what would fail later, before anything is written."""
     config = configure(preset.config(options.steps or preset.steps), options, options.seed)
     make_controller(config.tamiyo.controller, config.tamiyo, seed=0)
+    if options.karn_strategy is not None:
+        find_selection(options.karn_strategy)
+    if options.karn is not None:
+        Database(options.karn).close()
     if config.fit.start is not None:
         STARTS[config.fit.start]
     host = sum(parameter.numel() for parameter in build(preset.spec(preset.small_widths)).parameters())
@@ -127,11 +135,13 @@ class _Job:
         self.seeds: list[int] = config["seeds"]
         self.results: dict[str, list[Trained]] = {}
         self.lr_trials: dict[str, dict[float, float]] = {}
+        self.snapshot: Path | None = None
         self._reported = 0.0
 
     def run(self) -> dict[str, Any]:
         if not (self.run_dir / "config.json").exists():
             write_json(self.run_dir / "config.json", self.config)
+        self.snapshot = take_snapshot(self.options, self.run_dir)
         started = RunStarted(
             step=0, run=self.run_dir.name, preset=self.preset.name, config=self.config, environment=environment()
         )
@@ -197,7 +207,7 @@ class _Job:
                 schedule = twin.kept
         return Cell(
             arm=arm, seed=seed, lr=lr, steps=self.steps, widths=tuple(widths), options=self.options,
-            device=self.device, size=self.size, schedule=schedule,
+            device=self.device, size=self.size, schedule=schedule, snapshot=self.snapshot if arm == "grown" else None,
         )  # fmt: skip
 
     def _train_all(self, cells: list[Cell], *, live: bool) -> list[Trained]:

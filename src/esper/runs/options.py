@@ -44,6 +44,10 @@ class RunOptions:
     """Most parameters the grown model may have."""
     settings: tuple[str, ...] = ()
     """``NAME=VALUE`` for any setting of docs/configuration.md, over the preset's."""
+    karn: Path | None = None
+    """A Karn database: proposals for what grows come from it, and what became of them goes back."""
+    karn_strategy: str | None = None
+    """How Karn selects among candidates: performance, efficiency, stability, risk, novelty or hybrid."""
     seed: int = 0
     """First seed."""
     jobs: int = 1
@@ -78,6 +82,10 @@ class RunOptions:
         _require(
             self.controller != "remote" or self.bus is not None, "a remote controller is reached over a bus",
             self.bus, "say --bus redis://localhost:6379",
+        )  # fmt: skip
+        _require(
+            self.karn_strategy is None or self.karn is not None, "karn_strategy selects among Karn's proposals",
+            self.karn_strategy, "say --karn PATH too",
         )  # fmt: skip
         _require(self.jobs >= 1, "jobs must be at least 1", self.jobs, "use 1")
 

@@ -1,11 +1,13 @@
 """Controllers: from an observation to commands. They never touch modules."""
 
 from esper.config import TamiyoConfig
+from esper.tamiyo.bandit import BanditController
 from esper.tamiyo.heuristic import HeuristicController
 from esper.tamiyo.registry import Controller, Noting, known_controllers, make_controller, register_controller
 from esper.tamiyo.schedule import ScheduleController
 
 __all__ = [
+    "BanditController",
     "Controller",
     "HeuristicController",
     "Noting",

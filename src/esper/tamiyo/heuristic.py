@@ -116,7 +116,7 @@ class HeuristicController:
             return (Stop(reason=reason),)
         if not self._may_germinate(observation):
             return ()
-        rows = _candidates(observation)
+        rows = self._candidates(observation)
         return self._germinate(observation, rows) if rows.size else ()
 
     def state(self) -> dict[str, Any]:
@@ -172,6 +172,18 @@ class HeuristicController:
             return False
         return not any(Lifecycle.GERMINATED <= view.state <= Lifecycle.EVALUATING for view in observation.alive)
 
+    def _note_asked(self, observation: Observation) -> None:
+        self._germinations += 1
+        self._asked_at = observation.step
+        self._cohorts_when_asked = len(observation.alive) + len(observation.verdicts)
+
+    def _candidates(self, observation: Observation) -> npt.NDArray[np.int64]:
+        is_span = column(observation, "is_span") == 1
+        spans = np.flatnonzero(observation.eligible & is_span)
+        if spans.size or observation.alive:
+            return spans
+        return np.flatnonzero(observation.eligible & ~is_span)
+
     def _germinate(self, observation: Observation, rows: npt.NDArray[np.int64]) -> tuple[Command, ...]:
         variation = STEADY
         if self._explores:
@@ -184,21 +196,11 @@ class HeuristicController:
         widths = fit_widths(asked, costs, left)
         leftover = bool(observation.verdicts) and affordable_share(asked, costs, left) < _MIN_SHARE
         if leftover or not widths.any():
-            return (Stop(reason=_budget_reached(observation)),)
+            return (Stop(reason=budget_reached(observation)),)
         is_span = column(observation, "is_span")[rows] == 1
         plans = _plans(observation, rows[widths > 0], widths[widths > 0], variation, self._crowd)
-        self._germinations += 1
-        self._asked_at = observation.step
-        self._cohorts_when_asked = len(observation.alive) + len(observation.verdicts)
+        self._note_asked(observation)
         return (Germinate(seeds=plans, reason=_describe(plans, self._explores, bool(is_span[0]))),)
-
-
-def _candidates(observation: Observation) -> npt.NDArray[np.int64]:
-    is_span = column(observation, "is_span") == 1
-    spans = np.flatnonzero(observation.eligible & is_span)
-    if spans.size or observation.alive:
-        return spans
-    return np.flatnonzero(observation.eligible & ~is_span)
 
 
 def _plans(
@@ -243,7 +245,8 @@ def _describe(plans: tuple[SeedPlan, ...], explores: bool, on_spans: bool) -> st
     return f"{'exploring' if explores else 'even growth over'} {sites}: {size} {what} each{seeds}"
 
 
-def _budget_reached(observation: Observation) -> str:
+def budget_reached(observation: Observation) -> str:
+    """Why a controller stops that finds no room for another cohort."""
     parts: list[str] = []
     if observation.budget_params is not None:
         parts.append(f"{observation.params} of {observation.budget_params} parameters")

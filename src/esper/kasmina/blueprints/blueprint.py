@@ -154,6 +154,10 @@ class Blueprint(ABC):
     def output_names(self) -> tuple[str, ...]:
         return tuple(name for name, axes in self.axes.items() if axes.column is not None)
 
+    def input_names(self) -> tuple[str, ...]:
+        """Parameters that belong to units and are no output weights: what the units read by, and their biases."""
+        return tuple(name for name, axes in self.axes.items() if axes.unit is not None and axes.column is None)
+
 
 BLUEPRINTS: Registry[Blueprint] = Registry("blueprint")
 

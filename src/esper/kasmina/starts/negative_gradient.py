@@ -19,6 +19,7 @@ from esper.kasmina.starts.start import STARTS, HostUnits, Start, StartReport, fi
 class NegativeGradient(Start):
     needs_rows = True
     fits = True
+    keeps_draw = True
     preserves_function = False
     sanity = "gradient"
 

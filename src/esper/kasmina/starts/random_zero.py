@@ -13,6 +13,7 @@ from esper.kasmina.starts.start import STARTS, HostUnits, Start, StartReport
 @STARTS.register("random_zero")
 class RandomZero(Start):
     needs_rows = False
+    keeps_draw = True
     preserves_function = True
     sanity = "none"
 

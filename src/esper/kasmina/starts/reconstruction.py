@@ -28,6 +28,7 @@ def _target(rows: Rows, like: Rows) -> torch.Tensor:
 class Reconstruction(Start):
     needs_rows = True
     fits = True
+    keeps_draw = True
     preserves_function = True
     sanity = "reconstruction"
 

@@ -68,6 +68,8 @@ class Start(ABC):
     """Whether it trains the branch (``FitConfig.steps``), which costs FLOPs worth a budget."""
     needs_host: bool = False
     """Whether :meth:`prepare` needs the host's own units."""
+    keeps_draw: bool = False
+    """Whether it goes on from the branch's random input weights, so that their size matters (``SeedPlan.scale``)."""
     preserves_function: bool
     """Whether the branch's output is zero after it, so that alpha needs no ramp (``gradmax`` on activations with a kink
     at zero keeps a ten-thousandth of the host's weights: exact zeros could never learn there)."""
