@@ -16,7 +16,9 @@ from esper.learning.options import TrainOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Controller:
-    """Train a policy that decides where and when to grow, and measure it against other controllers.
+    """Serve a controller to trainings elsewhere, or train a policy and measure it against other controllers.
+
+    serve: steer every training on a bus that was started with esper run --bus URL --controller remote.
 
     train: learn by PPO in an environment; the same command goes on where it was interrupted. evaluate: play episodes
     with one controller or policy. compare: several of them on the same episodes, differences paired.
@@ -27,8 +29,8 @@ class Controller:
     word: Annotated[
         str,
         Option(
-            is_positional=True, metavar="WORD", help="train, evaluate or compare.",
-            completes=("train", "evaluate", "compare"),
+            is_positional=True, metavar="WORD", help="serve, train, evaluate or compare.",
+            completes=("serve", "train", "evaluate", "compare"),
         ),
     ]  # fmt: skip
     environment: Annotated[str, Option(metavar="NAME", help="Where to learn or play.")] = "planted"
@@ -58,6 +60,17 @@ class Controller:
     episodes: Annotated[int, Option(metavar="N", help="evaluate, compare: episodes each.")] = 200
     sampled: Annotated[bool, Option(help="Policies draw their actions instead of the likeliest.", default="no")] = False
     seed: Annotated[int, Option(metavar="N", help="Of everything that is drawn.")] = 0
+    bus: Annotated[str, Option(metavar="URL", help="serve: over which bus.")] = "redis://localhost:6379"
+    controller: Annotated[str, Option(metavar="NAME", help="serve: who decides.")] = "heuristic"
+    temper: Annotated[
+        str | None,
+        Option(
+            metavar="NAME", help="serve: conservative, balanced, aggressive or exploratory.", default="balanced",
+            completes=("conservative", "balanced", "aggressive", "exploratory"),
+        ),
+    ] = None  # fmt: skip
+    seconds: Annotated[float | None, Option(metavar="S", help="serve: end after so long.", default="never")] = None
+    unsigned: Annotated[bool, Option(help="serve: without ESPER_BUS_KEY.", default="no")] = False
     json: JsonPath = None
 
     def execute(self, context: Context) -> Outcome:
@@ -93,6 +106,14 @@ def _train(command: Controller, context: Context) -> Outcome:
         labelled("next", f"esper controller compare --players {result['policy']} heuristic never random"),
     ]
     return Outcome(result=result, lines=lines)
+
+
+def _serve(command: Controller, context: Context) -> Outcome:
+    from esper.cli.serving import serve  # imports torch
+
+    if command.seconds is not None and not 0 < command.seconds < float("inf"):
+        raise UsageError(f"--seconds must be above 0, got {command.seconds:g}; leave it out for no end")
+    return serve(command.bus, command.controller, command.temper, command.seconds, unsigned=command.unsigned)
 
 
 def _evaluate(command: Controller, context: Context) -> Outcome:
@@ -143,6 +164,7 @@ def _shown(found: dict[str, float]) -> list[str]:
 
 
 WORDS: dict[str, Callable[[Controller, Context], Outcome]] = {
+    "serve": _serve,
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,

@@ -17,9 +17,11 @@ import contextlib
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+
+import msgspec
 
 from esper.errors import CONTAINED, BusError, EnvelopeError, contained
 from esper.oona import envelope as wire
@@ -27,17 +29,17 @@ from esper.oona.backoff import Backoff
 from esper.oona.bus import Bus, Delivery, Message, Subscription
 from esper.oona.claims import ClaimExpired, Claims
 from esper.oona.dead_letters import bury
+from esper.oona.ears import CONTROLLER
 from esper.oona.envelope import Envelope
 from esper.oona.schemas import DECISION_SCHEMA, HEARTBEAT_SCHEMA, Decision, Heartbeat, decode_payload
 from esper.oona.sender import Sender
 from esper.oona.signing import Keyring
-from esper.oona.topics import ACKNOWLEDGEMENTS, COMMANDS, DECISIONS, HEARTBEATS, OBSERVATIONS, Topic
+from esper.oona.topics import ACKNOWLEDGEMENTS, COMMANDS, DECISIONS, HEARTBEATS, OBSERVATIONS
 from esper.protocol import ORDER_SCHEMA, Acknowledgement, Command, Observation, Order
 from esper.tamiyo import Controller
 
 GROUP = "tamiyo"
 ISSUER = "tamiyo"
-ROLE = "controller"
 HEARTBEAT_S = 2.0
 DEADLINE_S = 30.0
 """How long an order may take to its training."""
@@ -146,6 +148,9 @@ class Steering:
                 await self._hear(delivery, envelope)
                 continue
             self.counts["observations"] += 1
+            if delivery.attempts > 1:  # nobody was there for it in time; the next one tells more
+                self.counts["late"] += 1
+                continue
             job = (envelope.esperrun, envelope.subject)
             known = newest.get(job)
             if known is not None:
@@ -269,7 +274,7 @@ class Steering:
         """Tell the trainings that somebody steers them."""
         backoff = Backoff()
         while not until.is_set():
-            beat = Heartbeat(role=ROLE, every_s=HEARTBEAT_S, state=self._name, counts=dict(self.counts))
+            beat = Heartbeat(role=CONTROLLER, every_s=HEARTBEAT_S, state=self._name, counts=dict(self.counts))
             envelope = self._sender.envelope(HEARTBEAT_SCHEMA, wire.write_json(beat))
             try:
                 await self._bus.publish(HEARTBEATS, [await self._sender.message(envelope)])
@@ -280,8 +285,6 @@ class Steering:
 
 
 def _of_run(envelope: Envelope, run: str) -> Envelope:
-    import msgspec
-
     return msgspec.structs.replace(envelope, esperrun=run)
 
 
@@ -292,8 +295,3 @@ async def _pause(until: asyncio.Event, seconds: float) -> None:
 
 def _silent(note: str) -> None:
     """Nobody asked for notes."""
-
-
-def topics() -> Iterable[Topic]:
-    """What a server reads and writes."""
-    return (OBSERVATIONS, ACKNOWLEDGEMENTS, COMMANDS, DECISIONS, HEARTBEATS)
