@@ -196,3 +196,24 @@ def test_the_check_compares_both_and_refuses_a_difference(unchanged_rng: None) -
         check_equal(one, nn.Softplus(), lambda m, b: b.sum() if m is one else b.sum() * 1.25, batch, tolerance=0.1)
     with pytest.raises(ExportError, match="nan"):
         check_equal(one, two, _loss(float("nan")), batch, tolerance=1.0)
+
+
+def test_the_rounding_of_a_small_loss_is_no_difference() -> None:
+    """A confident classifier's loss is what is left of large logits: it may differ although the models are equal."""
+    torch.manual_seed(0)
+    one = nn.Linear(8, 4)
+    with torch.no_grad():
+        one.bias.copy_(torch.tensor([300.0, 290.0, 290.0, 290.0]))
+    two, far = copy.deepcopy(one), copy.deepcopy(one)
+    with torch.no_grad():
+        two.bias[0].copy_(torch.nextafter(two.bias[0], torch.tensor(400.0)))
+        far.bias[0] += 0.1
+    x, y = torch.randn(16, 8), torch.zeros(16, dtype=torch.long)
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch), y)
+
+    found = check_equal(one, two, loss, x, tolerance=1e-5)
+    assert found.loss > 1e-5 and found.output < 1e-5 / 30
+    with pytest.raises(ExportError, match="its loss differs"):
+        check_equal(one, far, loss, x, tolerance=1e-5)
