@@ -52,7 +52,7 @@ class Intake:
             The bus fails; call again later.
         """
         self._open.clear()  # they come again
-        subscription = await self._bus.subscribe([COMMANDS], group=self.group, consumer="desk", begin="newest")
+        subscription = await self._bus.subscribe([COMMANDS], group=self.group, consumer="desk", begin="oldest")
         try:
             while not stop.is_set():
                 wait_s = _LOOK_CLOSELY_S if self._open else _LOOK_S

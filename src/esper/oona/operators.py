@@ -18,6 +18,8 @@ from esper.oona.sender import Sender
 from esper.oona.topics import ACKNOWLEDGEMENTS, COMMANDS, Topic
 from esper.protocol import ORDER_SCHEMA, Acknowledgement, Command, Order
 
+_NEVER_AGAIN_S = 24 * 3600.0
+
 
 async def passing(
     bus: Bus, topics: Sequence[Topic], begin: Begin, wait_s: float = 0.5
@@ -80,8 +82,8 @@ def answer_in(delivery: Delivery, sender: Sender) -> Acknowledgement | None:
     return told if isinstance(told, Acknowledgement) else None
 
 
-async def held(bus: Bus, topic: Topic, most: int) -> list[Delivery]:
-    """What a topic holds, oldest first; it stays there.
+async def held(bus: Bus, topic: Topic, most: int, *, wait_s: float = 0.5) -> list[Delivery]:
+    """What a topic holds, oldest first; it stays there. ``wait_s`` without a message is the end.
 
     Raises
     ------
@@ -91,11 +93,10 @@ async def held(bus: Bus, topic: Topic, most: int) -> list[Delivery]:
     found: list[Delivery] = []
     async with _onlooker(bus, [topic], "oldest") as subscription:
         while len(found) < most:
-            deliveries = await subscription.receive(most=most - len(found), wait_s=0.5)
+            deliveries = await subscription.receive(most=most - len(found), wait_s=wait_s)
             if not deliveries:
                 return found
-            found += deliveries
-            await subscription.acknowledge(deliveries)
+            found += deliveries  # not acknowledged: what every group is done with is let go of
     return found
 
 
@@ -103,7 +104,9 @@ async def held(bus: Bus, topic: Topic, most: int) -> list[Delivery]:
 async def _onlooker(bus: Bus, topics: Sequence[Topic], begin: Begin) -> AsyncGenerator[Subscription]:
     """A group of one's own, gone again afterwards: a group that stays would hold up what durable topics let go of."""
     group = f"onlooker-{secrets.token_hex(6)}"
-    subscription = await bus.subscribe(topics, group=group, consumer="onlooker", begin=begin)
+    subscription = await bus.subscribe(
+        topics, group=group, consumer="onlooker", begin=begin, redeliver_s=_NEVER_AGAIN_S
+    )  # fmt: skip
     try:
         yield subscription
     finally:

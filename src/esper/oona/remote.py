@@ -61,15 +61,18 @@ class RemoteController:
         """Send the observation; returns the fallback's commands while nobody steers."""
         steered = self.is_steered
         if steered is not self._was_steered:
-            self._notes.append(
-                "a remote controller steers this training"
-                if steered
-                else f"no remote controller was heard for {self._patience_s:g} s: the local one decides"
-            )
+            self._notes.append(self._told(steered))
             self._was_steered = steered
         if self.line is not None:
             self.line.observe(observation)
         return () if steered else self.fallback.decide(observation)
+
+    def _told(self, steered: bool) -> str:
+        if steered:
+            return "a remote controller steers this training"
+        if self._was_steered is None:
+            return "no remote controller was heard yet: the local one decides"
+        return f"no remote controller was heard for {self._patience_s:g} s: the local one decides"
 
     def notes(self) -> tuple[str, ...]:
         """What there is to tell since the last call."""
