@@ -212,6 +212,14 @@ async def test_a_backlog_needs_a_group_and_a_forgotten_one_is_none(place: Place)
         await bus.forget([TALK], "g")
         with pytest.raises(BusError, match="has no group"):
             await bus.backlog(TALK, "g")
+        if not place.kind.startswith("kafka"):
+            # Under a member that stays it is made anew.
+            staying = await bus.subscribe([TALK], group="staying", consumer="c", redeliver_s=place.long_s)
+            held = await gather_up(staying, 3, acknowledge=False)
+            await bus.forget([TALK], "staying")
+            await staying.acknowledge(held)
+            await bus.publish(TALK, numbered(1, first=3))
+            assert said(await gather_up(staying, 4)) == [0, 1, 2, 3]
 
 
 @in_loop
