@@ -26,7 +26,7 @@ MOST_ENTRIES = 1_000_000
 """What a durable topic may hold before it refuses more."""
 MOST_BYTES = 256 << 20
 
-BATCH_MESSAGES, BATCH_BYTES = 500, 1 << 20
+BATCH_MESSAGES, BATCH_BYTES = 500, 256 << 10
 """One command's worth: the server does nothing else meanwhile."""
 
 _HEIR = "(left)"
