@@ -45,6 +45,11 @@ T = TypeVar("T")
 class Desk(Protocol):
     """Where orders from outside wait: it writes them down before it hands them out."""
 
+    @property
+    def is_replaying(self) -> bool:
+        """Whether orders of an earlier life are still to come."""
+        ...
+
     def turn(self, step: int) -> Generator[Order, None, None]:
         """The orders to apply in this real step, one after another; each is answered before the next is taken."""
         ...

@@ -79,7 +79,16 @@ class Stored:
     @property
     def checkpoint_due(self) -> str | None:
         """Why a checkpoint should be written now, out of turn; ``None`` where nothing asks for one."""
-        return self.keeping.due
+        return None if self.is_replaying else self.keeping.due
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether orders of an earlier life are still to be applied again, up to where that life was.
+
+        Until then no checkpoint is written: an order that takes the training back needs snapshots from before it, and
+        those die with the process. What there is leads here again.
+        """
+        return self._desk is not None and self._desk.is_replaying
 
     def kept(self, refusal: str | None = None) -> None:
         """Say that :meth:`state_dict` is safe on a disk as it is now (:meth:`save` does), or why it is not.
@@ -96,13 +105,16 @@ class Stored:
     def save(self, folder: str | Path, *, keep: int = 2) -> Saved:
         """Write :meth:`state_dict` as a checkpoint into a folder, whose newest ``keep`` stay (docs/safety.md).
 
-        When this returns the checkpoint survives a power cut. The folder is this run's until :meth:`detach`.
+        When this returns the checkpoint survives a power cut. The folder is this run's until :meth:`detach`. While
+        :attr:`is_replaying` nothing is written, and the number returned is 0.
 
         Raises
         ------
         StateError
             The state cannot be stored, another run writes there, or the disk refused it; older checkpoints stay.
         """
+        if self.is_replaying:
+            return Saved(number=0, step=0, num_bytes=0)
         try:
             saved = self._shelf.save(folder, self.state_dict(), step=self.loop.last_step, keep=keep)
         except StateError as error:

@@ -40,6 +40,8 @@ ROOM = 1000
 """Orders that may wait."""
 EMERGENCY_ROOM = 16
 """More of them, for emergency stops."""
+JOURNAL = "journal"
+"""The gate of the one refusal that a death may forget: the log did not take the order."""
 MOST_AT_ONCE = 256
 """Orders applied in one step; the others wait for the next one."""
 
@@ -50,6 +52,7 @@ class Kept(msgspec.Struct):
     answers: list[Answer]
     held: list[Answer]
     ready: list[Order]
+    replay: list[Intent]
 
 
 class Desk:
@@ -120,7 +123,8 @@ class Desk:
             if self._content(order.id) is not None:
                 return self._put(order)
             if doubt.flaw not in ("stale", "expired"):
-                return self._turn_away(order, doubt.flaw, str(doubt))
+                self._turn_away(order, doubt.flaw, str(doubt))
+                return None
             # Late once is late for ever, so this need not be remembered.
             outcome: Outcome = "expired" if doubt.flaw == "expired" else "refused"
             return _acknowledgement(order, outcome, doubt.flaw, str(doubt), self._step)
@@ -154,7 +158,7 @@ class Desk:
             return None if known is None else known.acknowledgement
 
     def unlogged(self) -> list[Acknowledgement]:
-        """Refusals that the log could not take; nobody else will send them. Each is told once."""
+        """Orders that the log could not take were refused; nobody else will send this. Each is told once."""
         with self._lock:
             told, self._unlogged = self._unlogged, []
             return told
@@ -178,6 +182,12 @@ class Desk:
             self._pad.close()
 
     # ---------------------------------------------------------------------------------------------- step boundaries
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether orders of an earlier life are still to be applied again."""
+        with self._lock:
+            return bool(self._replay)
 
     def turn(self, step: int) -> Generator[Order, None, None]:
         """The orders to apply in this real step. Steps that are taken back count all the same."""
@@ -225,7 +235,8 @@ class Desk:
     def state(self) -> dict[str, Tree]:
         """Answers, those that are held, and how far the log goes. What waits is not part of it."""
         with self._lock:
-            kept = Kept(list(self._answers.values()), [*self._unwritten, *self._held], list(self._ready))
+            held = [*self._unwritten, *self._held]
+            kept = Kept(list(self._answers.values()), held, list(self._ready), list(self._replay))
             return {
                 "turn": self._turn,
                 "position": self._pad.position.tree(),
@@ -240,7 +251,7 @@ class Desk:
         StateError
             The log does not go on from there, or is another training's.
         """
-        turn, position, kept = 0, Position(), Kept([], [], [])
+        turn, position, kept = 0, Position(), Kept([], [], [], [])
         if state is not None:
             turn, position = state["turn"], Position(**state["position"])
             kept = msgspec.msgpack.decode(bytes(state["kept"]), type=Kept)
@@ -251,7 +262,7 @@ class Desk:
         answered = {answer.acknowledgement.id: answer for answer in said if isinstance(answer, Answer)}
         with self._lock:
             self._turn, self._ready = turn, deque(kept.ready)
-            self._replay = deque(intent for intent in said if isinstance(intent, Intent))
+            self._replay = deque([*kept.replay, *(intent for intent in said if isinstance(intent, Intent))])
             self._answers = {**{answer.acknowledgement.id: answer for answer in kept.answers}, **answered}
             # What was held was held for this checkpoint.
             self._held, self._unwritten = [], [a for a in kept.held if a.acknowledgement.id not in answered]
@@ -271,12 +282,12 @@ class Desk:
                 return self._again(order, known)
             is_emergency = isinstance(order.command, Stop) and order.command.emergency
             if self._ended is not None:
-                return self._turn_away(order, "ended", self._ended)
-            if len(self._waiting) >= self._room + EMERGENCY_ROOM * is_emergency:
-                return self._turn_away(
-                    order, "room", f"at most {self._room} orders may wait; send it later, with an id of its own"
-                )
-            self._waiting[order.id] = order
+                self._turn_away(order, "ended", self._ended)
+            elif len(self._waiting) >= self._room + EMERGENCY_ROOM * is_emergency:
+                reason = f"at most {self._room} orders may wait; send it later, with an id of its own"
+                self._turn_away(order, "room", reason)
+            else:
+                self._waiting[order.id] = order
             return None
 
     def _again(self, order: Order, content: str) -> Acknowledgement | None:
@@ -295,30 +306,28 @@ class Desk:
         answer = self._answers.get(order_id)
         return self._open.get(order_id) if answer is None else answer.content
 
-    def _turn_away(self, order: Order, gate: str, reason: str) -> Acknowledgement | None:
-        """Refuse what was not taken; returns the answer if the log does not take it."""
-        told = _acknowledgement(order, "refused", gate, reason, self._step)
-        self._remember(order, told)
+    def _turn_away(self, order: Order, gate: str, reason: str) -> None:
+        """Refuse what was not taken."""
+        self._remember(order, _acknowledgement(order, "refused", gate, reason, self._step))
         self._flush()
-        return told if told in self._not_logged([told]) else None
 
     def _turn_away_waiting(self, why: dict[str, tuple[Outcome, str, str]]) -> None:
         """Answer those of what waits that will not be applied: outcome, gate and reason by id."""
-        told: list[Acknowledgement] = []
         for order_id, reasons in why.items():
             order = self._waiting.pop(order_id)
-            told.append(_acknowledgement(order, *reasons, self._step))
-            self._remember(order, told[-1])
+            self._remember(order, _acknowledgement(order, *reasons, self._step))
         self._flush()
-        self._unlogged += self._not_logged(told)
+        for answer in self._unwritten:
+            if answer.acknowledgement.id in why and answer.acknowledgement.gate == JOURNAL:
+                self._unlogged.append(answer.acknowledgement)
 
     def _remember(self, order: Order, told: Acknowledgement) -> None:
-        self._answers[order.id] = Answer(told, content_of(order))
-        self._unwritten.append(self._answers[order.id])
-
-    def _not_logged(self, told: list[Acknowledgement]) -> list[Acknowledgement]:
-        waiting = {answer.acknowledgement.id for answer in self._unwritten}
-        return [one for one in told if one.id in waiting]
+        answer = Answer(told, content_of(order))
+        self._unwritten.append(answer)
+        if told.gate == JOURNAL:  # the one answer that need not be on the disk: the disk is what it is about
+            self._answers[order.id] = answer
+        else:
+            self._open[order.id] = answer.content
 
     def _take_from_log(self) -> None:
         while self._replay and self._replay[0].turn <= self._turn:
@@ -330,7 +339,7 @@ class Desk:
             for order in self._doubted:
                 self._open.pop(order.id)
                 self._waiting[order.id] = order
-            why: tuple[Outcome, str, str] = ("refused", "journal", "the disk did not take it; send it anew")
+            why: tuple[Outcome, str, str] = ("refused", JOURNAL, "the disk did not take it; send it anew")
             doubted, self._doubted = self._doubted, []
             self._turn_away_waiting({order.id: why for order in doubted})
 
@@ -354,7 +363,7 @@ class Desk:
                 self._doubted.append(self._waiting.pop(order.id))
                 self._open[order.id] = content_of(order)
             else:
-                away[order.id] = ("refused", "journal", refusal or "")
+                away[order.id] = ("refused", JOURNAL, refusal or "")
         self._turn_away_waiting(away)
 
     def _is_late(self, order: Order) -> bool:
@@ -362,7 +371,7 @@ class Desk:
 
     def _flush(self) -> None:
         """Bring answers onto the disk; those that it does not take wait."""
-        if not self._unwritten:
+        if not self._unwritten or not self._pad.is_ready:
             return
         entries = [answer_entry(answer) for answer in self._unwritten]
         self._pad.write(entries)
@@ -378,7 +387,7 @@ class Desk:
             self._on_written()
 
     def _compare(self, first: Acknowledgement, now: Acknowledgement) -> None:
-        if (first.outcome, first.step) != (now.outcome, now.step):
+        if now.kind != _SNAPSHOT and (first.outcome, first.step) != (now.outcome, now.step):
             warnings.warn(
                 f"order {now.id} was {first.outcome} in step {first.step} and is {now.outcome} in step {now.step} now "
                 "that it is applied again: the training took another course; its first answer stands",

@@ -58,6 +58,11 @@ class Pad:
         """
         return self._log.after(position)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a write would be tried at all."""
+        return self.lost is None and not self._is_resting()
+
     def settle(self) -> bool:
         """Whether it is known now what is on the disk; tries to find out."""
         return self.lost is None and (self._is_open or (not self._is_resting() and self._read_anew()))

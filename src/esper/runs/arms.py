@@ -224,12 +224,15 @@ class _Course:
                 self.teller.tell(TrainLoss(step=step, loss=float(loss.detach()), flops=spent))
                 value = _mean_loss(preset, model, held[:: max(1, len(held) // 8)])
                 self.teller.tell(HeldOut(step=step, loss=value, params=_params(model, None), flops=spent))
-            if self.store is not None and (self.store.is_due() or self._is_asked_to_keep()):
+            if self.store is not None and (self.store.is_due() or self._is_asked_to_keep()) and self._may_keep():
                 self._keep(self.store, step)
         return per_step * cell.steps
 
     def _is_asked_to_keep(self) -> bool:
         return self.grower is not None and self.grower.checkpoint_due is not None
+
+    def _may_keep(self) -> bool:
+        return self.grower is None or not self.grower.is_replaying
 
     def _keep(self, store: CellStore, step: int) -> None:
         if self.grower is not None:
