@@ -151,6 +151,14 @@ class Hub:
                     if entry.consumer == consumer:
                         entry.until = 0.0
 
+    def forget(self, topics: Sequence[Topic], group: str) -> None:
+        """Drop a group and what only it still needed."""
+        with self._lock:
+            for topic in topics:
+                stream = self._stream(topic)
+                stream.groups.pop(group, None)
+                stream.trim()
+
     def backlog(self, topic: Topic, group: str) -> int:
         """Messages a group is not done with."""
         with self._lock:
@@ -210,6 +218,9 @@ class MemoryBus:
 
     async def backlog(self, topic: Topic, group: str) -> int:
         return self._hub.backlog(topic, group)
+
+    async def forget(self, topics: Sequence[Topic], group: str) -> None:
+        self._hub.forget(topics, group)
 
     async def close(self) -> None:
         for subscription in self._subscriptions:
