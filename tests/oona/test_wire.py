@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.models import Pair, assert_same_state
 from tests.oona.buses import Broker
 from tests.rigs import Rig, attach
@@ -39,7 +40,7 @@ class Wired:
     """A rig whose events are logged and whose health is offered at every decision."""
 
     def __init__(self, folder: Path, bus: Bus, *, claims: Claims | None = None, patience_s: float = 5.0) -> None:
-        self.rig = attach(Pair())
+        self.rig = a_rig()
         self.log = EventLog(folder / "events.jsonl")
         sender = Sender(source="esper/kasmina", run="r", subject="grown-seed0", claims=claims)
         self.sender = sender
@@ -79,6 +80,11 @@ class Wired:
         return ended
 
 
+def a_rig() -> Rig:
+    torch.manual_seed(0)
+    return attach(Pair())
+
+
 def grown(wired: Wired, steps: int = 40) -> None:
     wired.rig.germinate()
     wired.rig.turn = 0
@@ -98,7 +104,7 @@ def test_events_and_reports_arrive_and_training_is_as_without_a_bus(tmp_path: Pa
     assert [report.head.step for report in reports] == list(range(5, 41, 5))
     assert reports[-1].head.publisher["offered"] == 8
     assert reports[0].seeds["seed_id"].size == len(reports[0].head.sites)
-    alone = attach(Pair())
+    alone = a_rig()
     alone.germinate()
     alone.turn = 0
     alone.train(40)
@@ -162,7 +168,7 @@ async def _read_all(bus: Bus) -> list[Any]:
 
 
 def test_who_grows_needs_no_bus(tmp_path: Path) -> None:
-    rig: Rig = attach(Pair())
+    rig = a_rig()
     rig.train(6)
     snapshot = health.collect(rig.grower.kasmina, 5)
     assert health.decode(snapshot.pack()).head.publisher == {}
