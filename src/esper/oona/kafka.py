@@ -27,6 +27,7 @@ from esper.errors import BusError
 from esper.oona.address import Address
 from esper.oona.bus import Begin, Delivery, Message
 from esper.oona.kafka_member import Member
+from esper.oona.kafka_offsets import ends
 from esper.oona.topics import Topic
 
 PARTITIONS = 4
@@ -180,10 +181,11 @@ class KafkaBus:
             committed = consumer.committed(partitions, timeout=limit_s)
             if all(partition.offset < 0 for partition in committed):
                 raise BusError(f"{topic.name} has no group {group!r}; subscribe first")
+            last = ends(self._settings, self._where.prefix + group, partitions, limit_s)
             behind = 0
             for partition in committed:
-                low, high = consumer.get_watermark_offsets(partition, timeout=limit_s, cached=False)
-                behind += high - max(low, partition.offset)
+                low, _ = consumer.get_watermark_offsets(partition, timeout=limit_s, cached=False)
+                behind += last[partition.topic, partition.partition] - max(low, partition.offset)
             return behind
         except KafkaException as raised:
             raise self._say(raised.args[0]) from None

@@ -6,6 +6,7 @@ is committed is the first message that is not acknowledged, and what lies unackn
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +17,10 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from esper.errors import BusError
 from esper.oona.bus import Begin, Delivery
+from esper.oona.kafka_offsets import Partition, ends
 from esper.oona.topics import Topic
 
-Partition = tuple[str, int]
-
+_MOVING = (KafkaError.REBALANCE_IN_PROGRESS, KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID)
 _SLICE_S = 0.1
 _COMMIT_SLICE_S = 0.005
 _LONGEST_SESSION_MS = 10_000
@@ -76,6 +77,7 @@ class Member:
             "on_commit": self._on_commit,
             "error_cb": self._on_error,
         }
+        self._group = group
         self._topics, self._redeliver_s, self._timeout_s = topics, redeliver_s, timeout_s
         self._prepare, self._say = prepare, say
         self._consumer: Consumer | None = None
@@ -140,7 +142,12 @@ class Member:
         consumer, self._consumer = self._consumer, None
         self._forget_all()
         if consumer is not None:
-            consumer.close()
+            # An assignment that nobody has taken note of lets librdkafka's close wait for ever, hence the look before
+            # and the limit.
+            consumer.poll(0)
+            closing = threading.Thread(target=consumer.close, daemon=True)
+            closing.start()
+            closing.join(self._timeout_s)
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -201,8 +208,8 @@ class Member:
             if error is None:
                 self._committed |= offsets
                 return
-            # Members come or go; it ends by polling.
-            if error.code() != KafkaError.REBALANCE_IN_PROGRESS or time.monotonic() >= end:
+            # Members come or go. Polling ends it; what is then no longer this member's goes to another.
+            if error.code() not in _MOVING or time.monotonic() >= end:
                 raise self._say(error)
             self._fill(100, _SLICE_S)
             offsets = {partition: offset for partition, offset in offsets.items() if partition in self._handed}
@@ -226,9 +233,12 @@ class Member:
         consumer = Consumer({**plain, "error_cb": _ignore})
         try:
             missing = [p for p in consumer.committed(partitions, timeout=self._timeout_s) if p.offset < 0]
+            last: dict[Partition, int] = {}
+            if missing and begin == "newest":
+                last = ends(self._settings | {"error_cb": _ignore}, self._group, missing, self._timeout_s)
             for partition in missing:
-                low, high = consumer.get_watermark_offsets(partition, timeout=self._timeout_s, cached=False)
-                partition.offset = low if begin == "oldest" else high
+                low, _ = consumer.get_watermark_offsets(partition, timeout=self._timeout_s, cached=False)
+                partition.offset = low if begin == "oldest" else last[partition.topic, partition.partition]
             if missing:
                 # Only a group without members can be committed for from outside; others have been pinned already.
                 consumer.commit(offsets=missing, asynchronous=False)

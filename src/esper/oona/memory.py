@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 import time
@@ -204,6 +205,8 @@ class MemoryBus:
 
     async def publish(self, topic: Topic, messages: Sequence[Message]) -> None:
         self._hub.put(topic, messages)
+        # No server is waited for, so others in this loop would not get their turn.
+        await asyncio.sleep(0)
 
     async def subscribe(
         self,
@@ -240,6 +243,7 @@ class _MemorySubscription:
     async def receive(self, most: int = 100, wait_s: float = 1.0) -> list[Delivery]:
         if self._closed:
             raise BusError("a subscription receives while open, got a closed one; subscribe anew")
+        await asyncio.sleep(0)
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
         end = loop.time() + wait_s
         ticket = self._hub.wake(loop, arrived)
@@ -265,7 +269,7 @@ class _MemorySubscription:
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), seconds)
-    except TimeoutError:
-        return
+    # Not `asyncio.wait_for`: before Python 3.12 it swallows a cancellation that meets the event.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

@@ -17,6 +17,7 @@ from esper.oona.address import Address
 
 _RAW = ("XREADGROUP", "XAUTOCLAIM", "XPENDING", "XRANGE")
 """Replies that are read here as the server sends them."""
+_FAILURES = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 
 
 class GroupGone(Exception):
@@ -55,7 +56,7 @@ class RedisConnection:
             if text.startswith(("NOGROUP", "UNBLOCKED")) or "no such key" in text:
                 raise GroupGone from error
             raise self._refused(error) from self._cause(error)
-        except (exceptions.RedisError, OSError, TimeoutError) as error:
+        except (*_FAILURES, TimeoutError) as error:
             raise self._unreachable(error, limit_s) from self._cause(error)
 
     async def close(self) -> None:
@@ -63,7 +64,7 @@ class RedisConnection:
         client, self._client = self._client, None
         if client is not None:
             # A server that is gone cannot be taken leave of.
-            with contextlib.suppress(exceptions.RedisError, OSError, TimeoutError):
+            with contextlib.suppress(*_FAILURES, TimeoutError):
                 async with asyncio.timeout(self._address.timeout_s):
                     await client.aclose()
 
