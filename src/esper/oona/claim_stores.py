@@ -10,11 +10,12 @@ import secrets
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from esper.errors import BusError, ConfigError
+from esper.oona.address import Address, parse
 from esper.oona.aside import aside
 from esper.oona.claims import TTL_S, ClaimStore
 from esper.safety.disk import Disk, LocalDisk, make_folders
@@ -140,48 +141,36 @@ class FolderStore:
         return count
 
 
-class RedisClient(Protocol):
-    """What is used of ``redis.asyncio.Redis``."""
+class RedisCalls(Protocol):
+    """What is used of :class:`esper.oona.redis_connection.RedisConnection`."""
 
-    def set(self, name: str, value: bytes, *, ex: int) -> Awaitable[Any]: ...
+    async def call(self, key: str, *command: Any) -> Any: ...
 
-    def getrange(self, key: str, start: int, end: int) -> Awaitable[Any]: ...
-
-    def aclose(self) -> Awaitable[None]: ...
+    async def close(self) -> None: ...
 
 
 class RedisStore:
-    """Keys in Redis that end by themselves (``SET ... EX``).
+    """Keys in Redis that end by themselves (``SET ... EX``)."""
 
-    Parameters
-    ----------
-    client:
-        A ``redis.asyncio`` client that returns bytes. It is closed with the store.
-    """
-
-    def __init__(self, client: RedisClient, *, address: str, ttl_s: float = TTL_S) -> None:
-        self.address, self.ttl_s, self._client = address, ttl_s, client
+    def __init__(self, calls: RedisCalls, *, address: str, prefix: str = "", ttl_s: float = TTL_S) -> None:
+        self.address, self.ttl_s, self._calls = address, ttl_s, calls
+        self._prefix = f"{prefix}esper:claim:"
 
     async def put(self, name: str, data: bytes) -> None:
-        await self._ask(self._client.set(f"esper:claim:{name}", data, ex=max(1, round(self.ttl_s))))
+        key = self._prefix + name
+        await self._calls.call(key, "SET", key, data, "EX", max(1, round(self.ttl_s)))
 
     async def get(self, name: str, limit: int) -> bytes | None:
+        key = self._prefix + name
         # No more than limit + 1 bytes leave the server, whatever lies under the key.
-        found = cast("bytes", await self._ask(self._client.getrange(f"esper:claim:{name}", 0, limit)))
+        found: bytes = await self._calls.call(key, "GETRANGE", key, 0, limit)
         return found or None
 
     async def sweep(self) -> int:
         return 0
 
     async def close(self) -> None:
-        await self._ask(self._client.aclose())
-
-    async def _ask(self, answer: Awaitable[Any]) -> Any:
-        errors = importlib.import_module("redis.exceptions")
-        try:
-            return await answer
-        except (errors.RedisError, OSError, TimeoutError) as error:
-            raise BusError(f"the claim store {self.address} must answer, got {type(error).__name__}") from error
+        await self._calls.close()
 
 
 class ObjectStore:
@@ -250,8 +239,9 @@ class ObjectStore:
         return count
 
 
-def make_store(url: str, *, ttl_s: float = TTL_S) -> ClaimStore:
-    """The store that a setting names: ``memory://``, a folder's path or ``file://`` URL, or a URL that fsspec knows.
+def make_store(url: str, *, ttl_s: float = TTL_S, environ: Mapping[str, str] | None = None) -> ClaimStore:
+    """The store that a setting names: ``memory://``, a folder's path or ``file://`` URL, Redis by the URL of a bus, or
+    a URL that fsspec knows. ``environ`` says what the environment would (``address``).
 
     Raises
     ------
@@ -265,12 +255,22 @@ def make_store(url: str, *, ttl_s: float = TTL_S) -> ClaimStore:
         return FolderStore(Path(rest), ttl_s=ttl_s)
     if scheme == "memory" and not rest:
         return MemoryStore(ttl_s=ttl_s)
-    if not url or scheme in ("file", "memory", "redis", "rediss"):
+    if scheme.partition("+")[0] in ("redis", "rediss"):
+        return _redis_store(parse(url, environ), ttl_s)
+    if not url or scheme in ("file", "memory", "kafka"):
         raise ConfigError(
-            "a claim store is memory://, a folder (file:///PATH) or a URL that fsspec knows, got "
-            f"{f'{scheme}://...' if separator else 'nothing'}; Redis is used as a store by the bus that runs on it"
+            "a claim store is memory://, a folder (file:///PATH), redis://HOST:PORT or a URL that fsspec knows, got "
+            f"{f'{scheme}://...' if separator else 'nothing'}; name one of them"
         )
     return ObjectStore(url, ttl_s=ttl_s)
+
+
+def _redis_store(address: Address, ttl_s: float) -> RedisStore:
+    try:
+        connection = importlib.import_module("esper.oona.redis_connection")
+    except ImportError as error:
+        raise ConfigError("a claim store in Redis needs redis-py; pip install 'esper-morph[redis]'") from error
+    return RedisStore(connection.RedisConnection(address), address=str(address), prefix=address.prefix, ttl_s=ttl_s)
 
 
 async def _reaching(address: str, call: Callable[[], Any]) -> Any:

@@ -179,7 +179,8 @@ class Courier:
         while not self._stop.is_set():
             self._beat = self._clock()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), _BEAT_S)
+                async with asyncio.timeout(_BEAT_S):
+                    await self._stop.wait()
         await self._wind_down()
 
     async def _wind_down(self) -> None:
@@ -193,7 +194,8 @@ class Courier:
                 await asyncio.wait(late, timeout=max(0.1, 0.1 * left))
         if self._on_close is not None:
             with contextlib.suppress(TimeoutError, BusError, OSError):
-                await asyncio.wait_for(self._on_close(), max(0.1, 0.1 * left))
+                async with asyncio.timeout(max(0.1, 0.1 * left)):
+                    await self._on_close()
 
     def _begin(self, name: str) -> None:
         if name not in self._running:
@@ -225,7 +227,8 @@ class Courier:
             if self._clock() - began > 60.0:
                 backoff.reset()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), backoff.next_s())
+                async with asyncio.timeout(backoff.next_s()):
+                    await stop.wait()
 
     def _running_stop(self) -> asyncio.Event:
         assert self._stop is not None

@@ -201,9 +201,9 @@ def _is_there(stream: BinaryIO, mark: _Mark) -> bool:
 
 
 def _thinned(marks: list[_Mark]) -> list[_Mark]:
-    """The newest marks, and fewer and fewer the further back."""
-    kept, newest = [marks[-1]], marks[-1].end
-    for mark in reversed(marks[:-1]):
-        if newest - mark.end >= 1.5 * (newest - kept[-1].end):
-            kept.append(mark)
-    return kept[::-1]
+    """The newest mark, and the oldest one at each order of magnitude of bytes behind it: the first mark stays."""
+    newest = marks[-1].end
+    oldest: dict[int, _Mark] = {}
+    for mark in marks:
+        oldest.setdefault((newest - mark.end).bit_length(), mark)
+    return sorted(oldest.values(), key=lambda mark: mark.end)

@@ -18,6 +18,9 @@ from esper.oona.topics import Topic
 MOST_BYTES = 256 << 20
 """What a durable topic may hold before it refuses more."""
 
+MOST_LOSSY_BYTES = 64 << 20
+"""What a topic that may lose keeps at most, however few messages that are."""
+
 _HUBS: dict[str, Hub] = {}
 _HUBS_LOCK = threading.Lock()
 
@@ -66,7 +69,7 @@ class _Stream:
         keep_from = min((group.oldest for group in self.groups.values()), default=self.first)
         if not self.topic.durable or not self.groups:
             keep_from = max(keep_from, self.end - self.topic.retention)
-        while self.first < keep_from:
+        while self.first < keep_from or (not self.topic.durable and self.num_bytes > MOST_LOSSY_BYTES):
             self.num_bytes -= len(self.messages.popleft().value)
             self.first += 1
         for group in self.groups.values():

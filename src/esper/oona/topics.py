@@ -18,7 +18,7 @@ class Topic:
     retention: int = 10_000
 
 
-HEALTH = Topic("kasmina.health.layer", durable=False)
+HEALTH = Topic("kasmina.health.layer", durable=False, retention=500)
 """Telemetry of all chunks and seeds of a job at a decision point, packed."""
 COMMANDS = Topic("kasmina.control.commands", durable=True)
 ACKNOWLEDGEMENTS = Topic("kasmina.control.ack", durable=True)
@@ -27,7 +27,7 @@ LIFECYCLE = Topic("kasmina.lifecycle", durable=True)
 EPOCHS = Topic("kasmina.epochs", durable=True)
 """The curves: training and held-out losses, overhead."""
 FIELD_REPORTS = Topic("karn.field_reports", durable=True)
-OBSERVATIONS = Topic("tamiyo.observations", durable=False)
+OBSERVATIONS = Topic("tamiyo.observations", durable=False, retention=500)
 """What a remote controller decides on."""
 DECISIONS = Topic("tamiyo.decisions", durable=True)
 """What a remote controller has decided, and on what."""
