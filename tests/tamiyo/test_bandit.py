@@ -34,7 +34,8 @@ def look(observe: Observe) -> Callable[..., Observation]:
 
     def build(**changes: Any) -> Observation:
         fields: dict[str, Any] = {
-            "spans": 2, "kinds": ("linear_span",) * 2, "offers": (OFFERS,) * 2, "family": "mlp", "optimizer": "adaptive",
+            "spans": 2, "kinds": ("linear_span",) * 2, "offers": (OFFERS,) * 2, "family": "mlp",
+            "optimizer": "adaptive",
         }  # fmt: skip
         return observe(**(fields | changes))
 
@@ -132,7 +133,13 @@ def test_it_learns_from_its_own_cohorts(
     teach(subject, look(), "tiny")
     command = asked(subject, look())
     view = CohortView(
-        cohort=7, state=Lifecycle.GRAFTING, steps_in_state=1, sites=("blocks.0",), num_seeds=1, alpha=1.0, added_params=1
+        cohort=7,
+        state=Lifecycle.GRAFTING,
+        steps_in_state=1,
+        sites=("blocks.0",),
+        num_seeds=1,
+        alpha=1.0,
+        added_params=1,
     )
     assert subject.decide(look(step=110, alive=(view,))) == ()
     assert subject.state()["pending"][0]["cohort"] == 7
