@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--reports", type=int, nargs="+", default=[50, 200])
     parser.add_argument("--hosts", type=int, default=28)
     parser.add_argument("--bred", type=int, default=24, help="designs bred from the largest experience")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="these arms, uniform among them")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RuntimeWarning)
@@ -202,6 +203,7 @@ def main() -> None:
         makers[f"karn-{max(args.reports)}-hybrid-bred"] = advised(snapshot)
     makers["bandit"] = bandit(())
     makers[f"bandit-{max(args.reports)}"] = bandit(reports)
+    makers = {name: make for name, make in makers.items() if not args.only or name in args.only}
     numbers = range(FIRST_EVALUATED, FIRST_EVALUATED + args.hosts)
     arms: dict[str, list[Trial]] = {name: [] for name in makers}
     for number in numbers:  # host by host, so that what is finished is paired
@@ -209,7 +211,7 @@ def main() -> None:
             arms[name].append(kept.get(number, name, make))
     result = {
         "command": f"python benchmarks/controller/karn.py --reports {' '.join(map(str, args.reports))} --hosts "
-        f"{args.hosts} --bred {args.bred}",
+        f"{args.hosts} --bred {args.bred}" + (f" --only {' '.join(args.only)}" if args.only else ""),
         "gathered": {"reports": len(reports), "kept": sum(r.kept for r in reports)},
         "arms": summary(arms, "uniform"),
     }

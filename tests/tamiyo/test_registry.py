@@ -46,10 +46,11 @@ def test_taken_name() -> None:
 def test_unknown_name_lists_known_and_near() -> None:
     with pytest.raises(UnknownNameError) as caught:
         make_controller("heurstic", TamiyoConfig())
-    assert str(caught.value) == "no controller is called 'heurstic'; did you mean 'heuristic'? known: heuristic, neural"
+    known = "bandit, heuristic, neural"
+    assert str(caught.value) == f"no controller is called 'heurstic'; did you mean 'heuristic'? known: {known}"
     with pytest.raises(UnknownNameError) as caught:
         make_controller("ppo", TamiyoConfig())
-    assert str(caught.value) == "no controller is called 'ppo'; known: heuristic, neural"
+    assert str(caught.value) == f"no controller is called 'ppo'; known: {known}"
 
 
 def test_public_names() -> None:

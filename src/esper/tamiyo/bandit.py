@@ -7,6 +7,7 @@ germinate as one cohort. What came of it is a row more for the model (Agrawal & 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -84,7 +85,10 @@ class BanditController(HeuristicController):
     def __init__(self, config: TamiyoConfig, *, seed: int = 0) -> None:
         super().__init__(config, seed=seed)
         self.growth = config.growth * TEMPERS[config.temper].growth
-        self._known = LinearPosterior(prior_precision(_PRIOR_STRENGTH), rate=_PRIOR_RATE)
+        self._earlier = LinearPosterior(prior_precision(_PRIOR_STRENGTH), rate=_PRIOR_RATE)
+        """What other runs have taught."""
+        self._known = copy.deepcopy(self._earlier)
+        """That, and what this run has."""
         self._rows: list[list[float]] = []
         self._values: list[float] = []
         self._pending: list[_Pending] = []
@@ -103,7 +107,8 @@ class BanditController(HeuristicController):
         if self._draws or self._rows:
             raise ConfigError(f"a bandit is taught before its run begins, got {self._draws} decisions; build a new one")
         if len(features):
-            self._known.update(features, values[:, :1] - _HOPE)
+            self._earlier.update(features, values[:, :1] - _HOPE)
+            self._known = copy.deepcopy(self._earlier)
             self._prior_rows += len(features)
 
     def decide(self, observation: Observation) -> tuple[Command, ...]:
@@ -130,12 +135,12 @@ class BanditController(HeuristicController):
             )
         try:
             pending = [msgspec.convert(entry, _Pending) for entry in state["pending"]]
-            known = LinearPosterior(prior_precision(_PRIOR_STRENGTH), rate=_PRIOR_RATE)
+            known = copy.deepcopy(self._earlier)
             _see(known, state["rows"], state["values"])
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, IndexError) as error:
             raise ConfigError(f"a bandit's state must be what state() returned, got {error}; begin anew") from error
         super().load(state["pace"])
-        _see(self._known, state["rows"][len(self._rows) :], state["values"][len(self._values) :])
+        self._known = known
         self._rows, self._values = [list(row) for row in state["rows"]], list(state["values"])
         self._pending, self._draws, self._wait_until = pending, state["draws"], state["wait_until"]
 
@@ -222,7 +227,7 @@ class BanditController(HeuristicController):
 
 
 def _see(known: LinearPosterior, rows: Sequence[Sequence[float]], values: Sequence[float]) -> None:
-    if len(rows):
+    if len(rows) or len(values):
         known.update(np.array(rows, dtype=np.float64), np.array(values, dtype=np.float64)[:, None] - _HOPE)
 
 
