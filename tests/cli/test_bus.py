@@ -81,7 +81,9 @@ def test_send_applies_and_tells(url: str, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_send_to_nobody_says_so(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bus", "send", "stop", "--bus", url, "--run", "a", "--job", "b", "--reason", "x", "--wait", "0.2"]) == 1
+    assert (
+        main(["bus", "send", "stop", "--bus", url, "--run", "a", "--job", "b", "--reason", "x", "--wait", "0.2"]) == 1
+    )
     assert "no answer in 0.2 s; is a b running" in capsys.readouterr().out
 
 

@@ -53,7 +53,7 @@ class RedisConnection:
                 return await client.execute_command(*command)
         except exceptions.ResponseError as error:
             text = str(error)
-            if text.startswith(("NOGROUP", "UNBLOCKED")) or "no such key" in text:
+            if text.startswith(("NOGROUP", "UNBLOCKED")) or "no such key" in text or "requires the key" in text:
                 raise GroupGone from error
             raise self._refused(error) from self._cause(error)
         except (*_FAILURES, TimeoutError) as error:
