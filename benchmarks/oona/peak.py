@@ -5,9 +5,10 @@ Run from the repository root (a minute or two; needs redis-server)::
     PYTHONPATH=src:. python benchmarks/oona/peak.py
 
 Each job has a publisher and a connection of its own, shared out to two processes; a report is 8 MB and goes by claim
-check (``SET ... EX``) through one Redis. One reader takes the messages, fetches the content, checks its hash and decodes
-it. In each of ``--rounds`` rounds all jobs offer a report at the same moment, and the next round begins when all have
-been read. Reported: milliseconds from the offer to the decoded report, how much a second gets through, what was lost.
+check (``SET ... EX``) through one Redis. One reader takes the messages, fetches the content, checks its hash and
+decodes it. In each of ``--rounds`` rounds all jobs offer a report at the same moment, and the next round begins when
+all have been read. Reported: milliseconds from the offer to the decoded report, how much a second gets through, what
+was lost.
 
 It writes ``benchmarks/results/oona_peak.json``.
 """
@@ -42,6 +43,7 @@ from esper.oona.topics import HEALTH
 
 RESULT = Path(__file__).parents[1] / "results" / "oona_peak.json"
 SITES = 100
+_FATES = ("offered", "delivered", "dropped", "pending")
 _FIELDS = {
     "seed_id": np.int64, "site": np.int32, "num_chunks": np.int32, "lifecycle": np.int8, "alpha": np.float32,
     "blueprint": np.int16, "epochs_in_state": np.int16,
