@@ -17,7 +17,13 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-EXTRAS = {"sklearn": ("scikit-learn", "demo"), "triton": ("triton", "triton"), "gromo": ("gromo", "bench")}
+EXTRAS = {
+    "sklearn": ("scikit-learn", "demo"),
+    "triton": ("triton", "triton"),
+    "redis": ("redis", "redis"),
+    "confluent_kafka": ("confluent-kafka", "kafka"),
+    "gromo": ("gromo", "bench"),
+}
 """Module to (distribution, extra of esper-morph that brings it)."""
 
 

@@ -35,13 +35,19 @@ class Delivery:
 
 
 class Subscription(Protocol):
-    """One member of a group. For one task at a time."""
+    """One member of a group. For one task at a time.
+
+    While a group has one member, messages of one key come in the order in which they were published; what comes again
+    comes late. Several members share the messages: over Kafka all of one key go to the same member, over Redis and in
+    memory to whoever asks first.
+    """
 
     async def receive(self, most: int = 100, wait_s: float = 1.0) -> list[Delivery]:
         """Up to ``most`` messages; an empty list when none came in ``wait_s`` seconds.
 
         What a member of the group has received and not acknowledged within the subscription's ``redeliver_s`` is
-        handed out again, to any member.
+        handed out again, to any member. Kafka gives it to the same member as long as that one keeps calling this, and
+        to others once it has not for ``redeliver_s``.
 
         Raises
         ------
@@ -116,6 +122,18 @@ class Bus(Protocol):
         ------
         BusError
             The broker cannot be reached, or knows no such group.
+        """
+        ...
+
+    async def forget(self, topics: Sequence[Topic], group: str) -> None:
+        """The group is not coming back: durable topics need not keep anything for it. An unknown one is passed over.
+
+        Close its members first. Over Kafka the group is forgotten on all topics.
+
+        Raises
+        ------
+        BusError
+            The broker cannot be reached, or the group still has members and the broker minds.
         """
         ...
 

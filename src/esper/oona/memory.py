@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 import time
@@ -124,7 +125,8 @@ class Hub:
         with self._lock:
             for topic in topics:
                 stream = self._streams[topic.name]
-                state = stream.groups[group]
+                # One that was forgotten under its members begins anew, as over a broker.
+                state = stream.groups.setdefault(group, _Group(stream.first))
                 for entry in [p for p in state.pending.values() if p.until <= now][: most - len(taken)]:
                     entry.consumer, entry.until, entry.attempts = consumer, now + redeliver_s, entry.attempts + 1
                     taken.append(_delivery(stream, entry))
@@ -139,7 +141,9 @@ class Hub:
         """Acknowledged; what is not pending is passed over."""
         with self._lock:
             for delivery in deliveries:
-                self._streams[delivery.topic].groups[group].pending.pop(int(delivery.position), None)
+                state = self._streams[delivery.topic].groups.get(group)
+                if state is not None:
+                    state.pending.pop(int(delivery.position), None)
             for name in {delivery.topic for delivery in deliveries}:
                 self._streams[name].trim()
 
@@ -147,9 +151,18 @@ class Hub:
         """A member has left: what it holds may be handed out at once."""
         with self._lock:
             for topic in topics:
-                for entry in self._streams[topic.name].groups[group].pending.values():
+                state = self._streams[topic.name].groups.get(group)
+                for entry in state.pending.values() if state is not None else ():
                     if entry.consumer == consumer:
                         entry.until = 0.0
+
+    def forget(self, topics: Sequence[Topic], group: str) -> None:
+        """Drop a group and what only it still needed."""
+        with self._lock:
+            for topic in topics:
+                stream = self._stream(topic)
+                stream.groups.pop(group, None)
+                stream.trim()
 
     def backlog(self, topic: Topic, group: str) -> int:
         """Messages a group is not done with."""
@@ -193,6 +206,8 @@ class MemoryBus:
 
     async def publish(self, topic: Topic, messages: Sequence[Message]) -> None:
         self._hub.put(topic, messages)
+        # No server is waited for, so others in this loop would not get their turn.
+        await asyncio.sleep(0)
 
     async def subscribe(
         self,
@@ -211,6 +226,9 @@ class MemoryBus:
     async def backlog(self, topic: Topic, group: str) -> int:
         return self._hub.backlog(topic, group)
 
+    async def forget(self, topics: Sequence[Topic], group: str) -> None:
+        self._hub.forget(topics, group)
+
     async def close(self) -> None:
         for subscription in self._subscriptions:
             await subscription.close()
@@ -226,6 +244,7 @@ class _MemorySubscription:
     async def receive(self, most: int = 100, wait_s: float = 1.0) -> list[Delivery]:
         if self._closed:
             raise BusError("a subscription receives while open, got a closed one; subscribe anew")
+        await asyncio.sleep(0)
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
         end = loop.time() + wait_s
         ticket = self._hub.wake(loop, arrived)
@@ -251,7 +270,7 @@ class _MemorySubscription:
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), seconds)
-    except TimeoutError:
-        return
+    # Not `asyncio.wait_for`: before Python 3.12 it swallows a cancellation that meets the event.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
