@@ -25,9 +25,11 @@ from typing import Any
 
 import torch
 from tests.oona.served import JOB, Served, an_order, sealed
+from tests.servers import RedisServer
 
 from esper.errors import BusError
 from esper.oona import envelope as wire
+from esper.oona.address import open_bus
 from esper.oona.answers import Answer, Intent, read_entry
 from esper.oona.bus import Bus, Delivery, Message, Subscription
 from esper.oona.topics import COMMANDS
@@ -252,6 +254,28 @@ async def steer(
             raise TimeoutError(f"{len(missing)} orders are not answered: {missing[:9]}")
     await subscription.close()
     return orders, leash.end()
+
+
+def with_redis(folder: Path, count: int, kills: int, outages: int) -> tuple[list[Any], Result]:
+    """:func:`steer` over a Redis that keeps what it has acknowledged."""
+    server = RedisServer(folder / "redis", is_durable=True)
+    server.start()
+
+    def kill_broker() -> None:
+        server.kill()
+        server.start()
+
+    async def run() -> tuple[list[Any], Result]:
+        bus = open_bus(server.url)
+        try:
+            return await steer(folder, bus, count, kills, broker_kills=outages, kill_broker=kill_broker)
+        finally:
+            await bus.close()
+
+    try:
+        return asyncio.run(run())
+    finally:
+        server.kill()
 
 
 def check(folder: Path, orders: Sequence[Any], result: Result) -> Counter[str]:

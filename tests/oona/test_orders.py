@@ -93,7 +93,7 @@ def test_what_is_alive_goes_on_while_growth_is_paused() -> None:
 def test_an_emergency_stop_removes_everything_at_once(stopped_before: bool) -> None:
     rig = attach(MLP.build())
     rig.germinate("fc1-fc2")
-    rig.train(8)
+    rig.train(3)
     rig.germinate("fc2-fc3")
     if stopped_before:
         rig.order(Stop(reason="enough"))
