@@ -64,7 +64,7 @@ def acknowledge_on_receipt(patch: Patch) -> None:
         told = put(self, order)
         if is_known or order.id not in self._waiting:
             return told
-        return desks._acknowledgement(order, "applied", "command", "", self._step)
+        return desks.acknowledge(order, "applied", "command", "", self._step)
 
     patch.setattr(Desk, "_put", hasty)
 
