@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import queue
 import random
 import select
 import signal
@@ -87,10 +88,13 @@ def life(folder: Path, pipe: socket.socket) -> None:
 
     served.grower.set_budget = set_budget  # type: ignore[method-assign]
     served.resume()
-    cursor, lock, over = served.desk._pad.position, threading.Lock(), threading.Event()
+    cursor, over = served.desk._pad.position, threading.Event()
+    said_so_far: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    say = said_so_far.put
 
-    def say(what: Any) -> None:
-        with lock:
+    def speak() -> None:
+        """From a thread of its own: whoever listens must never wait for the other side to do so."""
+        while (what := said_so_far.get()) is not None:
             pipe.sendall(json.dumps(what).encode() + b"\n")
 
     def listen() -> None:
@@ -102,8 +106,9 @@ def life(folder: Path, pipe: socket.socket) -> None:
                 say([told.id, told.outcome, told.gate, told.step])
         over.set()
 
-    thread = threading.Thread(target=listen, daemon=True)
-    thread.start()
+    threading.Thread(target=listen, daemon=True).start()
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
     while not (over.is_set() and not served.desk.is_replaying):
         served.step()
         for entry in served.desk._pad.after(cursor):
@@ -117,6 +122,8 @@ def life(folder: Path, pipe: socket.socket) -> None:
     served.train(2)  # what was taken back is given again
     known = {name: answer.acknowledgement for name, answer in served.desk._answers.items()}
     say({"applied": ledger.applied, "answers": {n: [a.outcome, a.gate, a.step] for n, a in known.items()}})
+    say(None)
+    speaker.join()
 
 
 def begin(folder: Path) -> tuple[int, socket.socket]:
