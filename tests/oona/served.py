@@ -42,7 +42,9 @@ def sealed(order: Order, **changes: Any) -> Envelope:
 class Served:
     """One life of the training."""
 
-    def __init__(self, folder: Path, *, checkpoints: bool = True, desk: bool = True, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, *, checkpoints: bool = True, desk: bool = True, track: Iterable[Any] = (), **settings: Any
+    ) -> None:
         random.seed(1)
         np.random.seed(1)
         torch.manual_seed(1)
@@ -54,7 +56,7 @@ class Served:
         evidence = esper.EvidenceConfig(accept="always")
         config = dataclasses.replace(esper.Config(**QUICK), evidence=evidence)
         self.grower = esper.Grower(
-            self.model, self.optimizer, loss=mse, evaluate=HELD_OUT, track=[self.batches], controller=Idle(),
+            self.model, self.optimizer, loss=mse, evaluate=HELD_OUT, track=[self.batches, *track], controller=Idle(),
             config=config, on_event=self.events.append,
         )  # fmt: skip
         self.desk: Any = None

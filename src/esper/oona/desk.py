@@ -27,11 +27,22 @@ import numpy as np
 
 from esper.errors import StateError
 from esper.kasmina.lifecycle import Gate
-from esper.oona.answers import Answer, Intent, answer_entry, content_of, intent_entry, read_entry
+from esper.oona.answers import (
+    SNAPSHOT,
+    Answer,
+    Intent,
+    Kept,
+    acknowledge,
+    answer_entry,
+    content_of,
+    intent_entry,
+    read_entry,
+    refused,
+)
 from esper.oona.envelope import Envelope, seconds
 from esper.oona.incoming import Verify, check_order, read_order
 from esper.oona.pad import Pad
-from esper.protocol import Acknowledgement, Order, Outcome, Snapshot, Stop
+from esper.protocol import Acknowledgement, Order, Outcome, Stop
 from esper.safety.command_log import Position
 from esper.safety.disk import Disk
 from esper.safety.tree import Tree
@@ -44,15 +55,6 @@ JOURNAL = "journal"
 """The gate of the one refusal that a death may forget: the log did not take the order."""
 MOST_AT_ONCE = 256
 """Orders applied in one step; the others wait for the next one."""
-
-
-class Kept(msgspec.Struct):
-    """What a checkpoint holds beside the log's position."""
-
-    answers: list[Answer]
-    held: list[Answer]
-    ready: list[Order]
-    replay: list[Intent]
 
 
 class Desk:
@@ -127,7 +129,7 @@ class Desk:
                 return None
             # Late once is late for ever, so this need not be remembered.
             outcome: Outcome = "expired" if doubt.flaw == "expired" else "refused"
-            return _acknowledgement(order, outcome, doubt.flaw, str(doubt), self._step)
+            return acknowledge(order, outcome, doubt.flaw, str(doubt), self._step)
 
     def submit(self, order: Order) -> Acknowledgement | None:
         """Take an order of this very process, whose sender needs no proof; returns what :meth:`take` does.
@@ -207,7 +209,7 @@ class Desk:
     def answer(self, order: Order, step: int, gate: Gate, *, hold: bool) -> None:
         """What became of an order. With ``hold`` it is not written before the next checkpoint."""
         outcome: Outcome = "applied" if gate.passed else "refused"
-        told = _acknowledgement(order, outcome, gate.name, gate.reason, step)
+        told = acknowledge(order, outcome, gate.name, gate.reason, step)
         with self._lock:
             known = self._answers.get(order.id)
             if known is not None:
@@ -225,9 +227,9 @@ class Desk:
             if refusal is None:
                 self._unwritten, self._held = self._unwritten + self._held, []
             else:
-                asked = [answer for answer in self._held if answer.acknowledgement.kind == _SNAPSHOT]
+                asked = [answer for answer in self._held if answer.acknowledgement.kind == SNAPSHOT]
                 self._held = [answer for answer in self._held if answer not in asked]
-                self._unwritten += [_refused(answer, refusal) for answer in asked]
+                self._unwritten += [refused(answer, refusal) for answer in asked]
             self._flush()
 
     # ---------------------------------------------------------------------------------------------- state
@@ -294,7 +296,7 @@ class Desk:
         """An id that is known: the same order is answered again, another one is refused."""
         if content != content_of(order):
             reason = f"the id {order.id!r} stands for another order; give each its own"
-            told = _acknowledgement(order, "refused", "id", reason, self._step)
+            told = acknowledge(order, "refused", "id", reason, self._step)
             return msgspec.structs.replace(told, first=False)
         answer = self._answers.get(order.id)
         return None if answer is None else msgspec.structs.replace(answer.acknowledgement, first=False)
@@ -308,14 +310,14 @@ class Desk:
 
     def _turn_away(self, order: Order, gate: str, reason: str) -> None:
         """Refuse what was not taken."""
-        self._remember(order, _acknowledgement(order, "refused", gate, reason, self._step))
+        self._remember(order, acknowledge(order, "refused", gate, reason, self._step))
         self._flush()
 
     def _turn_away_waiting(self, why: dict[str, tuple[Outcome, str, str]]) -> None:
         """Answer those of what waits that will not be applied: outcome, gate and reason by id."""
         for order_id, reasons in why.items():
             order = self._waiting.pop(order_id)
-            self._remember(order, _acknowledgement(order, *reasons, self._step))
+            self._remember(order, acknowledge(order, *reasons, self._step))
         self._flush()
         for answer in self._unwritten:
             if answer.acknowledgement.id in why and answer.acknowledgement.gate == JOURNAL:
@@ -387,7 +389,7 @@ class Desk:
             self._on_written()
 
     def _compare(self, first: Acknowledgement, now: Acknowledgement) -> None:
-        if now.kind != _SNAPSHOT and (first.outcome, first.step) != (now.outcome, now.step):
+        if now.kind != SNAPSHOT and (first.outcome, first.step) != (now.outcome, now.step):
             warnings.warn(
                 f"order {now.id} was {first.outcome} in step {first.step} and is {now.outcome} in step {now.step} now "
                 "that it is applied again: the training took another course; its first answer stands",
@@ -401,18 +403,3 @@ class Desk:
                 f"a log of commands belongs to one training, got one of {order.run!r}, {order.job!r} for {self.run!r}, "
                 f"{self.job!r}; use the folder of this run"
             )
-
-
-_SNAPSHOT = str(Snapshot.__struct_config__.tag)
-
-
-def _acknowledgement(order: Order, outcome: Outcome, gate: str, reason: str, step: int) -> Acknowledgement:
-    return Acknowledgement(
-        id=order.id, outcome=outcome, issuer=order.issuer, run=order.run, job=order.job, kind=order.kind, gate=gate,
-        reason=reason, step=step,
-    )  # fmt: skip
-
-
-def _refused(answer: Answer, reason: str) -> Answer:
-    told = msgspec.structs.replace(answer.acknowledgement, outcome="refused", gate="snapshot", reason=reason)
-    return Answer(told, answer.content)
