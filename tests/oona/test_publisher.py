@@ -446,7 +446,7 @@ def test_offers_of_several_threads_all_arrive() -> None:
         mine = [n for name in broker.ids() if (n := int(name.rpartition("-")[2])) // 1000 == first]
         assert mine == sorted(mine)
     assert publisher.counts()["delivered"] == 1000
-    publisher.wake()  # after the end: harmless
+    publisher.offer(HEALTH, builder(0, HEALTH), num_bytes=1)  # after the end: harmless
 
 
 def test_a_cancelled_batch_is_pending_again() -> None:
