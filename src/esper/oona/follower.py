@@ -141,7 +141,7 @@ class Follower:
             self._marks = _thinned(self._marks)
 
     def save(self) -> None:
-        """Keep the place, so that it survives a power cut.
+        """Keep the place; after a power cut it is this one or an earlier one.
 
         Raises
         ------
@@ -153,8 +153,7 @@ class Follower:
         bare = _Cursor(marks=self._marks, rewrites=self.rewrites)
         data = msgspec.json.encode(msgspec.structs.replace(bare, check=_check(bare)))
         temporary = self._cursor.with_name(f".{self._cursor.name}.{secrets.token_hex(4)}.part")
-        write_whole(self._disk, temporary, self._cursor, [data])
-        self._disk.sync_folder(self._cursor.parent)
+        write_whole(self._disk, temporary, self._cursor, [data])  # if the new name is lost, the old place is there
         self._saved = (list(self._marks), self.rewrites)
 
     def _size(self) -> int:

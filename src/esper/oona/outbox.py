@@ -118,6 +118,8 @@ class Outbox:
         Shared with whoever else sends over this bus in this thread, or the outbox's own.
     poll_s:
         How often to look into the log where nobody calls :meth:`nudge`.
+    linger_s:
+        How long to wait after a nudge for what comes with it: one decision tells several events.
     save_every_s:
         How much may be sent again after a crash.
     patience_s:
@@ -134,13 +136,15 @@ class Outbox:
         breaker: CircuitBreaker | None = None,
         backoff: Backoff | None = None,
         poll_s: float = 1.0,
+        linger_s: float = 0.005,
         save_every_s: float = 1.0,
         patience_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bus, self._sender, self._follower, self._classify = bus, sender, follower, classify
         self._breaker, self._backoff = breaker or CircuitBreaker(clock=clock), backoff or Backoff()
-        self._poll_s, self._save_every_s, self._patience_s = poll_s, save_every_s, patience_s
+        self._poll_s, self._linger_s = poll_s, linger_s
+        self._save_every_s, self._patience_s = save_every_s, patience_s
         self._clock = clock
         self._saved_at = clock()
         self._level_at = clock()
@@ -179,6 +183,7 @@ class Outbox:
                     return
                 else:
                     await self._bell.wait(wait_s)
+                    await asyncio.sleep(self._linger_s)
         finally:
             last.cancel()
             await self._save()
