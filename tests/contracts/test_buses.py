@@ -217,7 +217,7 @@ async def test_a_backlog_needs_a_group_and_a_forgotten_one_is_none(place: Place)
         assert await bus.backlog(TALK, "g") == 3
         await subscription.close()
         if place.kind == "kafka-mock":
-            return  # it cannot delete groups
+            return  # it cannot delete groups, and librdkafka 2.16 ends the process over that
         await bus.forget([TALK], "g")
         await bus.forget([TALK], "g")
         with pytest.raises(BusError, match="has no group"):

@@ -17,7 +17,7 @@ from tests.servers import MockKafka, RedisServer, RedisTrio, Tansu, need, need_r
 
 from esper.errors import BusError
 from esper.oona import redis_streams
-from esper.oona.address import parse
+from esper.oona.address import open_bus, parse
 from esper.oona.bus import Bus, Delivery, Message, Subscription
 from esper.oona.redis_streams import RedisBus
 from esper.oona.topics import Topic
@@ -193,6 +193,19 @@ async def test_the_same_name_comes_back_and_gets_what_it_held_before_anything_ne
 
 
 @in_loop
+async def test_redis_refuses_what_it_cannot_do(durable_redis: RedisServer) -> None:
+    bus = open_bus(durable_redis.url, {})
+    with pytest.raises(BusError, match="a name of its own"):
+        await bus.subscribe([TALK], group="g", consumer="(left)")
+    assert durable_redis.ask("SET talk x") == b"+OK\r\n"
+    with pytest.raises(BusError, match="must take what it is given, got WRONGTYPE"):
+        await bus.publish(TALK, numbered(1))
+    await bus.close()
+    with pytest.raises(BusError, match="got a closed bus"):
+        await bus.publish(TALK, numbered(1))
+
+
+@in_loop
 async def test_a_backlog_is_counted_where_redis_does_not_count(durable_redis: RedisServer) -> None:
     async with Place("redis", durable_redis, "p.").bus() as bus:
         subscription = await bus.subscribe([TALK], group="g", consumer="c")
@@ -258,10 +271,25 @@ async def test_a_kafka_broker_that_forgot_all_gets_the_group_anew(own_tansu: Tan
             while time.monotonic() - since < PATIENCE_S:
                 await subscription.receive(1, 0.2)
         own_tansu.start()
-        # What it had is gone with it; what is sent again arrives, as does what is new.
-        await publish_again(bus, TALK, 150, 100)
-        got = await receive_again(subscription, set(range(150, 250)))
-        assert list(dict.fromkeys(said(got))) == list(range(150, 250))
+        # What it had is gone with it; what is sent again arrives, as does what is new. It is more than the reader had
+        # come to, so going on at its old offset would pass over some.
+        await publish_again(bus, TALK, 150, 400)
+        got = await receive_again(subscription, set(range(150, 550)))
+        assert list(dict.fromkeys(said(got))) == list(range(150, 550))
+
+
+@in_loop
+async def test_a_kafka_broker_that_forgot_all_in_a_blink_is_noticed(own_tansu: Tansu) -> None:
+    async with Place("kafka-tansu", own_tansu, "p.").bus(timeout_s=2) as bus:
+        subscription = await bus.subscribe([TALK], group="g", consumer="c", redeliver_s=4)
+        await bus.publish(TALK, numbered(100))
+        assert said(await gather_up(subscription, 100)) == list(range(100))
+        # Quicker than any session: no member has been missed, and none is known.
+        own_tansu.kill()
+        own_tansu.start()
+        await publish_again(bus, TALK, 100, 300)
+        got = await receive_again(subscription, set(range(100, 400)))
+        assert list(dict.fromkeys(said(got))) == list(range(100, 400))
 
 
 @in_loop
