@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
@@ -33,8 +35,14 @@ from esper.oona.topics import Topic
 PARTITIONS = 4
 """Of a topic that is made here: so many members of a group can share it."""
 _LARGEST_BYTES = 4 << 20
+_SHORTEST_TIMEOUT_S = 1.0
+"""librdkafka looks at its time limits once a second."""
+_NEW_PRODUCER_S = 1.0
+"""A new producer asks for its id at once, and when it is not connected yet half a second later."""
 _DURABLE = {"retention.ms": "-1", "retention.bytes": "-1"}
 _LOSSY = {"retention.ms": "3600000", "retention.bytes": str(64 << 20)}
+
+_logger = logging.getLogger("esper.oona.kafka")
 
 _T = TypeVar("_T")
 
@@ -46,9 +54,9 @@ class KafkaBus:
 
     def __init__(self, address: Address) -> None:
         self.address = str(address)
-        self._where = address
+        self._where = replace(address, timeout_s=max(address.timeout_s, _SHORTEST_TIMEOUT_S))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="esper-kafka")
-        self._settings = _settings(address)
+        self._settings = _settings(self._where)
         self._producer: Producer | None = None
         self._admin: AdminClient | None = None
         self._partitions: dict[str, int] = {}
@@ -91,8 +99,7 @@ class KafkaBus:
     async def close(self) -> None:
         if self._is_closed:
             return
-        for subscription in self._subscriptions:
-            await subscription.close()
+        await asyncio.gather(*(subscription.close() for subscription in self._subscriptions))
         await self._run(self._drop)
         self._is_closed = True
         self._thread.shutdown(wait=False)
@@ -108,8 +115,10 @@ class KafkaBus:
     def _publish(self, topic: Topic, messages: Sequence[Message]) -> None:
         """Hand over and wait for every answer; without one for ``timeout_s`` all of it is given up."""
         self._prepare(topic)
+        end = time.monotonic() + self._where.timeout_s
         if self._producer is None:
             self._producer = Producer(self._settings | _PRODUCER)
+            end += _NEW_PRODUCER_S
         producer, name = self._producer, self._where.prefix + topic.name
         failures: list[KafkaError] = []
         num_answers = 0
@@ -120,7 +129,7 @@ class KafkaBus:
             if error is not None:
                 failures.append(error)
 
-        end, seen, num_sent = time.monotonic() + self._where.timeout_s, 0, 0
+        seen = num_sent = 0
         try:
             while num_answers < len(messages) and not failures:
                 num_sent += _produce(producer, name, messages[num_sent:], on_delivery)
@@ -140,8 +149,10 @@ class KafkaBus:
     def _drop(self) -> None:
         producer, self._producer, self._admin = self._producer, None, None
         if producer is not None:
-            producer.purge(in_queue=True, in_flight=True, blocking=False)
-            producer.flush(0.1)
+            # What is thrown away here leaves a gap, which it says once more.
+            with contextlib.suppress(KafkaException):
+                producer.purge(in_queue=True, in_flight=True, blocking=False)
+                producer.flush(0.1)
 
     def _prepare(self, topic: Topic) -> int:
         """Make sure of the topic; how many partitions it has."""
@@ -267,12 +278,13 @@ def _settings(address: Address) -> dict[str, Any]:
     settings = {
         "bootstrap.servers": ",".join(f"{host}:{port}" for host, port in address.hosts),
         "security.protocol": layers,
-        "socket.timeout.ms": max(limit_ms, 1000),
-        "socket.connection.setup.timeout.ms": max(limit_ms, 1000),
+        "socket.timeout.ms": limit_ms,
+        "socket.connection.setup.timeout.ms": limit_ms,
         "reconnect.backoff.ms": 50,
         "reconnect.backoff.max.ms": 1000,
-        # What goes wrong is raised; librdkafka would write it to the terminal.
+        # What goes wrong is raised; librdkafka would write it to the terminal as well.
         "log_level": 2,
+        "logger": _Quiet(),
         "error_cb": _ignore,
     }
     if credentials.password:
@@ -289,6 +301,13 @@ def _settings(address: Address) -> dict[str, Any]:
         }
         settings |= {name: path for name, path in files.items() if path}
     return settings
+
+
+class _Quiet:
+    """librdkafka's words, for those who want them."""
+
+    def log(self, _: int, text: str, *words: object) -> None:
+        _logger.debug(text, *words)
 
 
 def _ignore(_: KafkaError) -> None:

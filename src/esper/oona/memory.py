@@ -128,7 +128,8 @@ class Hub:
         with self._lock:
             for topic in topics:
                 stream = self._streams[topic.name]
-                state = stream.groups[group]
+                # One that was forgotten under its members begins anew, as over a broker.
+                state = stream.groups.setdefault(group, _Group(stream.first))
                 for entry in [p for p in state.pending.values() if p.until <= now][: most - len(taken)]:
                     entry.consumer, entry.until, entry.attempts = consumer, now + redeliver_s, entry.attempts + 1
                     taken.append(_delivery(stream, entry))
@@ -143,7 +144,9 @@ class Hub:
         """Acknowledged; what is not pending is passed over."""
         with self._lock:
             for delivery in deliveries:
-                self._streams[delivery.topic].groups[group].pending.pop(int(delivery.position), None)
+                state = self._streams[delivery.topic].groups.get(group)
+                if state is not None:
+                    state.pending.pop(int(delivery.position), None)
             for name in {delivery.topic for delivery in deliveries}:
                 self._streams[name].trim()
 
@@ -151,7 +154,8 @@ class Hub:
         """A member has left: what it holds may be handed out at once."""
         with self._lock:
             for topic in topics:
-                for entry in self._streams[topic.name].groups[group].pending.values():
+                state = self._streams[topic.name].groups.get(group)
+                for entry in state.pending.values() if state is not None else ():
                     if entry.consumer == consumer:
                         entry.until = 0.0
 
