@@ -2,91 +2,69 @@
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from itertools import chain, repeat
 from typing import Any, Protocol, TypeVar
-
-import msgspec
 
 from esper.accounts import Accounts
 from esper.errors import CONTAINED, EsperError, contained
 from esper.journal import Journal
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.execution import Kasmina
+from esper.kasmina.host import HostClock
 from esper.kasmina.lifecycle import Gate, is_active
 from esper.kasmina.strategies import STRATEGIES
+from esper.orders import Keeping, Orders
 from esper.protocol import (
     Cancel,
     Command,
+    Commanded,
     Cull,
     Germinate,
     Germinated,
+    GrowthPaused,
     Lifecycle,
+    Order,
     Pause,
     Refused,
     Resume,
     RollBack,
     SetBudget,
     SetStrategy,
+    Snapshot,
     Stop,
     Transitioned,
 )
 from esper.stages import Stages
+from esper.state import Loop
 
 T = TypeVar("T")
 
 
-class Orders:
-    """Commands that wait for the next step: from any thread, first come first served, none lost."""
+class Desk(Protocol):
+    """Where orders from outside wait: it writes them down before it hands them out."""
 
-    def __init__(self) -> None:
-        self._waiting: deque[Command] = deque()
-        self._applied: list[tuple[int, Command]] = []
-        """Step and command, for as long as a snapshot from before could undo them."""
-        self._lock = threading.Lock()
+    @property
+    def is_replaying(self) -> bool:
+        """Whether orders of an earlier life are still to come."""
+        ...
 
-    def put(self, command: Command) -> None:
-        with self._lock:
-            self._waiting.append(command)
+    def turn(self, step: int) -> Generator[Order, None, None]:
+        """The orders to apply in this real step, one after another; each is answered before the next is taken."""
+        ...
 
-    def take(self, step: int) -> Command | None:
-        """The oldest one, or ``None``; it is remembered as applied in ``step``."""
-        with self._lock:
-            if not self._waiting:
-                return None
-            self._applied.append((step, self._waiting.popleft()))
-            return self._applied[-1][1]
+    def answer(self, order: Order, step: int, gate: Gate, *, hold: bool) -> None:
+        """What became of one; with ``hold`` nobody is told before the next checkpoint."""
+        ...
 
-    def forget(self, step: int | None) -> None:
-        """Nothing before ``step`` will be undone (``None``: nothing at all)."""
-        self._applied = [] if step is None else [entry for entry in self._applied if entry[0] > step]
+    def kept(self, refusal: str | None = None) -> None:
+        """A checkpoint was written, or refused."""
+        ...
 
-    def undone(self, step: int) -> None:
-        """Everything after ``step`` was undone: the commands since then wait again, before those that came later.
+    def state(self) -> Any: ...
 
-        What asked for the undoing itself does not.
-        """
-        with self._lock:
-            again = [command for at, command in self._applied if at > step and not _undoes(command)]
-            self._waiting.extendleft(reversed(again))
-            self._applied = [entry for entry in self._applied if entry[0] <= step]
-
-    def state(self) -> list[dict[str, Any]]:
-        """What waits, as plain values."""
-        with self._lock:
-            return [msgspec.to_builtins(command) for command in self._waiting]
-
-    def restore(self, state: list[dict[str, Any]]) -> None:
-        """Let exactly the commands wait that :meth:`state` has told of."""
-        commands = [msgspec.convert(plain, Command) for plain in state]
-        with self._lock:
-            self._waiting = deque(commands)
-
-
-def _undoes(command: Command) -> bool:
-    return isinstance(command, RollBack) and command.exact
+    def restore(self, state: Any) -> None: ...
 
 
 class Undo(Protocol):
@@ -99,9 +77,12 @@ class Run(Protocol):
     """What a command can read and change: a grower, seen from here."""
 
     kasmina: Kasmina
+    clock: HostClock
     stages: Stages
     accounts: Accounts
     journal: Journal
+    loop: Loop
+    keeping: Keeping
 
     @property
     def guard(self) -> Undo: ...
@@ -114,6 +95,34 @@ class Run(Protocol):
     def set_budget(self, params: int | None, flops_share: float | None) -> None: ...
 
 
+def obey(run: Run, orders: Orders, desk: Desk | None, step: int) -> None:
+    """Apply what waits, until the run is taken back: first what was given again, then what comes over the desk."""
+    while run.clock.steps == step and (order := orders.take(step)) is not None:
+        gate = apply(run, order.command, step, issuer=order.issuer)
+        if order.id:
+            _tell(run, order, gate, step, again=True)
+    if desk is None or run.clock.steps != step:
+        return
+    with closing(desk.turn(step)) as turn:
+        for order in turn:
+            orders.note(order, step)
+            gate = apply(run, order.command, step, issuer=order.issuer)
+            _tell(run, order, gate, step)
+            desk.answer(order, step, gate, hold=run.keeping.holds)
+            if run.clock.steps != step:
+                return
+
+
+def _tell(run: Run, order: Order, gate: Gate, step: int, *, again: bool = False) -> None:
+    outcome = "applied" if gate.passed else "refused"
+    run.journal.emit(
+        Commanded(
+            step=step, id=order.id, issuer=order.issuer, kind=order.kind, outcome=outcome, gate=gate.name,
+            reason=gate.reason, again=again,
+        )
+    )  # fmt: skip
+
+
 def apply(run: Run, command: Command, step: int, *, issuer: str) -> Gate:
     """Apply ``command`` or refuse it with a reason; a refusal is an event and changes nothing."""
     try:
@@ -124,13 +133,16 @@ def apply(run: Run, command: Command, step: int, *, issuer: str) -> Gate:
         gate = Gate("failure", False, contained(error))
     if not gate.passed:
         kind = str(command.__struct_config__.tag)
-        run.journal.emit(Refused(step=step, command=f"{kind} by {issuer}", gate=gate.name, reason=gate.reason))
+        told = f"{kind} by {issuer}"
+        run.journal.emit(Refused(step=step, command=told, gate=gate.name, reason=gate.reason, issuer=issuer))
     return gate
 
 
 def _germinate(run: Run, command: Germinate, step: int) -> Gate:
     if run.stopped is not None:
         return Gate("stopped", False, f"growth has stopped: {run.stopped}")
+    if run.loop.paused is not None:
+        return Gate("paused", False, f"growth is paused: {run.loop.paused}; resume it first")
     made = run.kasmina.germinate(
         command.seeds,
         step=step,
@@ -195,12 +207,22 @@ def _roll_back(run: Run, command: RollBack, step: int) -> Gate:
 
 def _pausing(paused: bool) -> Callable[[Run, Any, int], Gate]:
     def handle(run: Run, command: Any, step: int) -> Gate:
+        if command.cohort is None:
+            return _pause_growth(run, paused, command.reason, step)
         cohort = _active(run, command.cohort)
         if cohort.paused != paused:
             run.kasmina.set_paused(cohort, paused, step)
         return Gate("command", True, "")
 
     return handle
+
+
+def _pause_growth(run: Run, paused: bool, reason: str, step: int) -> Gate:
+    if (run.loop.paused is not None) != paused:
+        reason = reason or "by command"
+        run.loop.paused = reason if paused else None
+        run.journal.emit(GrowthPaused(step=step, paused=paused, reason=reason))
+    return Gate("command", True, "")
 
 
 def _set_budget(run: Run, command: SetBudget, step: int) -> Gate:
@@ -229,6 +251,16 @@ def _set_strategy(run: Run, command: SetStrategy, step: int) -> Gate:
 
 def _stop(run: Run, command: Stop, step: int) -> Gate:
     run.stop(command.reason)
+    if command.emergency:
+        for cohort in list(run.kasmina.cohorts.values()):
+            run.stages.expel(cohort, step, f"emergency stop: {command.reason}")
+    return Gate("command", True, "")
+
+
+def _snapshot(run: Run, command: Snapshot, step: int) -> Gate:
+    if not run.keeping.on_demand:
+        return Gate("snapshot", False, "this training writes no checkpoints on demand; let its loop look for them")
+    run.keeping.due = command.reason or "by command"
     return Gate("command", True, "")
 
 
@@ -242,4 +274,5 @@ _HANDLERS: dict[type, Callable[[Run, Any, int], Gate]] = {
     SetBudget: _set_budget,
     SetStrategy: _set_strategy,
     Stop: _stop,
+    Snapshot: _snapshot,
 }

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from esper import export as exporting
 from esper.absorption import absorb_growth
 from esper.accounts import Accounts
-from esper.commands import Orders, apply
+from esper.commands import apply, obey
 from esper.config import BudgetConfig, Config
 from esper.decision import look, measure_held_out
 from esper.evidence.evaluator import Evaluator, Loss
@@ -41,6 +41,7 @@ from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import Ledger, forward_flops
 from esper.kasmina.preconditions import check_choices, check_host, check_optimizers
 from esper.misuse import check_reports, warn_if_misplaced, warn_if_stuck
+from esper.orders import Keeping, Orders
 from esper.protocol import (
     Absorbed,
     AnyEvent,
@@ -148,7 +149,8 @@ class Grower(Stored):
         )  # fmt: skip
         self.judge = Judge(self._evaluator, self.kasmina.sites, self.config.evidence, seed=self.config.seed)
         self.journal = Journal(on_event)
-        self._orders, self._shelf = Orders(), Shelf()
+        self.keeping, self._desk = Keeping(), None
+        self._orders, self._shelf = Orders(self.keeping), Shelf()
         self.loop = Loop(deque(maxlen=self.config.graft.stabilize_window))
         self._setup = Setup(self.config, self.sites, self._evaluator.batches)
         self.export_difference: exporting.Difference | None = None
@@ -346,7 +348,7 @@ class Grower(Stored):
 
     def _decide(self, step: int) -> None:
         observation = look(self, step)
-        if self.stopped is None:
+        if self.stopped is None and self.loop.paused is None:
             with self.journal.timed("decide"):
                 commands = self.controller.decide(observation)
             for command in commands:
@@ -354,8 +356,7 @@ class Grower(Stored):
                     apply(self, command, step, issuer="tamiyo")
 
     def _obey(self, step: int) -> None:
-        while self.clock.steps == step and (command := self._orders.take(step)) is not None:
-            apply(self, command, step, issuer="operator")
+        obey(self, self._orders, self._desk, step)
 
     def _without_host_step(self) -> None:
         self.loop.calls_without_step += 1

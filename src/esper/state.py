@@ -18,6 +18,8 @@ from esper.safety.training import KEYS, Training, plain
 from esper.safety.tree import Tree, copy_of, digest
 from esper.tamiyo import Controller
 
+DESK = "desk"
+"""The part that a run has only where orders come from outside."""
 VERSION = 1
 """Raised when a part's state changes its meaning; older ones are migrated where they are read from a disk."""
 
@@ -42,6 +44,8 @@ class Loop:
     """Steps that a GradScaler has skipped in a row."""
     held_out_initial: float = math.nan
     stopped: str | None = None
+    paused: str | None = None
+    """Why growth as a whole waits."""
 
     def state(self) -> dict[str, Tree]:
         """All of it as a state tree."""
@@ -54,6 +58,7 @@ class Loop:
         self.last_step, self.calls_without_step = state["last_step"], state["calls_without_step"]
         self.skipped = state["skipped"]
         self.held_out_initial, self.stopped = state["held_out_initial"], state["stopped"]
+        self.paused = state.get("paused")  # older states know no pause
 
 
 class Thoughts:
@@ -133,7 +138,7 @@ class Whole:
     def restore(self, tree: Mapping[str, Any]) -> None:
         """Go on from a state of this very run. It takes over the tensors."""
         for name, part in self.parts.items():
-            part.restore(tree["esper"][name])
+            part.restore(tree["esper"].get(name))  # only a desk may find nothing
         self.training.restore(tree)
 
     def saved(self) -> dict[str, Tree]:
@@ -176,9 +181,14 @@ class Whole:
             raise StateError(
                 f"a state must have version {VERSION}, got {saved.get('version')!r}; use Esper of its time"
             )
+        parts = set(saved.get("esper", ()))
+        if DESK in parts and DESK not in self.parts:
+            raise StateError(
+                "a run that took orders from outside goes on with their log, got none; call serve() with a desk first"
+            )
         for what, here, there in (
             ("state", {"version", "setup", "esper", "copies", *KEYS}, set(saved)),
-            ("state of Esper", set(self.parts), set(saved.get("esper", ()))),
+            ("state of Esper", set(self.parts) - {DESK}, parts - {DESK}),
         ):
             if here != there:
                 raise StateError(

@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from esper.accounts import Accounts
-from esper.commands import Orders
+from esper.commands import Desk
+from esper.errors import StateError
 from esper.evidence.judge import Judge
 from esper.guard import Guard
 from esper.journal import Journal
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.host import HostClock
+from esper.orders import Keeping, Orders
 from esper.safety.checkpoint import Loaded, Saved
 from esper.safety.shelf import Shelf
 from esper.safety.training import Training
 from esper.safety.tree import Tree
 from esper.stages import Stages
-from esper.state import Loop, Part, Setup, Thoughts, Whole
+from esper.state import DESK, Loop, Part, Setup, Thoughts, Whole
 from esper.tamiyo import Controller
 from esper.trials import Trials
 
@@ -35,7 +37,9 @@ class Stored:
     controller: Controller
     guard: Guard
     training: Training
+    keeping: Keeping
     _orders: Orders
+    _desk: Desk | None
     _setup: Setup
     _shelf: Shelf
 
@@ -62,18 +66,62 @@ class Stored:
         self._whole(waiting=True).load(state)
         self.trials.let_go(state["copies"], self.loop.last_step)
         self.guard.begin_anew(self.loop.last_step)
+        self.keeping.kept(self.loop.last_step)
+
+    def serve(self, desk: Desk | None, *, checkpoints: bool = False) -> None:
+        """Take orders over ``desk`` from the next step on; call it before :meth:`load`, which replays its log.
+
+        With ``checkpoints`` your loop promises to look at :attr:`checkpoint_due` after each step and to save then.
+        """
+        self._desk = desk
+        self.keeping.on_demand = checkpoints
+
+    @property
+    def checkpoint_due(self) -> str | None:
+        """Why a checkpoint should be written now, out of turn; ``None`` where nothing asks for one."""
+        return None if self.is_replaying else self.keeping.due
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether orders of an earlier life are still to be applied again, up to where that life was.
+
+        Until then no checkpoint is written: an order that takes the training back needs snapshots from before it, and
+        those die with the process. What there is leads here again.
+        """
+        return self._desk is not None and self._desk.is_replaying
+
+    def kept(self, refusal: str | None = None) -> None:
+        """Say that :meth:`state_dict` is safe on a disk as it is now (:meth:`save` does), or why it is not.
+
+        What was promised on it can now be told.
+        """
+        if refusal is None:
+            self.keeping.kept(self.loop.last_step)
+        else:
+            self.keeping.due = None
+        if self._desk is not None:
+            self._desk.kept(refusal)
 
     def save(self, folder: str | Path, *, keep: int = 2) -> Saved:
         """Write :meth:`state_dict` as a checkpoint into a folder, whose newest ``keep`` stay (docs/safety.md).
 
-        When this returns the checkpoint survives a power cut. The folder is this run's until :meth:`detach`.
+        When this returns the checkpoint survives a power cut. The folder is this run's until :meth:`detach`. While
+        :attr:`is_replaying` nothing is written, and the number returned is 0.
 
         Raises
         ------
         StateError
             The state cannot be stored, another run writes there, or the disk refused it; older checkpoints stay.
         """
-        return self._shelf.save(folder, self.state_dict(), step=self.loop.last_step, keep=keep)
+        if self.is_replaying:
+            return Saved(number=0, step=0, num_bytes=0)
+        try:
+            saved = self._shelf.save(folder, self.state_dict(), step=self.loop.last_step, keep=keep)
+        except StateError as error:
+            self.kept(str(error))
+            raise
+        self.kept()
+        return saved
 
     def load(self, folder: str | Path) -> Loaded:
         """:meth:`load_state_dict` with the newest intact checkpoint; damaged newer ones are warned of.
@@ -98,4 +146,6 @@ class Stored:
         }  # fmt: skip
         if waiting:
             parts["orders"] = self._orders
+            if self._desk is not None:
+                parts[DESK] = self._desk
         return Whole(self._setup, self.training, parts)

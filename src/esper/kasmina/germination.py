@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -106,7 +107,9 @@ class Nursery:
 
     def _resolve(self, plan: SeedPlan, step: int) -> Resolved:
         if plan.site not in self.sites:
-            raise EsperError(f"no site is called {plan.site!r}; known: {', '.join(list(self.sites)[:8])}")
+            near = difflib.get_close_matches(plan.site, self.sites, n=3)
+            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+            raise EsperError(f"no site is called {plan.site!r}; {hint}known: {', '.join(list(self.sites)[:8])}")
         site = self.sites[plan.site]
         blueprint = plan.blueprint or default_blueprint(site.info.kind)
         if site.info.kind not in BLUEPRINTS[blueprint].kinds:

@@ -17,9 +17,10 @@ from typing import Any, cast
 import msgspec
 
 from esper.errors import StateError
-from esper.protocol import Acknowledgement, Order
+from esper.protocol import Acknowledgement, Order, Outcome, Snapshot
 from esper.safety.command_log import Entry
 
+SNAPSHOT = str(Snapshot.__struct_config__.tag)
 _ORDER, _ANSWER = "order/", "answer/"
 
 
@@ -39,6 +40,15 @@ class Answer:
     content: str
 
 
+class Kept(msgspec.Struct):
+    """What a checkpoint holds beside the log's position."""
+
+    answers: list[Answer]
+    held: list[Answer]
+    ready: list[Order]
+    replay: list[Intent]
+
+
 def intent_entry(intent: Intent, step: int) -> Entry:
     """An order as it stands in the log."""
     payload = {"order": _plain(intent.order), "turn": intent.turn}
@@ -50,6 +60,11 @@ def answer_entry(answer: Answer) -> Entry:
     told = answer.acknowledgement
     payload = {"acknowledgement": _plain(told), "content": answer.content}
     return Entry(id=_ANSWER + told.id, step=told.step, payload=payload)
+
+
+def is_order(entry_id: str) -> bool:
+    """Whether an entry is an order's, not an answer's."""
+    return entry_id.startswith(_ORDER)
 
 
 def read_entry(entry: Entry) -> Intent | Answer:
@@ -81,6 +96,20 @@ def content_of(order: Order) -> str:
     """What an id stands for: the command, its issuer and whom it is for. Sent again, it may have other times."""
     what = msgspec.json.encode((order.command, order.issuer, order.run, order.job), order="sorted")
     return hashlib.sha256(what).hexdigest()[:32]
+
+
+def acknowledge(order: Order, outcome: Outcome, gate: str, reason: str, step: int) -> Acknowledgement:
+    """What became of an order."""
+    return Acknowledgement(
+        id=order.id, outcome=outcome, issuer=order.issuer, run=order.run, job=order.job, kind=order.kind, gate=gate,
+        reason=reason, step=step,
+    )  # fmt: skip
+
+
+def refused(answer: Answer, reason: str) -> Answer:
+    """The answer to a request for a checkpoint that could not be written."""
+    told = msgspec.structs.replace(answer.acknowledgement, outcome="refused", gate="snapshot", reason=reason)
+    return Answer(told, answer.content)
 
 
 def _plain(value: Any) -> Any:

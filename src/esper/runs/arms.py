@@ -7,6 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,9 @@ class Cell:
     schedule: tuple[Germinated, ...] = ()
 
 
+Attach = Callable[[Cell, Grower, CellStore | None], AbstractContextManager[object]]
+
+
 @dataclass
 class Trained:
     """What a training left behind. ``weights`` are those of the plain network (grown layers merged); a training that
@@ -76,11 +80,14 @@ def load_preset(options: RunOptions, device: str, size: str) -> Preset:
     return make_preset(options.preset, torch.device(device), size=size, data=options.data)
 
 
-def train(cell: Cell, preset: Preset, emit: Emit, store: CellStore | None = None) -> Trained:
+def train(
+    cell: Cell, preset: Preset, emit: Emit, store: CellStore | None = None, attach: Attach | None = None
+) -> Trained:
     """Train one cell. Deterministic by seed on the CPU: model, batches and Esper's streams follow from it.
 
     With a ``store`` the training is kept there now and then, and goes on from what is kept; its events are told from
-    the first one on either way.
+    the first one on either way. ``attach`` is entered around the training of an arm that grows, before anything is
+    loaded: there a desk takes orders, with its log at the store's ``commands_path``.
     """
     finished = None if store is None else store.finished
     if finished is not None:
@@ -95,11 +102,12 @@ def train(cell: Cell, preset: Preset, emit: Emit, store: CellStore | None = None
     teller.is_silent = progress is not None
     grower = _grower(cell, preset, model, optimizer, teller.tell)
     course = _Course(cell, preset, model, optimizer, grower, teller, store)
-    if progress is not None:
-        course.go_on_from(progress)
-    flops = course.run()
-    if grower is not None:
-        grower.finish()
+    with nullcontext() if attach is None or grower is None else attach(cell, grower, store):
+        if progress is not None:
+            course.go_on_from(progress)
+        flops = course.run()
+        if grower is not None:
+            grower.finish()
     held_out = _mean_loss(preset, model, preset.held_out())
     trained = Trained(
         cell=cell, held_out=held_out, params=_params(model, grower),
@@ -211,16 +219,24 @@ class _Course:
                 self.teller.tell(TrainLoss(step=step, loss=float(loss.detach()), flops=spent))
                 value = _mean_loss(preset, model, held[:: max(1, len(held) // 8)])
                 self.teller.tell(HeldOut(step=step, loss=value, params=_params(model, None), flops=spent))
-            if self.store is not None and self.store.is_due():
+            if self.store is not None and (self.store.is_due() or self._is_asked_to_keep()) and self._may_keep():
                 self._keep(self.store, step)
         return per_step * cell.steps
+
+    def _is_asked_to_keep(self) -> bool:
+        return self.grower is not None and self.grower.checkpoint_due is not None
+
+    def _may_keep(self) -> bool:
+        return self.grower is None or not self.grower.is_replaying
 
     def _keep(self, store: CellStore, step: int) -> None:
         if self.grower is not None:
             training = self.grower.state_dict()
         else:
             training = Training(self.model, [self.optimizer], ()).state()
-        store.save(training, step=step, seconds=self.seconds, events=self.teller.events)
+        refusal = store.save(training, step=step, seconds=self.seconds, events=self.teller.events)
+        if self.grower is not None:
+            self.grower.kept(refusal)
 
     def _flops_per_step(self) -> float:
         batch = self.preset.train_batch(self.cell.seed, 0)

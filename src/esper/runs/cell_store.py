@@ -37,6 +37,8 @@ class CellStore:
 
     def __init__(self, folder: Path, cell: Cell, every_s: float) -> None:
         self._cell, self._every_s = cell, every_s
+        self.commands_path = folder / "commands.jsonl"
+        """Where the log of this training's commands belongs: it lives as long as the checkpoints that go with it."""
         self._checkpoints = Checkpoints(folder, kind=KIND)
         loaded = self._checkpoints.load()
         self._kept: Tree = None if loaded is None else loaded.tree
@@ -66,14 +68,17 @@ class CellStore:
         """Whether the next checkpoint should be written."""
         return time.monotonic() - self._saved_at >= self._every_s
 
-    def save(self, training: Tree, *, step: int, seconds: float, events: list[AnyEvent]) -> None:
-        """Keep how far the training is. A disk that refuses costs the checkpoint, not the training."""
+    def save(self, training: Tree, *, step: int, seconds: float, events: list[AnyEvent]) -> str | None:
+        """Keep how far the training is. A disk that refuses costs the checkpoint, not the training; returns why."""
+        refusal: str | None = None
         fields = {"step": step, "seconds": seconds, "events": _bytes(events), "training": training}
         try:
             self._checkpoints.save({"cell": fingerprint(self._cell), "done": False, **fields}, step=step)
         except StateError as error:
+            refusal = str(error)
             self._warn(error)
         self._saved_at = time.monotonic()
+        return refusal
 
     def finish(self, trained: Trained) -> None:
         """Keep the result in the place of what led to it."""

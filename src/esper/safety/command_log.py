@@ -1,14 +1,16 @@
 """The log of applied commands: append-only, on the disk before anything is acknowledged, replayed after a checkpoint.
 
-One line of JSON for each command. Every line carries a seal over itself and the line before, so a line that was
-changed, left out or moved is found. A crash can only leave the last line unfinished; that one was never acknowledged
-and is cut off. Anything else that does not fit is damage and is refused, not repaired in silence.
+One line of JSON for each command, or for several that came together. Every line carries a seal over itself and the line
+before, so a line that was changed, left out or moved is found. A crash can only leave the last line unfinished; that
+one was never acknowledged and is cut off. Anything else that does not fit is damage and is refused, not repaired in
+silence.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +25,7 @@ MAX_LOG_BYTES = 256 << 20
 MAX_DEPTH = 32
 MAX_VALUES = 50_000
 _SEAL_CHARS = 32
+_MOST_TOGETHER = 256
 _START = "0" * _SEAL_CHARS
 
 
@@ -116,22 +119,52 @@ class CommandLog:
             The command cannot be stored, the id stands for another payload, or the disk refused it: it must not be
             acknowledged then.
         """
+        return self.extend([Entry(id=command_id, step=step, payload=payload)]) == 1
+
+    def extend(self, entries: Sequence[Entry]) -> int:
+        """:meth:`append` for several at the price of one; returns how many are new.
+
+        Raises
+        ------
+        StateError
+            As for one. Where the disk refused, some of the first may be on it all the same: open the log anew to know.
+        """
         if self._handle is None:
             raise StateError(f"a command log takes commands while open, got a closed one ({self.path}); open it anew")
         if self._broken is not None:
             raise StateError(f"a command log takes nothing after an error, got one ({self._broken}); open it anew")
-        entry = Entry(id=command_id, step=step, payload=payload)
-        known = self._entries.get(command_id)
-        if known is not None:
-            if known.payload != payload:
-                raise StateError(f"an id stands for one command, got {command_id!r} for two; give each its own")
-            return False
-        line, seal = _line(entry, self._seals[-1])
-        if len(line) > MAX_LINE_BYTES or self._size + len(line) > MAX_LOG_BYTES:
-            raise StateError(f"a command may have {MAX_LINE_BYTES} bytes, got {len(line)}; send less")
-        bounded_json.check(line, max_bytes=MAX_LINE_BYTES, max_depth=MAX_DEPTH, max_values=MAX_VALUES)
+        new = self._new(entries)
+        for together in _lines_of(new):
+            line, seal = _line(together, self._seals[-1])
+            if len(line) > MAX_LINE_BYTES:
+                raise StateError(f"a command may have {MAX_LINE_BYTES} bytes, got {len(line)}; send less")
+            bounded_json.check(line, max_bytes=MAX_LINE_BYTES, max_depth=MAX_DEPTH, max_values=MAX_VALUES)
+            self._write(line)
+            for entry, inner in _sealed(together, seal):
+                self._take(entry, inner)
+        return len(new)
+
+    def _new(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Those that are not in the log yet, each once."""
+        new: dict[str, Entry] = {}
+        for entry in entries:
+            known = self._entries.get(entry.id) or new.get(entry.id)
+            if known is None:
+                new[entry.id] = entry
+            elif known.payload != entry.payload:
+                raise StateError(f"an id stands for one command, got {entry.id!r} for two; give each its own")
+        return list(new.values())
+
+    def _write(self, data: bytes) -> None:
+        """A whole line, on the disk when this returns: a power cut can only hurt what is not synced, the last line."""
+        assert self._handle is not None
+        if self._size + len(data) > MAX_LOG_BYTES:
+            raise StateError(
+                f"a command log may have {MAX_LOG_BYTES} bytes, got {self._size + len(data)} in {self.path}; "
+                "begin the run anew"
+            )
         try:
-            self._handle.write(line)
+            self._handle.write(data)
             self._handle.sync()
         except OSError as error:
             # After a failed sync nobody knows what is on the disk; only reading the log anew tells.
@@ -142,9 +175,7 @@ class CommandLog:
                 f"a command must be on the disk before it is acknowledged, but {self.path} did not take it ({error}); "
                 "free disk space and open the log anew"
             ) from error
-        self._size += len(line)
-        self._take(entry, seal)
-        return True
+        self._size += len(data)
 
     def after(self, position: Position) -> list[Entry]:
         """Commands applied after ``position``, in order: what a checkpoint that holds it has not seen.
@@ -154,7 +185,11 @@ class CommandLog:
         StateError
             The log does not go on from there: it is shorter, or of another run.
         """
-        if not 0 <= position.count < len(self._seals) or self._seals[position.count] != position.seal:
+        if (
+            not 0 <= position.count < len(self._seals)
+            or not position.seal
+            or self._seals[position.count] != position.seal
+        ):
             raise StateError(
                 f"the command log must go on from the checkpoint's position {position.count}, got {len(self)} commands "
                 f"in {self.path} that do not; it is another run's, or part of it is lost"
@@ -217,16 +252,17 @@ def _entries(data: bytes, path: Path) -> list[tuple[Entry, str, int]]:
     seal, ids, end = _START, set[str](), 0
     for number, line in enumerate(lines, start=1):
         try:
-            entry, seal = _parsed(line, seal)
-            if entry.id in ids:
-                raise StateError(f"an id comes once, got {entry.id!r} again")
+            entries, seal = _parsed(line, seal)
+            for entry in entries:
+                if entry.id in ids:
+                    raise StateError(f"an id comes once, got {entry.id!r} again")
+                ids.add(entry.id)
         except StateError as error:
             if number == len(lines) and not rest and b"\0" in line:  # sectors that never reached the disk
                 return found
             raise StateError(_damage(path, number, error)) from error
-        ids.add(entry.id)
         end += len(line) + 1
-        found.append((entry, seal, end))
+        found += [(entry, inner, end) for entry, inner in _sealed(entries, seal)]
     if rest and not rest.endswith(b"\0") and _is_entry(rest[:-1], seal):
         raise StateError(_damage(path, len(lines) + 1, StateError("the line ends in another character")))
     return found
@@ -239,25 +275,53 @@ def _damage(path: Path, number: int, error: StateError) -> str:
     )
 
 
-def _line(entry: Entry, previous: str) -> tuple[bytes, str]:
-    body = bounded_json.encode({"id": entry.id, "step": entry.step, "payload": entry.payload})
+def _lines_of(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Entries that go into one line each time: as many as it can hold."""
+    together: list[Entry] = []
+    size = 0
+    for entry in entries:
+        num_bytes = len(bounded_json.encode([entry.id, entry.payload]))
+        if together and (size + num_bytes > MAX_LINE_BYTES // 2 or len(together) >= _MOST_TOGETHER):
+            yield together
+            together, size = [], 0
+        together.append(entry)
+        size += num_bytes
+    if together:
+        yield together
+
+
+def _sealed(entries: Sequence[Entry], seal: str) -> list[tuple[Entry, str]]:
+    """The entries of a line with their seals: the line's seal comes after its last one."""
+    return [(entry, seal if number == len(entries) else "") for number, entry in enumerate(entries, start=1)]
+
+
+def _line(entries: Sequence[Entry], previous: str) -> tuple[bytes, str]:
+    plain = [{"id": entry.id, "step": entry.step, "payload": entry.payload} for entry in entries]
+    body = bounded_json.encode(plain if len(plain) > 1 else plain[0])
     seal = _seal(body, previous)
     return b'{"seal":"' + seal.encode() + b'","command":' + body + b"}\n", seal
 
 
-def _parsed(line: bytes, previous: str) -> tuple[Entry, str]:
-    """An entry and its seal from a line without its end."""
+def _parsed(line: bytes, previous: str) -> tuple[list[Entry], str]:
+    """Entries and their seal from a line without its end."""
     start = len(b'{"seal":"') + _SEAL_CHARS + len(b'","command":')
     body = line[start:-1]
     seal = _seal(body, previous)
     if line != b'{"seal":"' + seal.encode() + b'","command":' + body + b"}":
         raise StateError("a line's seal must fit its content and the line before, got another")
     fields = bounded_json.decode(body, max_bytes=MAX_LINE_BYTES, max_depth=MAX_DEPTH, max_values=MAX_VALUES)
+    several = cast("list[Any]", fields) if isinstance(fields, list) else [fields]
+    if not several:
+        raise StateError("a line has a command, got none")
+    return [_entry(one) for one in several], seal
+
+
+def _entry(fields: Any) -> Entry:
     named = cast("dict[str, Any]", fields) if isinstance(fields, dict) else {}
     command_id, step = named.get("id"), named.get("step")
     if not isinstance(command_id, str) or type(step) is not int or "payload" not in named:
         raise StateError("a command has an id, a step and a payload, got something else")
-    return Entry(id=command_id, step=step, payload=named["payload"]), seal
+    return Entry(id=command_id, step=step, payload=named["payload"])
 
 
 def _is_entry(line: bytes, previous: str) -> bool:

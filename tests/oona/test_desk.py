@@ -1,0 +1,390 @@
+"""The desk by itself: what it takes, in which order it hands it out, what it says of it, and what a bad disk does."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from tests.oona.served import JOB, RUN, an_order, sealed
+
+from esper.errors import EnvelopeError, StateError
+from esper.kasmina.lifecycle import Gate
+from esper.oona.answers import Answer, Intent, answer_entry, intent_entry, read_entry
+from esper.oona.desk import Desk
+from esper.oona.incoming import anybody, nobody
+from esper.protocol import Acknowledgement, Command, Order, RollBack, SetBudget, Snapshot, Stop
+from esper.safety.command_log import CommandLog, Entry, read_log
+from esper.safety.simulation.disk import SimulatedDisk
+from esper.safety.simulation.faults import FaultyDisk
+
+pytestmark = pytest.mark.component
+
+LOG = Path("/simulated/run/commands.jsonl")
+YES = Gate("command", True, "")
+
+
+def budget(number: int) -> SetBudget:
+    return SetBudget(params=number)
+
+
+class Fixture:
+    """A desk on a simulated disk, and a training that does nothing but count."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.disk = settings.pop("disk", None) or SimulatedDisk()
+        self.now = 1_000_000.0
+        settings = {"verify": anybody, "clock": lambda: self.now, **settings}
+        self.desk = Desk(LOG, run=RUN, job=JOB, disk=self.disk, **settings)
+        self.step = 0
+        self.applied: list[str] = []
+
+    def send(self, *ids: str, command: Command | None = None, **fields: Any) -> list[Acknowledgement | None]:
+        orders = [an_order(name, command or budget(7), **fields) for name in ids]
+        return [self.desk.take(sealed(order)) for order in orders]
+
+    def train(self, gate: Callable[[Order], Gate] = lambda order: YES, *, hold: bool = False) -> list[str]:
+        self.step += 1
+        seen: list[str] = []
+        for order in self.desk.turn(self.step):
+            seen.append(order.id)
+            self.desk.answer(order, self.step, gate(order), hold=hold)
+        self.applied += seen
+        return seen
+
+    def again(self, state: Any = None, **settings: Any) -> Fixture:
+        """The next process."""
+        self.desk.close()
+        other = Fixture(disk=self.disk, **settings)
+        if state is not None:
+            other.desk.restore(state)
+        return other
+
+
+@pytest.fixture
+def fix() -> Iterator[Fixture]:
+    made = Fixture()
+    yield made
+    made.desk.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Order and repetition
+
+
+def test_orders_wait_for_the_step_and_come_as_they_were_received(fix: Fixture) -> None:
+    assert fix.send("b", "a", "c") == [None, None, None]
+    assert fix.desk.is_open("a") and fix.desk.answer_to("a") is None
+    assert fix.train() == ["b", "a", "c"]
+    told = fix.desk.answer_to("a")
+    assert told == Acknowledgement(
+        id="a", outcome="applied", issuer="ada", run=RUN, job=JOB, kind="set_budget", gate="command", step=1
+    )
+    assert not fix.desk.is_open("a") and fix.train() == []
+
+
+def test_a_repetition_is_answered_and_not_applied(fix: Fixture) -> None:
+    fix.send("a")
+    assert fix.send("a") == [None], "its answer is still to come"
+    assert fix.train(lambda order: Gate("budget", False, "too small")) == ["a"]
+    (again,) = fix.send("a", issued="2026-01-01T00:00:00Z", deadline="2000-01-01T00:00:00Z")
+    assert again == msgspec.structs.replace(fix.desk.answer_to("a"), first=False)
+    assert (again.outcome, again.gate, again.reason) == ("refused", "budget", "too small")
+    assert fix.train() == [] and len(read_log(LOG, disk=fix.disk)[0]) == 2
+
+
+@pytest.mark.parametrize("when", ["waiting", "answered"])
+@pytest.mark.parametrize("other", [{"command": budget(8)}, {"issuer": "eve"}])
+def test_an_id_stands_for_one_order(when: str, other: dict[str, Any], fix: Fixture) -> None:
+    fix.send("a")
+    if when == "answered":
+        fix.train()
+    (told,) = fix.send("a", **other)
+    assert (told.outcome, told.gate, told.first) == ("refused", "id", False)
+    assert "stands for another order" in told.reason
+    fix.train()
+    assert fix.applied == ["a"] and fix.desk.answer_to("a").outcome == "applied"
+
+
+def test_what_does_not_fit_is_refused_for_ever(fix: Fixture) -> None:
+    small = Fixture(room=3)
+    small.send(*"abcd")
+    told = small.desk.answer_to("d")
+    assert (told.outcome, told.gate) == ("refused", "room") and "at most 3" in told.reason
+    stop = Stop(reason="fire", emergency=True)
+    assert small.send("s", command=stop) == [None] and small.desk.is_open("s"), "there is room for an emergency"
+    assert small.train() == ["a", "b", "c", "s"]
+    (again,) = small.send("d")
+    assert again.gate == "room" and not again.first and small.train() == []
+    small = small.again()
+    assert small.desk.answer_to("d") == told
+
+
+def test_one_step_takes_only_so_many(fix: Fixture) -> None:
+    fix.send(*(f"n{number}" for number in range(300)))
+    assert len(fix.train()) == 256 and len(fix.train()) == 44
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Time
+
+
+def test_a_deadline_is_judged_when_it_would_be_applied(fix: Fixture) -> None:
+    fix.send("late", deadline="1970-01-12T13:46:41Z")  # a second from now
+    fix.send("timely", deadline="1970-01-12T13:46:50+00:00")
+    order = an_order("both", budget(1), deadline="1970-01-12T13:50:00Z")
+    fix.desk.take(sealed(order, esperexpires="1970-01-12T13:46:42Z"))  # the earlier one counts
+    fix.now += 5
+    assert fix.train() == ["timely"]
+    told = fix.desk.answer_to("late")
+    assert (told.outcome, told.gate, told.step) == ("expired", "deadline", 1)
+    assert fix.desk.answer_to("both").outcome == "expired"
+    fix.now -= 100
+    assert fix.send("late")[0].outcome == "expired" and fix.train() == []
+
+
+class Flaw(SimpleNamespace):
+    def __str__(self) -> str:
+        return f"it is {self.flaw}"
+
+
+def doubting(flaw: str, *, authentic: bool = True) -> Callable[[Any], Any]:
+    return lambda envelope: Flaw(flaw=flaw, is_authentic=authentic)
+
+
+@pytest.mark.parametrize(("flaw", "outcome"), [("stale", "refused"), ("expired", "expired")])
+def test_what_comes_too_late_is_refused_without_a_trace(flaw: str, outcome: str) -> None:
+    fix = Fixture(verify=doubting(flaw))
+    before = (fix.desk.state()["turn"], bytes(fix.desk.state()["kept"]))
+    (told,) = fix.send("a")
+    assert (told.outcome, told.gate, told.reason) == (outcome, flaw, f"it is {flaw}")
+    assert (fix.desk.state()["turn"], bytes(fix.desk.state()["kept"])) == before and fix.train() == []
+
+
+def test_what_comes_too_late_again_gets_its_first_answer(fix: Fixture) -> None:
+    fix.send("a")
+    fix.train()
+    fix.desk._verify = doubting("stale")
+    (told,) = fix.send("a")
+    assert told.outcome == "applied" and not told.first
+    fix.desk._verify = doubting("crowded")
+    assert fix.send("b") == [None] and fix.desk.answer_to("b").gate == "crowded"
+
+
+@pytest.mark.parametrize("verify", [nobody, doubting("forged", authentic=False)])
+def test_whom_nobody_vouches_for_is_not_heard(verify: Any) -> None:
+    fix = Fixture(verify=verify)
+    with pytest.raises(EnvelopeError, match="sender must be known"):
+        fix.send("a")
+    assert not fix.desk.is_open("a") and fix.train() == [] and read_log(LOG, disk=fix.disk) == ([], 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints on demand
+
+
+def test_a_snapshot_is_answered_when_it_is_written(fix: Fixture) -> None:
+    fix.send("s", command=Snapshot())
+    assert fix.train(hold=True) == ["s"] and fix.desk.is_open("s")
+    fix.send("b")
+    fix.train()
+    assert fix.desk.is_open("b"), "what follows waits behind it"
+    fix.desk.kept()
+    assert [fix.desk.answer_to(name).outcome for name in "sb"] == ["applied", "applied"]
+
+
+def test_a_snapshot_that_the_disk_refuses_is_refused_and_what_else_is_held_stays_so(fix: Fixture) -> None:
+    fix.send("r", command=RollBack(cohort=1, reason="", exact=True))
+    fix.send("s", command=Snapshot())
+    fix.train(hold=True)
+    fix.desk.kept("the disk is full")
+    told = fix.desk.answer_to("s")
+    assert (told.outcome, told.gate, told.reason) == ("refused", "snapshot", "the disk is full")
+    assert fix.desk.is_open("r")
+    fix.desk.kept()
+    assert fix.desk.answer_to("r").outcome == "applied"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The end
+
+
+def test_at_the_end_what_waits_is_refused(fix: Fixture) -> None:
+    fix.send("a")
+    fix.desk.end("training has ended")
+    fix.send("b")
+    for name in "ab":
+        told = fix.desk.answer_to(name)
+        assert (told.outcome, told.gate, told.reason) == ("refused", "ended", "training has ended")
+
+
+def test_who_follows_the_log_is_told_when_it_grows() -> None:
+    calls: list[int] = []
+    fix = Fixture(on_written=lambda: calls.append(1))
+    fix.send("a", "b")
+    assert not calls
+    fix.train()
+    assert len(calls) == 1, "one write for all answers of a step"
+    said = [read_entry(entry) for entry in read_log(LOG, disk=fix.disk)[0]]
+    assert [type(one) for one in said] == [Intent, Intent, Answer, Answer]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A log that refuses
+
+
+class Moody(FaultyDisk):
+    """Fails from now on, or works again."""
+
+    fault: str | None = None
+
+    def operate(self, kind: str, path: Path, action: Any, handle: Any = None) -> Any:
+        if self.fault == "sync only":
+            if kind in ("sync", "truncate") or (kind == "create"):
+                self.faults[self.num_operations] = "EIO"
+        elif self.fault is not None and kind in ("write", "sync"):
+            self.faults[self.num_operations] = self.fault
+        return super().operate(kind, path, action, handle)
+
+
+def test_a_full_disk_refuses_the_order_and_nothing_else() -> None:
+    disk = Moody(SimulatedDisk())
+    fix = Fixture(disk=disk)
+    fix.send("a")
+    fix.train()
+    disk.fault = "ENOSPC"
+    fix.send("b")
+    assert fix.train() == [] and fix.desk.is_open("b") and fix.desk.unlogged() == [], "it may be on the disk"
+    fix.send("c")
+    assert fix.train() == []
+    (told,) = fix.desk.unlogged()
+    assert (told.id, told.outcome, told.gate) == ("c", "refused", "journal") and "No space" in told.reason
+    assert fix.send("c")[0] == msgspec.structs.replace(told, first=False) and fix.desk.unlogged() == []
+    fix.now += 2
+    assert fix.train() == [] and fix.desk.is_open("b"), "still full"
+    disk.fault, fix.now = None, fix.now + 2
+    fix.send("d")
+    assert fix.train() == ["d"] and fix.desk.answer_to("d").outcome == "applied"
+    told = fix.desk.answer_to("b")
+    assert (told.outcome, told.gate) == ("refused", "journal") and not fix.desk.is_open("b")
+    fix = fix.again()
+    assert [fix.desk.answer_to(name).outcome for name in "abcd"] == ["applied", "refused", "refused", "applied"]
+    assert fix.train() == ["a"]
+
+
+def test_an_order_that_reached_a_disk_which_failed_is_left_to_the_next_process() -> None:
+    """It belongs to a step that has passed without it, so this process takes nothing more; none is told of it."""
+    disk = Moody(SimulatedDisk())
+    fix = Fixture(disk=disk)
+    fix.send("a")
+    disk.fault = "sync only"
+    assert fix.train() == [] and fix.desk.is_open("a")
+    disk.fault, fix.now = None, fix.now + 2
+    fix.send("b")
+    assert fix.train() == [] and fix.desk.is_open("a") and fix.desk.unlogged()[0].id == "b"
+    state = fix.desk.state()
+    fix = fix.again(state)
+    assert state["turn"] == 2 and fix.train() == ["a"] and fix.desk.answer_to("a").outcome == "applied"
+
+
+def test_an_answer_that_the_disk_does_not_take_is_not_told() -> None:
+    disk = Moody(SimulatedDisk())
+    fix = Fixture(disk=disk)
+    fix.send("a")
+    fix.step += 1
+    for order in fix.desk.turn(1):
+        disk.fault = "EIO"
+        fix.desk.answer(order, 1, YES, hold=False)
+    assert fix.desk.is_open("a") and fix.desk.unlogged() == []
+    fix.train()
+    assert fix.desk.is_open("a")
+    disk.fault, fix.now = None, fix.now + 2
+    fix.train()
+    assert fix.desk.answer_to("a").outcome == "applied"
+
+
+def test_a_log_that_cannot_be_read_again_says_nothing_of_what_it_may_hold() -> None:
+    disk = Moody(SimulatedDisk())
+    fix = Fixture(disk=disk)
+    fix.send("a", "b")
+    disk.fault = "EIO"
+    lock, disk.lock = disk.lock, lambda path: (_ for _ in ()).throw(OSError("gone"))  # type: ignore[method-assign]
+    assert fix.train() == []
+    for _ in range(3):
+        fix.now += 2
+        fix.send(f"c{fix.step}")
+        assert fix.train() == [] and fix.desk.is_open("a") and fix.desk.is_open("b")
+    assert [told.id for told in fix.desk.unlogged()] == ["c1", "c2", "c3"]
+    assert fix.desk.state()["position"]["count"] == 0
+    disk.lock, disk.fault, fix.now = lock, None, fix.now + 2  # type: ignore[method-assign]
+    fix.send("d")
+    assert fix.train() == ["d"] and fix.desk.answer_to("a").outcome == "refused"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The log
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        Entry(id="x", step=1, payload={}),
+        Entry(id="order/a", step=1, payload=[]),
+        Entry(id="order/a", step=1, payload={"order": {"command": {"type": "rm"}}, "turn": 1}),
+        Entry(id="answer/a", step=1, payload={"acknowledgement": {}}),
+        Entry(id="order/b", step=1, payload=intent_entry(Intent(an_order("a", budget(1)), 1), 1).payload),
+        Entry(
+            id="answer/b",
+            step=1,
+            payload=answer_entry(Answer(Acknowledgement(id="a", outcome="applied"), "")).payload,
+        ),
+    ],
+)
+def test_a_log_of_something_else_is_refused(entry: Entry) -> None:
+    disk = SimulatedDisk()
+    with CommandLog(LOG, disk=disk) as log:
+        log.append(entry.id, step=entry.step, payload=entry.payload)
+    with pytest.raises(StateError, match="a log of orders holds orders and answers"):
+        Fixture(disk=disk)
+    CommandLog(LOG, disk=disk).close()  # it was let go of
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Threads
+
+
+def test_orders_of_eight_threads_while_steps_are_taken(tmp_path: Path) -> None:
+    each, issuers = 60, 8
+    desk = Desk(tmp_path / "commands.jsonl", run=RUN, job=JOB, verify=anybody)
+    ready = threading.Barrier(issuers + 1)
+
+    def talk(name: str) -> None:
+        ready.wait()
+        for number in range(each):
+            desk.take(sealed(an_order(f"{name}-{number}", budget(number), issuer=name)))
+            if number % 3 == 0:
+                desk.take(sealed(an_order(f"{name}-{number}", budget(number), issuer=name)))
+
+    threads = [threading.Thread(target=talk, args=(f"i{number}",)) for number in range(issuers)]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    applied: list[str] = []
+    step, end = 0, time.monotonic() + 60
+    while len(applied) < each * issuers and time.monotonic() < end:
+        step += 1
+        for order in desk.turn(step):
+            applied.append(order.id)
+            desk.answer(order, step, YES, hold=False)
+    for thread in threads:
+        thread.join(timeout=30)
+    assert sorted(applied) == sorted(f"i{i}-{n}" for i in range(issuers) for n in range(each))
+    for i in range(issuers):
+        mine = [name for name in applied if name.startswith(f"i{i}-")]
+        assert mine == [f"i{i}-{n}" for n in range(each)], "each issuer's orders keep their order"
+    desk.close()
