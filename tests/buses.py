@@ -21,7 +21,7 @@ NUMBERS = itertools.count()
 TALK = Topic("talk", durable=True, retention=50)
 CHATTER = Topic("chatter", durable=False, retention=200)
 PATIENCE_S = 20.0
-REDELIVER_S = 1.5
+REDELIVER_S = 1.0
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Place:
     @property
     def long_s(self) -> float:
         """A ``redeliver_s`` that does not come up in a test; both Kafka brokers wait for half of it in each join."""
-        return 3.0 if self.kind.startswith("kafka") else 60.0
+        return 2.0 if self.kind.startswith("kafka") else 60.0
 
     @asynccontextmanager
     async def bus(self, *topics: Topic, timeout_s: float = 5.0) -> AsyncIterator[Bus]:

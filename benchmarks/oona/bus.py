@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--commands", type=int, default=2_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--note", default="", help="how the machine was shared; goes into the result")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
@@ -156,6 +157,8 @@ def main() -> None:
         "command": f"PYTHONPATH=src python benchmarks/oona/bus.py --messages {arguments.messages} "
         f"--batch {arguments.batch} --commands {arguments.commands} --repeats {arguments.repeats}",
         "machine": f"{os.cpu_count()} cores ({platform.machine()}), the server on the same ones",
+        "niceness": os.nice(0),
+        **({"note": arguments.note} if arguments.note else {}),
         "load_average_at_start_and_end": [round(load, 2), round(os.getloadavg()[0], 2)],
         "versions": {
             "python": platform.python_version(), "redis-py": version("redis"), "hiredis": version("hiredis"),

@@ -101,24 +101,34 @@ async def test_what_a_silent_member_holds_comes_again_to_another(place: Place) -
     keys = [f"job-{i}" for i in range(12)]
     async with place.bus() as bus, place.bus() as other:
         silent = await bus.subscribe([TALK], group="g", consumer="silent", redeliver_s=REDELIVER_S)
-        await bus.publish(TALK, numbered(24, keys=keys))
-        held: list[Delivery] = []
-        while not held:
-            held = await silent.receive(10, 0.25)
-        await silent.acknowledge(held[:2])
-        since = time.monotonic()
         heard = await other.subscribe([TALK], group="g", consumer="heard", redeliver_s=REDELIVER_S)
+        done: list[Delivery] = []
+        held: list[Delivery] = []
         got: list[Delivery] = []
-        while not {*said(held[2:])} <= {*said(got)}:
+        num_published = 0
+        started = time.monotonic()
+        while not held or not got:
+            assert time.monotonic() - started < PATIENCE_S
+            await silent.acknowledge(held)
+            done += held
+            await bus.publish(TALK, numbered(24, keys=keys, first=num_published))
+            num_published += 24
+            held, some = await asyncio.gather(silent.receive(10, 0.1), heard.receive(10, 0.1))
+            await heard.acknowledge(some)
+            got += some
+        await silent.acknowledge(held[:2])
+        done += held[:2]
+        since = time.monotonic()
+        while len({*said(done), *said(got)}) < num_published:
             assert time.monotonic() - since < PATIENCE_S
             some = await heard.receive(100, 0.2)
             await heard.acknowledge(some)
             got += some
-        again = [d for d in got if d.value in {h.value for h in held[2:]}]
-        assert time.monotonic() - since >= REDELIVER_S / 2
+        if held[2:]:
+            assert time.monotonic() - since >= REDELIVER_S / 2
         if not place.kind.startswith("kafka"):
-            assert {d.attempts for d in again} == {2}
-            assert not {*said(held[:2])} & {*said(got)}
+            assert not {*said(done)} & {*said(got)}
+            assert {d.attempts for d in got if d.value in {h.value for h in held[2:]}} <= {2}
 
 
 @in_loop
@@ -207,7 +217,7 @@ async def test_a_backlog_needs_a_group_and_a_forgotten_one_is_none(place: Place)
         assert await bus.backlog(TALK, "g") == 3
         await subscription.close()
         if place.kind == "kafka-mock":
-            return  # it cannot delete groups
+            return  # it cannot delete groups, and librdkafka 2.16 ends the process over that
         await bus.forget([TALK], "g")
         await bus.forget([TALK], "g")
         with pytest.raises(BusError, match="has no group"):

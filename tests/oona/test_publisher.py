@@ -19,9 +19,11 @@ from tests.oona.buses import Broker, Clock
 from esper.errors import BusError, ConfigError, EnvelopeError, StateError
 from esper.oona import envelope as wire
 from esper.oona.backoff import Backoff, CircuitBreaker
+from esper.oona.bus import Message
 from esper.oona.claim_stores import MemoryStore
 from esper.oona.claims import Claims
 from esper.oona.envelope import CLAIM, Envelope
+from esper.oona.memory import MOST_LOSSY_BYTES, Hub
 from esper.oona.publisher import PublisherLimits, TelemetryPublisher
 from esper.oona.rate import TokenBucket
 from esper.oona.schemas import HEALTH_SCHEMA, HEARTBEAT_SCHEMA
@@ -446,7 +448,7 @@ def test_offers_of_several_threads_all_arrive() -> None:
         mine = [n for name in broker.ids() if (n := int(name.rpartition("-")[2])) // 1000 == first]
         assert mine == sorted(mine)
     assert publisher.counts()["delivered"] == 1000
-    publisher.wake()  # after the end: harmless
+    publisher.offer(HEALTH, builder(0, HEALTH), num_bytes=1)  # after the end: harmless
 
 
 def test_a_cancelled_batch_is_pending_again() -> None:
@@ -463,6 +465,15 @@ def test_a_cancelled_batch_is_pending_again() -> None:
         assert rig.counts()["queued"] == 1
 
     asyncio.run(cancelled())
+
+
+def test_reports_that_nobody_reads_take_bounded_memory() -> None:
+    hub = Hub()
+    for number in range(20):
+        hub.put(HEALTH, [Message("k", bytes([number]) * (8 << 20))])
+    assert hub._streams[HEALTH.name].num_bytes <= MOST_LOSSY_BYTES
+    hub.join([HEALTH], "late", "oldest")
+    assert hub.take([HEALTH], "late", "one", 1, 30.0)[0].value[:1] == bytes([12])
 
 
 def test_expiry_is_written_as_times_are() -> None:

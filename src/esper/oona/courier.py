@@ -26,7 +26,7 @@ Errand = Callable[[asyncio.Event], Awaitable[None]]
 Farewell = Callable[[], Awaitable[None]]
 
 STANDSTILL_S = 30.0
-_BEAT_S = 1.0
+_BEAT_S = 2.0
 _START_S = 10.0
 _AT_EXIT_S = 2.0
 
@@ -176,10 +176,11 @@ class Courier:
         for name in names:
             self._begin(name)
         self._ready.set()
+        beat_s = min(_BEAT_S, self._standstill_s / 4)
         while not self._stop.is_set():
             self._beat = self._clock()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_BEAT_S):
+                async with asyncio.timeout(beat_s):
                     await self._stop.wait()
         await self._wind_down()
 

@@ -78,6 +78,8 @@ class Follower:
         self.rewrites = 0
         """How often the log was found written anew."""
         self._marks: list[_Mark] = []
+        self._level: tuple[int, int, int] | None = None
+        """Size, time and number of the file when there was nothing more to read in it."""
         self._saved: tuple[list[_Mark], int] = ([], 0)
         try:
             make_folders(self._disk, cursor.parent)
@@ -104,8 +106,8 @@ class Follower:
         OSError
             The log is there and cannot be read.
         """
-        size = self._size()
-        if size == self.offset == 0:
+        size, state = self._size(), self._state()
+        if size == self.offset and (size == 0 or state == self._level):
             return []
         with contextlib.ExitStack() as stack:
             try:
@@ -115,6 +117,7 @@ class Follower:
             self._find_place(stream)
             start, limit = self.offset, max(most_bytes, 1)
             if size <= start:
+                self._level = state
                 return []
             stream.seek(start)
             data = stream.read(min(limit, size - start))
@@ -138,7 +141,7 @@ class Follower:
             self._marks = _thinned(self._marks)
 
     def save(self) -> None:
-        """Keep the place, so that it survives a power cut.
+        """Keep the place; after a power cut it is this one or an earlier one.
 
         Raises
         ------
@@ -150,8 +153,7 @@ class Follower:
         bare = _Cursor(marks=self._marks, rewrites=self.rewrites)
         data = msgspec.json.encode(msgspec.structs.replace(bare, check=_check(bare)))
         temporary = self._cursor.with_name(f".{self._cursor.name}.{secrets.token_hex(4)}.part")
-        write_whole(self._disk, temporary, self._cursor, [data])
-        self._disk.sync_folder(self._cursor.parent)
+        write_whole(self._disk, temporary, self._cursor, [data])  # if the new name is lost, the old place is there
         self._saved = (list(self._marks), self.rewrites)
 
     def _size(self) -> int:
@@ -160,6 +162,13 @@ class Follower:
         except FileNotFoundError:
             return 0
         return size if self._end is None else min(size, self._end())
+
+    def _state(self) -> tuple[int, int, int] | None:
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return None
+        return found.st_size, found.st_mtime_ns, found.st_ino
 
     def _find_place(self, stream: BinaryIO) -> None:
         """Go back to the last line that is still as it was read."""

@@ -99,8 +99,7 @@ class KafkaBus:
     async def close(self) -> None:
         if self._is_closed:
             return
-        for subscription in self._subscriptions:
-            await subscription.close()
+        await asyncio.gather(*(subscription.close() for subscription in self._subscriptions))
         await self._run(self._drop)
         self._is_closed = True
         self._thread.shutdown(wait=False)

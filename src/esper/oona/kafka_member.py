@@ -252,22 +252,14 @@ class Member:
         return True
 
     def _check_touch(self) -> None:
-        """After all brokers were out of reach: are they there again, and do they still know the group?"""
-        if not self._has_lost_touch:
-            return
-        assert self._consumer is not None
-        known = [TopicPartition(*partition) for partition, offset in self._committed.items() if offset > 0]
-        try:
-            self._consumer.list_topics(timeout=self._timeout_s)
-            answered = self._consumer.committed(known, timeout=self._timeout_s) if known else []
-        except KafkaException as raised:
-            raise self._say(raised.args[0]) from None
-        self._has_lost_touch = False
-        if any(partition.offset < 0 for partition in answered):
-            # A broker that keeps all in memory was restarted: begin with the oldest message that there is now.
-            self.close()
-            self._committed.clear()
-            self.join("oldest")
+        """After all brokers were out of reach: are they still? One that has lost the group tells its next heartbeat."""
+        if self._has_lost_touch:
+            assert self._consumer is not None
+            try:
+                self._consumer.list_topics(timeout=self._timeout_s)
+            except KafkaException as raised:
+                raise self._say(raised.args[0]) from None
+            self._has_lost_touch = False
 
     def _forget_all(self) -> None:
         self._fresh.clear()

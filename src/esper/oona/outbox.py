@@ -8,7 +8,6 @@ simply grows, and :meth:`Outbox.behind` says by how much.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from esper.errors import BusError, EnvelopeError
 from esper.oona import envelope as wire
 from esper.oona.aside import aside, within
 from esper.oona.backoff import Backoff, CircuitBreaker
+from esper.oona.bell import Bell
 from esper.oona.bus import Bus, Delivery, Message
 from esper.oona.dead_letters import bury
 from esper.oona.envelope import Envelope
@@ -118,6 +118,8 @@ class Outbox:
         Shared with whoever else sends over this bus in this thread, or the outbox's own.
     poll_s:
         How often to look into the log where nobody calls :meth:`nudge`.
+    linger_s:
+        How long to wait after a nudge for what comes with it: one decision tells several events.
     save_every_s:
         How much may be sent again after a crash.
     patience_s:
@@ -133,32 +135,29 @@ class Outbox:
         *,
         breaker: CircuitBreaker | None = None,
         backoff: Backoff | None = None,
-        poll_s: float = 0.25,
+        poll_s: float = 1.0,
+        linger_s: float = 0.005,
         save_every_s: float = 1.0,
         patience_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bus, self._sender, self._follower, self._classify = bus, sender, follower, classify
         self._breaker, self._backoff = breaker or CircuitBreaker(clock=clock), backoff or Backoff()
-        self._poll_s, self._save_every_s, self._patience_s = poll_s, save_every_s, patience_s
+        self._poll_s, self._linger_s = poll_s, linger_s
+        self._save_every_s, self._patience_s = save_every_s, patience_s
         self._clock = clock
         self._saved_at = clock()
         self._level_at = clock()
         """When nothing was left to send, last."""
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._nudged = asyncio.Event()
-        self._is_idle = self._is_due = False
+        self._bell = Bell()
+        self._not_before = 0.0
         self._counts = {"sent": 0, "skipped": 0, "buried": 0, "failures": 0, "save_failures": 0}
 
     # ---------------------------------------------------------------------------------------------- any thread
 
     def nudge(self) -> None:
         """There is something new in the log."""
-        loop, self._is_due = self._loop, True
-        if self._is_idle and loop is not None:
-            self._is_idle = False
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody sends any more
-                loop.call_soon_threadsafe(self._nudged.set)
+        self._bell.ring()
 
     def behind(self) -> tuple[int, float]:
         """Bytes of the log that were not sent, and seconds since all was: at least as long as the oldest waits."""
@@ -174,51 +173,38 @@ class Outbox:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Send until ``stop`` is set and the broker has all of the log, or does not answer."""
-        self._loop = asyncio.get_running_loop()
+        last = asyncio.create_task(self._bell.ring_at(stop))
         try:
             while True:
-                self._nudged.clear()
-                self._is_due = False
                 wait_s = await self.turn()
                 if wait_s is None:
                     await asyncio.sleep(0)
-                    continue
-                if stop.is_set():
+                elif stop.is_set():
                     return
-                await self._rest(wait_s, stop)
+                else:
+                    await self._bell.wait(wait_s)
+                    await asyncio.sleep(self._linger_s)
         finally:
-            self._loop = None
+            last.cancel()
             await self._save()
-
-    async def _rest(self, seconds: float, stop: asyncio.Event) -> None:
-        self._is_idle = True
-        if self._is_due and seconds <= self._poll_s:
-            return  # nudged between the last look and now
-        waits = [asyncio.ensure_future(event.wait()) for event in (self._nudged, stop)]
-        try:
-            await asyncio.wait(waits, timeout=min(seconds, 60.0), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._is_idle = False
-            for wait in waits:
-                wait.cancel()
 
     async def turn(self) -> float | None:
         """Send one batch. Seconds after which to look again; ``None``: there is more at once."""
+        away_s = max(self._not_before - self._clock(), self._breaker.wait_s)
+        if away_s > 0:
+            return away_s
         try:
             lines = self._follower.read(_BATCH_LINES, _BATCH_BYTES)
-        except OSError:
-            self._counts["failures"] += 1
-            return self._backoff.next_s()
-        if lines and not self._breaker.allow():
-            return max(self._breaker.wait_s, 0.01)
-        if lines:
-            try:
+            if lines and not self._breaker.allow():
+                return max(self._breaker.wait_s, 0.01)
+            if lines:
                 await self._send(lines)
-            except BusError:
+                self._breaker.succeeded()
+        except (BusError, OSError) as error:
+            if isinstance(error, BusError):
                 self._breaker.failed()
-                self._counts["failures"] += 1
-                return max(self._backoff.next_s(), self._breaker.wait_s)
-            self._breaker.succeeded()
+            return self._failed()
+        if lines:
             self._backoff.reset()
             self._follower.advance(lines[-1])
         if self._clock() - self._saved_at >= self._save_every_s:
@@ -227,6 +213,13 @@ class Outbox:
             return None
         self._level_at = self._clock()
         return self._poll_s
+
+    def _failed(self) -> float:
+        """Seconds until the next attempt."""
+        self._counts["failures"] += 1
+        wait_s = self._backoff.next_s()
+        self._not_before = self._clock() + wait_s
+        return max(wait_s, self._breaker.wait_s)
 
     async def _send(self, lines: list[Line]) -> None:
         batches: dict[str, tuple[Topic, list[Message]]] = {}

@@ -13,7 +13,6 @@ and observations are of no use later: they wait in memory, if at all, until they
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from esper.errors import BusError, ConfigError, EnvelopeError, StateError
 from esper.oona import envelope as wire
 from esper.oona.aside import within
 from esper.oona.backoff import Backoff, CircuitBreaker
+from esper.oona.bell import Bell
 from esper.oona.bus import Bus, Message
 from esper.oona.claims import MOST_BYTES
 from esper.oona.envelope import Envelope
@@ -107,9 +107,7 @@ class TelemetryPublisher:
         self._waiting = Waiting(max_offers=self.limits.queue_offers, max_bytes=self.limits.queue_bytes, clock=clock)
         self._messages = TokenBucket(self.limits.messages_per_s, 2 * self.limits.messages_per_s, clock=monotonic)
         self._bytes = TokenBucket(self.limits.bytes_per_s, 2 * self.limits.bytes_per_s, clock=monotonic)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._woken = asyncio.Event()
-        self._is_idle = False
+        self._bell = Bell()
 
     # ---------------------------------------------------------------------------------------------- any thread
 
@@ -140,16 +138,8 @@ class TelemetryPublisher:
         """
         expires = 0.0 if valid_s is None else self._clock() + valid_s
         kept = self._waiting.offer(Offer(topic, num_bytes, build, expires))
-        if self._is_idle:
-            self.wake()
+        self._bell.ring()
         return kept
-
-    def wake(self) -> None:
-        """Have the courier look now."""
-        loop, self._is_idle = self._loop, False
-        if loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody sends any more
-                loop.call_soon_threadsafe(self._woken.set)
 
     def counts(self) -> dict[str, int]:
         """What became of everything that was offered: ``offered + recovered = delivered + dropped + pending``."""
@@ -159,34 +149,19 @@ class TelemetryPublisher:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Send until ``stop`` is set and what could be sent is sent; the rest goes to the spool."""
-        self._loop = asyncio.get_running_loop()
+        last = asyncio.create_task(self._bell.ring_at(stop))
         try:
             while True:
-                self._woken.clear()
                 turn = await self.turn()
                 if turn.more:
                     await asyncio.sleep(0)
-                    continue
-                if stop.is_set():
+                elif stop.is_set():
                     return
-                await self._rest(turn.wait_s, stop)
+                else:
+                    await self._bell.wait(turn.wait_s)
         finally:
-            self._loop = None
+            last.cancel()
             self.close()
-
-    async def _rest(self, seconds: float, stop: asyncio.Event) -> None:
-        self._is_idle = True
-        if self._waiting.num_queued and seconds == float("inf"):
-            return  # offered between the last look and now
-        waits = [asyncio.ensure_future(event.wait()) for event in (self._woken, stop)]
-        try:
-            await asyncio.wait(
-                waits, timeout=None if seconds == float("inf") else seconds, return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            self._is_idle = False
-            for wait in waits:
-                wait.cancel()
 
     async def turn(self) -> Turn:
         """Send one batch of what is fleeting and one of what can wait."""

@@ -91,12 +91,17 @@ class RedisBus:
         if state is None:
             raise BusError(f"{topic.name} has no group {group!r}; subscribe first")
         if state.get("lag") is None:
-            # The server counts only while nothing but trimming has taken entries away.
-            new = await self._connection.call(key, "XRANGE", key, b"(" + state["last-delivered-id"], "+")
-            return len(new) + state["pending"]
+            # Redis before 7 does not count, nor a later one from whose middle entries were deleted.
+            return await self._count_after(key, state["last-delivered-id"]) + state["pending"]
         # What a bounded topic has let go of since is nobody's backlog.
         num = await self._connection.call(key, "XLEN", key)
         return min(state["lag"], num) + state["pending"]
+
+    async def _count_after(self, key: str, position: bytes) -> int:
+        num = 0
+        while entries := await self._connection.call(key, "XRANGE", key, b"(" + position, "+", "COUNT", BATCH_MESSAGES):
+            num, position = num + len(entries), entries[-1][0]
+        return num
 
     async def forget(self, topics: Sequence[Topic], group: str) -> None:
         self._check_open()
@@ -108,8 +113,7 @@ class RedisBus:
     async def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True
-            for subscription in self._subscriptions:
-                await subscription.close()
+            await asyncio.gather(*(subscription.close() for subscription in self._subscriptions))
             await self._connection.close()
 
     def _check_open(self) -> None:
@@ -212,10 +216,12 @@ class _RedisSubscription:
         if self.is_closed:
             return
         self.is_closed = True
-        for key in self._topics:
-            # Without a server nothing can be handed on; others take it after redeliver_s.
-            with contextlib.suppress(BusError, GroupGone):
-                await self._connection.call(key, "EVAL", scripts.LEAVE, 1, key, self._group, self._consumer, _HEIR)
+        # Without a server nothing can be handed on; others take it after redeliver_s.
+        with contextlib.suppress(BusError):
+            for key in self._topics:
+                with contextlib.suppress(GroupGone):
+                    leave = (scripts.LEAVE, 1, key, self._group, self._consumer, _HEIR)
+                    await self._connection.call(key, "EVAL", *leave)
 
     @property
     def _can_block(self) -> bool:
