@@ -157,15 +157,16 @@ class KafkaBus:
     def _prepare(self, topic: Topic) -> int:
         """Make sure of the topic; how many partitions it has."""
         name = self._where.prefix + topic.name
-        if name not in self._partitions:
-            if self._admin is None:
-                self._admin = AdminClient(self._settings)
+        known = self._partitions.get(name)
+        if known is None:
+            # A name of its own: a member that joins anew comes here from its own thread, and _drop may come between.
+            admin = self._admin = self._admin or AdminClient(self._settings)
             limit_s = self._where.timeout_s
             try:
-                there = self._admin.list_topics(timeout=limit_s).topics
+                there = admin.list_topics(timeout=limit_s).topics
                 if name not in there:
-                    self._create(self._admin, name, topic)
-                    there = self._admin.list_topics(name, timeout=limit_s).topics
+                    self._create(admin, name, topic)
+                    there = admin.list_topics(name, timeout=limit_s).topics
             except KafkaException as raised:
                 raise self._say(raised.args[0]) from None
             if name not in there or there[name].error is not None or not there[name].partitions:
@@ -173,8 +174,8 @@ class KafkaBus:
                     f"{self.address} must have the topic {name}, got none and may not make it; "
                     f"make it with {PARTITIONS} partitions, or allow this user to"
                 )
-            self._partitions[name] = len(there[name].partitions)
-        return self._partitions[name]
+            known = self._partitions[name] = len(there[name].partitions)
+        return known
 
     def _create(self, admin: AdminClient, name: str, topic: Topic) -> None:
         config = {**(_DURABLE if topic.durable else _LOSSY), "max.message.bytes": str(_LARGEST_BYTES)}
