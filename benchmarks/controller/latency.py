@@ -4,9 +4,9 @@ Run from the repository root (a minute)::
 
     PYTHONPATH=src:. python benchmarks/controller/latency.py
 
-For each size of the policy and each number of threads: the least and the median of ``--repeats`` decisions over
-``--sites`` sites, in milliseconds by the clock and of CPU time (all threads together). On a busy machine the least CPU
-time on one thread is the number to trust. Writes ``benchmarks/results/policy_latency.json``.
+For each size of the policy: the least and the median of ``--repeats`` decisions over ``--sites`` sites, in
+milliseconds by the clock and of CPU time, on one thread as the controller decides. On a busy machine the CPU time is the
+number to trust. Writes ``benchmarks/results/policy_latency.json``.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from esper.tamiyo.sight import see
 RESULT = Path(__file__).parents[1] / "results" / "policy_latency.json"
 
 
-def measure(size: str, threads: int, sites: int, repeats: int) -> dict[str, object]:
+def measure(size: str, sites: int, repeats: int) -> dict[str, object]:
     """One row."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     policy, reader, observation = Policy(size), FeatureReader(), make(np.random.default_rng(0), sites)
     clock, cpu = list[float](), list[float]()
     with torch.inference_mode():
@@ -42,7 +42,7 @@ def measure(size: str, threads: int, sites: int, repeats: int) -> dict[str, obje
             clock.append(1000 * (time.perf_counter() - start))
             cpu.append(1000 * (time.process_time() - spent))
     return {
-        "size": size, "threads": threads, "sites": sites, "params": sum(p.numel() for p in policy.parameters()),
+        "size": size, "sites": sites, "params": sum(p.numel() for p in policy.parameters()),
         "clock_ms": {"least": round(min(clock), 2), "median": round(float(np.median(clock)), 2)},
         "cpu_ms": {"least": round(min(cpu), 2), "median": round(float(np.median(cpu)), 2)},
     }  # fmt: skip
@@ -54,9 +54,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--out", type=Path, default=RESULT)
     asked = parser.parse_args()
-    rows = [
-        measure(size, threads, asked.sites, asked.repeats) for size in SIZES_BY_NAME for threads in (1, 2)
-    ]  # fmt: skip
+    rows = [measure(size, asked.sites, asked.repeats) for size in SIZES_BY_NAME]
     for row in rows:
         print(row)
     result = {

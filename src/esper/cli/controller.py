@@ -107,7 +107,7 @@ def _evaluate(command: Controller, context: Context) -> Outcome:
 def _compare(command: Controller, context: Context) -> Outcome:
     from esper.learning import contest  # imports torch
     from esper.learning.environment import make_environment
-    from esper.learning.job import one_thread
+    from esper.tamiyo.neural.threads import one_thread
 
     environment = make_environment(command.environment, command.side_by_side)
     players = {name: _player(name, sampled=command.sampled) for name in command.players}
