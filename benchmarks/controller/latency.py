@@ -5,7 +5,7 @@ Run from the repository root (a minute)::
     PYTHONPATH=src:. python benchmarks/controller/latency.py
 
 For each size of the policy: the least and the median of ``--repeats`` decisions over ``--sites`` sites, in
-milliseconds by the clock and of CPU time, on one thread as the controller decides. On a busy machine the CPU time is the
+milliseconds by the clock and of CPU time, on one thread as the controller decides. On a busy machine CPU time is the
 number to trust. Writes ``benchmarks/results/policy_latency.json``.
 """
 
