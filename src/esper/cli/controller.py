@@ -93,8 +93,11 @@ def _train(command: Controller, context: Context) -> Outcome:
         labelled("scores", ", ".join(f"{mode} {score:.4f}" for mode, score in result["scores"].items()) + best),
         *(labelled("problem", text) for text in result["problems"]),
         labelled("policy", result["policy"]),
-        labelled("next", f"esper controller compare --players {result['policy']} heuristic never random"),
-    ]
+        labelled(
+            "next", f"esper controller compare --environment {options.environment} "
+            f"--players {result['policy']} heuristic never random",
+        ),
+    ]  # fmt: skip
     return Outcome(result=result, lines=lines)
 
 
