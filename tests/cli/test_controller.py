@@ -23,7 +23,9 @@ def test_trains_evaluates_and_compares(tmp_path: Path, capsys: pytest.CaptureFix
     lines = out.splitlines()
     assert lines[0] == "trained    2 updates, 8 episodes"
     assert lines[1].endswith("the best possible is 0.9000")
-    assert lines[-1] == f"next       esper controller compare --players {run}/policy heuristic never random"
+    assert lines[-1] == (
+        f"next       esper controller compare --environment planted --players {run}/policy heuristic never random"
+    )
     few = ["--side-by-side", "4", "--episodes", "4"]
     assert main(["controller", "compare", *few, "--players", f"{run}/policy", "never", "--json", "-"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -15,7 +15,7 @@ from esper.errors import ConfigError, StateError, UnknownNameError
 from esper.learning.cloning import Pair, agreement, clone, demonstrate
 from esper.learning.contest import Following, contest, named, never, play, summary, uniform
 from esper.learning.health import dead_critic, wait_collapse
-from esper.learning.job import CURVES, POLICY, PROGRESS, one_thread, train
+from esper.learning.job import CURVES, POLICY, PROGRESS, train
 from esper.learning.options import TrainOptions
 from esper.learning.planted import BEST, Planted
 from esper.learning.ppo import PPOConfig
@@ -24,6 +24,7 @@ from esper.tamiyo import HeuristicController
 from esper.tamiyo.actions import WAIT, Operation
 from esper.tamiyo.neural import policy_file
 from esper.tamiyo.neural.policy import Policy
+from esper.tamiyo.neural.threads import one_thread
 
 pytestmark = pytest.mark.component
 

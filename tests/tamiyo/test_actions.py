@@ -81,8 +81,9 @@ def test_an_unknown_size_leaves_no_room(observe: Observe) -> None:
     assert "GERMINATE" not in operations(observe(budget_flops=5e6, flops_per_step=NAN))
 
 
-def test_only_eligible_sites(observe: Observe) -> None:
-    valid = masks(observe(eligible=np.array([False, True, False, True])))
+@pytest.mark.parametrize("ceiling", [None, 100_000])
+def test_only_eligible_sites(observe: Observe, ceiling: int | None) -> None:
+    valid = masks(observe(eligible=np.array([False, True, False, True]), budget_params=ceiling))
     assert valid.valid((Operation.GERMINATE,)).tolist() == [True, False, True, False, True]
     alone = masks(observe(eligible=np.array([False, True, False, False])))
     assert not alone.valid((Operation.GERMINATE,))[ALL], "one site alone is not a group"

@@ -106,8 +106,11 @@ def _train(command: Controller, context: Context) -> Outcome:
         labelled("scores", ", ".join(f"{mode} {score:.4f}" for mode, score in result["scores"].items()) + best),
         *(labelled("problem", text) for text in result["problems"]),
         labelled("policy", result["policy"]),
-        labelled("next", f"esper controller compare --players {result['policy']} heuristic never random"),
-    ]
+        labelled(
+            "next", f"esper controller compare --environment {options.environment} "
+            f"--players {result['policy']} heuristic never random",
+        ),
+    ]  # fmt: skip
     return Outcome(result=result, lines=lines)
 
 
@@ -128,7 +131,7 @@ def _evaluate(command: Controller, context: Context) -> Outcome:
 def _compare(command: Controller, context: Context) -> Outcome:
     from esper.learning import contest  # imports torch
     from esper.learning.environment import make_environment
-    from esper.learning.job import one_thread
+    from esper.tamiyo.neural.threads import one_thread
 
     environment = make_environment(command.environment, command.side_by_side)
     players = {name: _player(name, sampled=command.sampled) for name in command.players}

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from esper.config import TamiyoConfig
 from esper.errors import ConfigError
@@ -33,6 +30,7 @@ from esper.tamiyo.neural import policy_file
 from esper.tamiyo.neural.policy import Policy
 from esper.tamiyo.neural.policy_file import Card
 from esper.tamiyo.neural.ranges import Ranges
+from esper.tamiyo.neural.threads import one_thread
 from esper.tamiyo.registry import make_controller
 
 CURVES, PROGRESS, POLICY = "curves.jsonl", "progress", "policy"
@@ -158,14 +156,3 @@ def _mean_return(policy: Policy, environment: HostEnvironment, options: TrainOpt
     player = Following(policy, sampled=sampled)
     returns = play(environment, player, options.test_episodes, seed=_TEST_SEED + options.seed)
     return sum(returns) / len(returns)
-
-
-@contextmanager
-def one_thread() -> Generator[None]:
-    """The order of sums, and so the last bit, depends on the number of threads; and small networks like one best."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

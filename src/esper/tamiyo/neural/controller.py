@@ -17,6 +17,7 @@ from esper.tamiyo.neural import policy_file
 from esper.tamiyo.neural.batch import Batch
 from esper.tamiyo.neural.policy import Policy
 from esper.tamiyo.neural.policy_file import Card
+from esper.tamiyo.neural.threads import one_thread
 from esper.tamiyo.sight import Sight, see
 
 NO_POLICY = (
@@ -117,6 +118,6 @@ class NeuralController:
             seed = np.random.SeedSequence([self._seed, self._decisions]).generate_state(1)
             generator = torch.Generator().manual_seed(int(seed[0]))
         # A user's autocast is none of the policy's business.
-        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        with one_thread(), torch.inference_mode(), torch.autocast("cpu", enabled=False):
             found = policy(Batch.of([sight]), generator=generator)
         return Action(*found.actions[0].tolist())
