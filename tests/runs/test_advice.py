@@ -41,7 +41,12 @@ def db(tmp_path: Path) -> Path:
 
 def options(tmp_path: Path, db: Path, name: str = "run", **changes: Any) -> RunOptions:
     made = RunOptions(
-        preset="digits", device="cpu", run_dir=tmp_path / name, checkpoint_every=0.0, karn=db, **JOBS["short"]
+        preset="digits",
+        device="cpu",
+        run_dir=tmp_path / name,
+        checkpoint_every=0.0,
+        karn=db,
+        **{**JOBS["short"], "steps": 60},
     )
     return replace(made, **changes)
 
