@@ -10,6 +10,7 @@ from tests.rigs import attach
 from torch import nn
 
 import esper
+from esper.errors import EsperError
 from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import BLUEPRINTS
 from esper.kasmina.family import host_family
@@ -151,17 +152,20 @@ def test_starts_that_keep_the_draw_do_depend_on_it(start: str) -> None:
 
 
 def test_offers_are_what_a_germination_takes() -> None:
-    """Every pair that is offered germinates, and every other one on this kind of site is refused."""
+    """Every pair that is offered is taken, and every other one on this kind of site is refused."""
     rig = attach(mlp(), sites=esper.SitesConfig(layers=True))
     for site in rig.grower.kasmina.sites.values():
         offered = offers(site)
         assert offered and len(set(offered)) == len(offered)
         for blueprint in BLUEPRINTS:
             for start in set(STARTS.names) - {"gradient_svd"}:
-                one = attach(mlp(), sites=esper.SitesConfig(layers=True))
                 plan = SeedPlan(site=site.info.name, blueprint=blueprint, start=start, width=2)
-                one.order(Germinate(seeds=(plan,)))
-                assert bool(one.grower.kasmina.cohorts) == ((blueprint, start) in offered), (blueprint, start)
+                try:
+                    rig.grower.kasmina.nursery._resolve(plan, 0)
+                    taken = True
+                except EsperError:
+                    taken = False
+                assert taken == ((blueprint, start) in offered), (blueprint, start)
 
 
 def test_an_observation_says_what_may_sit_where_and_what_host_it_is() -> None:

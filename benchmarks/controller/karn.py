@@ -213,7 +213,7 @@ def main() -> None:
         "command": f"python benchmarks/controller/karn.py --reports {' '.join(map(str, args.reports))} --hosts "
         f"{args.hosts} --bred {args.bred}" + (f" --only {' '.join(args.only)}" if args.only else ""),
         "gathered": {"reports": len(reports), "kept": sum(r.kept for r in reports)},
-        "arms": summary(arms, "uniform"),
+        "by_arm": summary(arms, "uniform"),
     }
     args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -42,12 +42,12 @@ def test_the_same_snapshot_and_seed_give_the_same_proposals() -> None:
 @pytest.mark.parametrize("strategy", ["efficiency", "hybrid", "performance", "stability", "risk"])
 def test_what_did_well_is_proposed_more_often(strategy: str) -> None:
     """By chance each of the six starts has one proposal in six."""
-    found = starts(Architect(Snapshot(reports=experience("gradmax", 240)), strategy=strategy))
-    assert found["gradmax"] >= 28, found
+    found = starts(Architect(Snapshot(reports=experience("gradmax", 240)), strategy=strategy), 20)
+    assert found["gradmax"] >= 14, found
 
 
 def test_without_experience_everything_gets_its_turn() -> None:
-    assert len(starts(Architect(Snapshot()), 200)) == len(OFFERS)
+    assert len(starts(Architect(Snapshot()), 60)) == len(OFFERS)
     even = starts(Architect(Snapshot(reports=experience("gradmax", 240)), uniform=True), 300)
     assert min(even.values()) > 25, "drawn evenly, whatever is known"
 

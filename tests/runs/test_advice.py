@@ -41,7 +41,12 @@ def db(tmp_path: Path) -> Path:
 
 def options(tmp_path: Path, db: Path, name: str = "run", **changes: Any) -> RunOptions:
     made = RunOptions(
-        preset="digits", device="cpu", run_dir=tmp_path / name, checkpoint_every=0.0, karn=db, **JOBS["short"]
+        preset="digits",
+        device="cpu",
+        run_dir=tmp_path / name,
+        checkpoint_every=0.0,
+        karn=db,
+        **{**JOBS["short"], "steps": 60},
     )
     return replace(made, **changes)
 
@@ -83,13 +88,13 @@ def test_a_resumed_run_ends_as_one_that_nobody_touched(tmp_path: Path, db: Path)
 
     def count(event: AnyEvent) -> None:
         seen.append(event)
-        if len(seen) == 20:
+        if len(seen) == 5:  # before the first germination
             raise Stop
 
     with pytest.raises(Stop):
         execute(asked, count)
     with Database(tmp_path / "same.db") as database:
-        database.file([msgspec.structs.replace(r, run="another") for r in experience("copy")])
+        database.file([msgspec.structs.replace(r, run="another") for r in experience("copy", 600)])
     notes: list[str] = []
     execute(asked, ignore, notes.append)
     assert notes[0].startswith("resuming")

@@ -104,3 +104,18 @@ def test_what_a_fate_is_worth(told: tuple[Any, ...], wanted: tuple[float, ...] |
 )
 def test_share_of_the_held_out_loss(gain: Any, held: Any, wanted: Any) -> None:
     assert gain_share(gain, held) == wanted
+
+
+def test_everything_built_in_has_a_column_of_its_own() -> None:
+    from esper.kasmina.blueprints import BLUEPRINTS
+    from esper.kasmina.starts import STARTS
+    from esper.protocol import SiteKind
+    from esper.worth import features
+
+    def built_in(registry: Any) -> set[str]:
+        return {name for name in registry if type(registry[name]).__module__.startswith("esper.")}
+
+    # a start's second name and blueprints that other tests have registered have none
+    assert built_in(BLUEPRINTS) - set(features.BLUEPRINTS) <= {"own_mlp", "own_channels"}
+    assert built_in(STARTS) - set(features.STARTS) == {"gradient_svd"}
+    assert {f"kind={kind}" for kind in SiteKind} <= set(FEATURE_NAMES)
