@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import os
@@ -44,6 +45,7 @@ from esper.oona.topics import HEALTH, HEARTBEATS, OBSERVATIONS
 from esper.protocol import Observation, Order, Pause, Resume
 
 HEARTBEAT_S = 5.0
+SWEEP_S = 60.0
 OBSERVATION_VALID_S = 30.0
 
 
@@ -176,7 +178,8 @@ class Link:
             self._bus, self._sender, make_spool=self._spool, breaker=self._breaker, backoff=self._backoff
         )
         self._ears = Ears(self._bus, self._sender, group=f"ears {self._sender.run}/{self._sender.subject}")
-        for name, errand in (("telemetry", self._publisher.run), ("orders", intake.run), ("ears", self._ears.run)):
+        errands = {"telemetry": self._publisher.run, "orders": intake.run, "ears": self._ears.run}
+        for name, errand in (errands | {"claims": self._sweep}).items():
             self._courier.add(name, errand)
         grower.serve(desk, checkpoints=checkpoints)
         grower.watcher = self.look
@@ -301,6 +304,13 @@ class Link:
 
     def _spool(self) -> Spool:
         return Spool(self._folder / "spool", max_bytes=self.limits.spool_bytes)
+
+    async def _sweep(self, stop: asyncio.Event) -> None:
+        """Claims whose time is over go, where the store does not see to that."""
+        while self._claims is not None and not stop.is_set():
+            await self._claims.store.sweep()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), SWEEP_S)
 
     async def _farewell(self) -> None:
         with contextlib.suppress(BusError):  # a broker that is gone cannot be taken leave of

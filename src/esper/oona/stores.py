@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
-from esper.oona.address import Address, parse
+from esper.oona.address import parse
 from esper.oona.claim_stores import MemoryStore, RedisStore, make_store
 from esper.oona.claims import Claims, ClaimStore
 
@@ -32,29 +31,11 @@ def open_claims(url: str, environ: Mapping[str, str] | None = None) -> Claims | 
     if named:
         store = make_store(named)
     elif address.broker == "redis":
-        store = RedisStore(_Keys(address), address=str(address))
+        from esper.oona.redis_connection import RedisConnection
+
+        store = RedisStore(RedisConnection(address), address=str(address), prefix=address.prefix)
     elif address.broker == "memory":
         store = _SHARED.setdefault(str(address), MemoryStore())
     else:
         return None
     return Claims(store)
-
-
-class _Keys:
-    """Keys of the server or cluster that has the bus, as a claim store uses them."""
-
-    def __init__(self, address: Address) -> None:
-        from esper.oona.redis_connection import RedisConnection
-
-        self._connection, self._prefix = RedisConnection(address), address.prefix
-
-    async def set(self, name: str, value: bytes, *, ex: int) -> Any:
-        key = self._prefix + name
-        return await self._connection.call(key, "SET", key, value, "EX", ex)
-
-    async def getrange(self, key: str, start: int, end: int) -> Any:
-        key = self._prefix + key
-        return await self._connection.call(key, "GETRANGE", key, start, end)
-
-    async def aclose(self) -> None:
-        await self._connection.close()
