@@ -193,6 +193,19 @@ async def test_a_durable_topic_loses_nothing_that_a_group_still_needs(place: Pla
 
 
 @in_loop
+async def test_who_comes_later_finds_what_others_are_done_with(place: Place) -> None:
+    """A look at the dead letters must not be the end of them."""
+    async with place.bus() as bus:
+        first = await bus.subscribe([TALK], group="first", consumer="c", redeliver_s=place.long_s)
+        await bus.publish(TALK, numbered(5))
+        assert said(await gather_up(first, 5)) == list(range(5))
+        await bus.publish(TALK, numbered(1, first=5))
+        assert said(await gather_up(first, 1)) == [5]
+        later = await bus.subscribe([TALK], group="later", consumer="c", begin="oldest", redeliver_s=place.long_s)
+        assert said(await gather_up(later, 6)) == list(range(6))
+
+
+@in_loop
 async def test_a_topic_that_may_lose_keeps_about_its_newest(place: Place) -> None:
     if place.kind.startswith("kafka"):
         pytest.skip("a Kafka topic is bounded by age and size, which the broker sees to")

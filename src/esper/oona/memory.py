@@ -64,11 +64,15 @@ class _Stream:
         self.messages.append(message)
         self.num_bytes += len(message.value)
 
-    def trim(self) -> None:
-        """Let go of what every group is done with, and of what is too old on a topic that may lose."""
+    def trim(self, *, hard: bool = False) -> None:
+        """Let go of what every group is done with, but for the newest (``hard``: of those too), and of what is too old
+        on a topic that may lose."""
         keep_from = min((group.oldest for group in self.groups.values()), default=self.first)
+        newest = max(self.first, self.end - self.topic.retention)
         if not self.topic.durable or not self.groups:
-            keep_from = max(keep_from, self.end - self.topic.retention)
+            keep_from = max(keep_from, newest)
+        elif not hard:
+            keep_from = min(keep_from, newest)
         while self.first < keep_from or (not self.topic.durable and self.num_bytes > MOST_LOSSY_BYTES):
             self.num_bytes -= len(self.messages.popleft().value)
             self.first += 1
@@ -100,7 +104,10 @@ class Hub:
         """Append all of them or none."""
         with self._lock:
             stream = self._stream(topic)
-            size = stream.num_bytes + sum(len(message.value) for message in messages)
+            added = sum(len(message.value) for message in messages)
+            if topic.durable and stream.num_bytes + added > self._max_bytes:
+                stream.trim(hard=True)
+            size = stream.num_bytes + added
             if topic.durable and size > self._max_bytes:
                 raise BusError(
                     f"{topic.name} may hold {self._max_bytes} bytes that were not acknowledged, got {size}; "

@@ -24,7 +24,7 @@ _NEVER_AGAIN_S = 24 * 3600.0
 async def passing(
     bus: Bus, topics: Sequence[Topic], begin: Begin, wait_s: float = 0.5
 ) -> AsyncGenerator[list[Delivery]]:
-    """Messages as they come, for ever; an empty list where none came for ``wait_s``. Nobody else gets fewer by it.
+    """Messages as they come, for ever; an empty list where none came for ``wait_s``.
 
     Raises
     ------

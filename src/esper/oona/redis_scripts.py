@@ -23,10 +23,12 @@ local function needed(key)
   end
   return oldest, slowest
 end
+-- What all groups are done with goes, but for about the newest `retention`: whoever comes later finds those.
 local function trim(key, retention)
   local oldest, slowest = needed(key)
   if oldest then
-    redis.call('XTRIM', key, 'MINID', '~', oldest)
+    local spare = redis.call('XLEN', key) - tonumber(retention)
+    if spare > 0 then redis.call('XTRIM', key, 'MINID', '~', oldest, 'LIMIT', spare) end
   else
     redis.call('XTRIM', key, 'MAXLEN', '~', retention)
   end
@@ -49,6 +51,10 @@ PUBLISH_DURABLE = (
 local key, retention, most, most_bytes = KEYS[1], ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local slowest = trim(key, retention)
 local num, bytes = redis.call('XLEN', key), redis.call('MEMORY', 'USAGE', key) or 0
+if num >= most or bytes >= most_bytes then
+  trim(key, 0)
+  num, bytes = redis.call('XLEN', key), redis.call('MEMORY', 'USAGE', key) or 0
+end
 if num >= most or bytes >= most_bytes then return {num, bytes, slowest or ''} end
 for i = 4, #ARGV, 2 do redis.call('XADD', key, '*', 'k', ARGV[i], 'v', ARGV[i + 1]) end
 return 0

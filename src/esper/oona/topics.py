@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class Topic:
     """A named stream of messages; messages of one key keep their order.
 
-    ``durable``: nothing is dropped; a broker without room refuses instead. Otherwise the broker keeps about the newest
-    ``retention`` messages, whether anybody has read them or not.
+    ``durable``: nothing is dropped that some group still needs; a broker without room refuses instead. Of what all are
+    done with about the newest ``retention`` messages stay, as long as there is room. Otherwise the broker keeps about
+    the newest ``retention`` messages, whether anybody has read them or not.
     """
 
     name: str
