@@ -28,8 +28,8 @@ HELD_OUT = 20
 """Held-out batches: enough to judge with, few enough to judge often."""
 LARGEST = 4.0
 """Parameters at which a life ends, as a multiple of the host's."""
-LONGEST = 2_500
-"""Steps after which a life ends in any case: a run keeps every verdict, and here they come by the hundred."""
+LONGEST = 20_000
+"""Steps after which a life ends in any case: some 1,500 cohorts, more than a run keeps whole."""
 FAULT_EVERY = 400
 """Steps of a life between two faults."""
 GRACE = 15
