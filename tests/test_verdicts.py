@@ -82,6 +82,15 @@ def restored(earlier: Verdicts, newest: int = NEWEST) -> Verdicts:
     return later
 
 
+def test_going_back_to_before_the_first_leaves_nothing_told() -> None:
+    found = Verdicts()
+    before, empty = found.state(), digest(found.state())
+    found.add(verdict(1, gain=0.1), 0.1)
+    assert len(found.told()) == 1 and found[0].cohort == 1
+    found.restore(before)
+    assert found.told() == () and digest(found.state()) == empty and found.num_untold == 0
+
+
 def test_a_gain_is_shrunk_towards_the_judged_ones() -> None:
     found, rest = Verdicts(), [(0.3, 0.1), (0.1, 0.2), (-0.2, 0.1), (0.4, 0.05)]
     for number, (gain, error) in enumerate(rest):

@@ -149,6 +149,7 @@ class Verdicts(Sequence[Verdict]):
         self._looks.extend((gain, error) for gain, error in looks.tolist())
         self._kept.clear()
         self._newest.clear()
+        self._told = None
         for verdict in verdicts:
             self._tell(verdict)
 
