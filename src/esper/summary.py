@@ -121,7 +121,9 @@ class Report:
             if math.isfinite(verdict.gain_shrunken):
                 gain += f" (shrunken {-verdict.gain_shrunken:+.4f})"
             sites = ", ".join(verdict.sites)
-            lines.append(f"step {verdict.step}: {_word(verdict.state)} {sites}: {gain} for {verdict.added_params:,} parameters")
+            lines.append(
+                f"step {verdict.step}: {_word(verdict.state)} {sites}: {gain} for {verdict.added_params:,} parameters"
+            )
             lines += [f"  {_found(event)}" for event in self._scores_of(verdict.cohort)]
         if self.untold:
             counts = ", ".join(f"{count:,} {_word(state)}" for state, count in self.untold.items())

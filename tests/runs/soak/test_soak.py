@@ -221,6 +221,9 @@ def test_a_summary_judges_the_longest_sitting() -> None:
     assert good["hours"] == pytest.approx(0.8 + 3.9)
     leaking = summarise([msgspec.structs.replace(s, memory_mb=100 + 2 * s.hours) for s in long], "cpu")
     assert not leaking["met"] and leaking["memory"]["mb_per_hour"] == pytest.approx(2.0)
+    spread = [msgspec.structs.replace(s, memory_mb=100 + 2 * s.hours, in_use_mb=60.0) for s in long]
+    fragmented = summarise(spread, "cpu")
+    assert fragmented["in_use"]["high"] == 0 and not fragmented["met"] and leaking["in_use"] is None
     open_ones = summarise([msgspec.structs.replace(s, handles=round(7 + 10 * s.hours)) for s in long], "cpu")
     assert not open_ones["met"] and open_ones["leaked"]["handles"] > 0
     few = summarise(short, "cpu")
