@@ -246,3 +246,21 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(ConfigError, match="cannot be made"):
         soak(tmp_path / "taken", 10)
+
+
+@pytest.mark.usefixtures("frequent")
+def test_one_host_stays_while_others_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = list[tuple[str, int]]()
+
+    class Short(Life):
+        def __init__(self, *parts: object, longest: int | None, **named: object) -> None:
+            super().__init__(*parts, longest=50 if longest else None, **named)  # type: ignore[arg-type]
+
+        def close(self) -> None:
+            super().close()
+            ended.append((self.family, self._taken))
+            assert self.longest or self.config.evidence.accept == "evidence", "it would soon have grown too large"
+
+    monkeypatch.setattr(job, "Life", Short)
+    soak(tmp_path, 400)
+    assert ended == [(family, 50) for family in FAMILIES] * 2 + [("mlp", 100)]
