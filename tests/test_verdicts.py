@@ -23,7 +23,8 @@ from esper.evidence.paired import paired_difference
 from esper.evidence.shrinkage import shrink_gains
 from esper.observation import observe
 from esper.protocol import Cancel, Germinate, Lifecycle, SeedPlan, Verdict
-from esper.safety.tree import digest
+from esper.safety import bounded_json
+from esper.safety.tree import digest, split
 from esper.verdicts import NEWEST, Verdicts
 
 pytestmark = pytest.mark.component
@@ -111,6 +112,17 @@ def test_of_many_gains_the_newest_are_the_pool() -> None:
     result = paired_difference([0.5, 0.7, 0.6, 0.9])
     expected = shrink_gains([*gains, result.mean], [*[0.1] * NEWEST, result.standard_error])[-1]
     assert found.shrunken(result) == expected
+
+
+def test_a_state_after_thirty_thousand_cohorts_fits_into_a_checkpoint() -> None:
+    """As a list of dictionaries they could not be saved any more from some 19,000 on."""
+    found = Verdicts()
+    for number in range(30_000):
+        found.add(verdict(number, Lifecycle.FOSSILIZED if number % 10 == 0 else Lifecycle.CULLED, 0.1), 0.1)
+    assert found.num_untold + len(found) == 30_000 and len(found) == 3_900
+    document, tensors = split(found.state())
+    bounded_json.check(bounded_json.encode(document), max_bytes=1 << 20, max_values=5_000, max_depth=10)
+    assert sum(tensor.numel() for tensor in tensors.values()) < 500_000
 
 
 @pytest.mark.parametrize(
