@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from esper.cli.command import Context, Outcome
 from esper.cli.parsing import JsonPath, Option
 from esper.cli.terminal import labelled, write_lines
+from esper.runs.soak.caches import hold
 from esper.runs.soak.options import SoakOptions
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Soak:
     def execute(self, context: Context) -> Outcome:
         """Soak: progress on standard error, what was found in the outcome."""
         options = self.options()
+        hold()
         from esper.runs.interrupt import remembered
         from esper.runs.soak.job import execute  # imports torch
 

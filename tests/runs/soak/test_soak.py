@@ -16,7 +16,7 @@ from tests.runs.soak.samples import sample
 
 from esper.errors import ConfigError, DataError
 from esper.protocol import Cancel, Cull, Germinate, RollBack
-from esper.runs.soak import SoakOptions, job
+from esper.runs.soak import SoakOptions, caches, job
 from esper.runs.soak.fates import Restless
 from esper.runs.soak.life import FAMILIES, Counts, Life, rollbacks, usable_faults
 from esper.runs.soak.resources import Resources
@@ -192,6 +192,15 @@ def soak(folder: Path, steps: int) -> dict[str, object]:
     return job.execute(SoakOptions(steps=steps, run_dir=folder, faults=False, device="cpu"), lambda sample: None)
 
 
+def test_caches_of_the_framework_are_held_unless_somebody_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = caches.VARIABLES
+    monkeypatch.setenv(one, "7")
+    monkeypatch.delenv(other, raising=False)
+    caches.hold()
+    assert (os.environ[one], os.environ[other]) == ("7", "16")
+    monkeypatch.delenv(other)  # set outside of monkeypatch: take it away for the tests that follow
+
+
 @pytest.mark.usefixtures("frequent")
 def test_the_same_command_goes_on(tmp_path: Path) -> None:
     first = soak(tmp_path, 300)
@@ -226,6 +235,10 @@ def test_a_summary_judges_the_longest_sitting() -> None:
     assert fragmented["in_use"]["high"] == 0 and not fragmented["met"] and leaking["in_use"] is None
     open_ones = summarise([msgspec.structs.replace(s, handles=round(7 + 10 * s.hours)) for s in long], "cpu")
     assert not open_ones["met"] and open_ones["leaked"]["handles"] > 0
+    passing = [msgspec.structs.replace(s, threads=2 + (s is long[-1])) for s in long]
+    assert summarise(passing, "cpu")["leaked"]["threads"] == 0, "a thread that is about at the last sample is no leak"
+    staying = [msgspec.structs.replace(s, threads=2 + (s.hours > 3)) for s in long]
+    assert summarise(staying, "cpu")["leaked"]["threads"] == 1
     few = summarise(short, "cpu")
     assert not few["met"] and few["transitions"] == 1
 
