@@ -1,4 +1,7 @@
-"""PyTorch's own caches of convolutions on a CPU, held small: they fill for hours and look like a leak. No torch import."""
+"""PyTorch's own caches of convolutions on a CPU, held small: they fill for hours and look like a leak.
+
+Importing this does not import torch.
+"""
 
 from __future__ import annotations
 
