@@ -20,7 +20,7 @@ from esper.tamiyo import Controller
 
 DESK = "desk"
 """The part that a run has only where orders come from outside."""
-VERSION = 1
+VERSION = 2
 """Raised when a part's state changes its meaning; older ones are migrated where they are read from a disk."""
 
 

@@ -30,7 +30,7 @@ def full(num_sites: int = 3, num_alternatives: int = 2) -> Observation:
         loss_noise=math.nan, lr_share=0.25, price=0.1, fit_explained=floats, fit_error=floats * 2,
         alternatives=tuple(f"b{i}" for i in range(num_alternatives)), alternative_params=table,
         alternative_flops=table + 1, kinds=("linear_span",) * num_sites, offers=((("a", "b"), ("c", "d")),) * num_sites,
-        family="mlp", optimizer="adamw",
+        family="mlp", optimizer="adamw", untold=3,
     )  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def put(value: Any, *path: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (put(2, "version"), "version 1, got 2"),
+        (put(1, "version"), "version 2, got 1"),
         (without("random"), r"\['random'\] missing or extra"),
         (put(0, "more"), r"\['more'\] missing or extra"),
         (without("esper", "judge"), r"state of Esper must have the keys .* got \['judge'\]"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from esper.cli.command import Context, Outcome
 from esper.cli.parsing import JsonPath, Option
 from esper.cli.terminal import labelled, write_lines
+from esper.runs.soak.caches import hold
 from esper.runs.soak.options import SoakOptions
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Soak:
     def execute(self, context: Context) -> Outcome:
         """Soak: progress on standard error, what was found in the outcome."""
         options = self.options()
+        hold()
         from esper.runs.interrupt import remembered
         from esper.runs.soak.job import execute  # imports torch
 
@@ -99,6 +101,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         labelled("lost", _counted(summary["lives_lost"])),
         labelled("memory", _slope_line(memory)),
     ]  # fmt: skip
+    if summary["in_use"] is not None:
+        lines.append(labelled("in use", f"of it {_slope_line(summary['in_use'])}"))
     lines += [labelled("met" if met else "missed", name) for name, met in summary["bars"].items()]
     return lines
 

@@ -40,6 +40,7 @@ class _Head(msgspec.Struct, frozen=True, kw_only=True):
     offers: tuple[tuple[tuple[str, str], ...], ...] = ()
     family: str = ""
     optimizer: str = ""
+    untold: int = 0
 
 
 _PER_SITE: dict[str, type[np.generic]] = {"hidden": np.int64, "grown": np.int64, "eligible": np.bool_}

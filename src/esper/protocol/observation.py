@@ -84,7 +84,9 @@ class Observation:
     chunk_site, chunk_index, chunk_pressure:
         The pressing chunks, strongest first: site row, chunk index, gradient energy (float64).
     alive, verdicts:
-        Cohorts alive now, and all cohorts that ended, oldest first.
+        Cohorts alive now, and how cohorts ended, oldest first: all that were kept, of the others the newest thousand.
+    untold:
+        How many more have ended, too long ago to be among ``verdicts``.
     stopped:
         Growth has been stopped; ``None`` while it goes on.
     kinds, offers:
@@ -145,3 +147,9 @@ class Observation:
     offers: tuple[tuple[tuple[str, str], ...], ...] = ()
     family: str = ""
     optimizer: str = ""
+    untold: int = 0
+
+    @property
+    def num_ended(self) -> int:
+        """Cohorts that have ended since the beginning."""
+        return self.untold + len(self.verdicts)

@@ -7,15 +7,58 @@ version before under ``tests/safety/golden``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import numpy as np
 
 from esper.safety.manifest import SCHEMA_VERSION, RefusedError
 from esper.safety.tree import Tree
 
 Migration = Callable[[Tree], Tree]
 
-MIGRATIONS: dict[int, Migration] = {}
-"""Nothing yet: version 1 is the first."""
+_NUMBERS_2 = {
+    "cohort": "i8", "step": "i8", "state": "i1", "gain": "f8", "gain_low": "f8", "gain_high": "f8",
+    "gain_shrunken": "f8", "added_params": "i8", "added_flops_share": "f8",
+}  # fmt: skip
+_PERMANENT_1 = 7
+"""Code of a cohort that was kept."""
+
+
+def verdicts_in_columns(tree: Tree) -> Tree:
+    """1 to 2: the verdicts of a run were a list of dictionaries, which grew with every cohort; now they are arrays.
+
+    The run is the whole tree (``Grower.save``) or its part ``training`` (``esper run``); other trees hold no verdicts.
+    """
+    if not isinstance(tree, dict):
+        return tree
+    whole = cast("dict[str, Any]", tree)
+    if "esper" not in whole:
+        return {**whole, "training": verdicts_in_columns(whole["training"])} if "training" in whole else whole
+    esper = whole["esper"]
+    stages = {name: value for name, value in esper["stages"].items() if name != "looks"}
+    stages["verdicts"] = _columns(esper["stages"]["verdicts"], esper["stages"]["looks"])
+    return {**whole, "version": 2, "esper": {**esper, "stages": stages}}
+
+
+def _columns(verdicts: list[dict[str, Any]], looks: list[tuple[float, float]]) -> Tree:
+    sets = {sites: number for number, sites in enumerate(dict.fromkeys(tuple(v["sites"]) for v in verdicts))}
+    permanent = [verdict for verdict in verdicts if verdict["state"] == _PERMANENT_1]
+    return {
+        "told": {name: np.array([v[name] for v in verdicts], dtype) for name, dtype in _NUMBERS_2.items()},
+        "reasons": [verdict["reason"] for verdict in verdicts],
+        "sites": np.array([sets[tuple(verdict["sites"])] for verdict in verdicts], np.int64),
+        "site_sets": list(sets),
+        "ended": dict(Counter(verdict["state"] for verdict in verdicts)),
+        "last_gain": {site: verdict["gain"] for verdict in verdicts for site in verdict["sites"]},
+        "last_growth": {site: verdict["step"] for verdict in permanent for site in verdict["sites"]},
+        "looks": np.array(looks, np.float64).reshape(-1, 2),
+    }
+
+
+MIGRATIONS: dict[int, Migration] = {1: verdicts_in_columns}
+"""By the version that they start from."""
 
 
 def migrated(

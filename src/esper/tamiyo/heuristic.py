@@ -143,7 +143,7 @@ class HeuristicController:
     def _note_refusal(self, observation: Observation) -> None:
         if self._cohorts_when_asked is None:
             return
-        arrived = len(observation.alive) + len(observation.verdicts) > self._cohorts_when_asked
+        arrived = len(observation.alive) + observation.num_ended > self._cohorts_when_asked
         self._refusals = 0 if arrived else self._refusals + 1
         self._cohorts_when_asked = None
 
@@ -175,7 +175,7 @@ class HeuristicController:
     def _note_asked(self, observation: Observation) -> None:
         self._germinations += 1
         self._asked_at = observation.step
-        self._cohorts_when_asked = len(observation.alive) + len(observation.verdicts)
+        self._cohorts_when_asked = len(observation.alive) + observation.num_ended
 
     def _candidates(self, observation: Observation) -> npt.NDArray[np.int64]:
         is_span = column(observation, "is_span") == 1

@@ -14,6 +14,8 @@ from esper.runs.soak.resources import Resources
 from esper.runs.soak.slope import LONG_H, WARM_UP, Slope
 from esper.runs.trials.archive import header
 
+_SOME = 12
+"""Samples, a minute of them, over which what is always there is told from what passes by."""
 TRANSITIONS, ROLLBACKS, MB_PER_HOUR, STEPS = 100_000, 1_000, 1.0, 10_000_000
 
 
@@ -39,6 +41,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     handles: int | None
     threads: int
     temporary_files: int
+    in_use_mb: float | None = None
 
     @classmethod
     def of(
@@ -50,7 +53,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
             germinations=counts.germinations, longest_wait=counts.longest_wait, lives=counts.lives,
             faults=dict(counts.faults), lost=dict(counts.lost), non_finite=counts.non_finite, params=grown,
             memory_mb=resources.memory_mb, gpu_memory_mb=resources.gpu_memory_mb, handles=resources.handles,
-            threads=resources.threads, temporary_files=resources.temporary_files,
+            threads=resources.threads, temporary_files=resources.temporary_files, in_use_mb=resources.in_use_mb,
         )  # fmt: skip
 
     def restored(self) -> Counts:
@@ -67,7 +70,7 @@ def summarise(samples: Sequence[Sample], device: str) -> dict[str, Any]:
     last = samples[-1]
     sittings = {sample.sitting: [s for s in samples if s.sitting == sample.sitting] for sample in samples}
     longest = max(sittings.values(), key=lambda sitting: sitting[-1].hours)
-    memory, gpu = _slope(longest, "memory_mb"), _slope(longest, "gpu_memory_mb")
+    memory, in_use, gpu = (_slope(longest, f"{name}_mb") for name in ("memory", "in_use", "gpu_memory"))
     leaks = {name: _leaked(longest, name) for name in ("handles", "threads", "temporary_files")}
     steps = sum(last.steps.values())
     hours = sum(sitting[-1].hours for sitting in sittings.values())
@@ -91,7 +94,10 @@ def summarise(samples: Sequence[Sample], device: str) -> dict[str, Any]:
         "seed_transitions": last.seed_transitions, "rollbacks": num_rollbacks, "germinations": last.germinations,
         "longest_wait_for_a_germination": last.longest_wait, "lives": last.lives, "faults": last.faults,
         "lives_lost": last.lost, "non_finite": last.non_finite,
-        "memory": _shown(memory), "gpu_memory": _shown(gpu) if not math.isnan(gpu.mb_per_hour) else None,
+        "memory": _shown(memory), **{
+            name: _shown(slope) if not math.isnan(slope.mb_per_hour) else None
+            for name, slope in (("in_use", in_use), ("gpu_memory", gpu))
+        },
         "leaked": leaks, "bars": bars, "met": all(bars.values()),
     }  # fmt: skip
 
@@ -113,7 +119,11 @@ def _shown(slope: Slope) -> dict[str, Any]:
 
 
 def _leaked(sitting: Sequence[Sample], name: str) -> int | None:
-    """What there is more at the end than after the warm-up; ``None`` where the system does not tell."""
+    """What there is more at the end than after the warm-up; ``None`` where the system does not tell.
+
+    The least of some samples each: a thread that hashes a snapshot comes and goes.
+    """
     start = sitting[-1].hours * WARM_UP
     values = [value for s in sitting if s.hours >= start and (value := getattr(s, name)) is not None]
-    return max(0, values[-1] - values[0]) if values else None
+    some = max(1, min(_SOME, len(values) // 4))
+    return max(0, min(values[-some:]) - min(values[:some])) if values else None
