@@ -9,12 +9,15 @@ on: nobody does anything in between. Written after every kill, so it goes on whe
 
 - **effective time**: seconds of training in the newest checkpoints, by the wall-clock seconds of all lives;
 - **resume**: from the end of the imports to the first training step that goes on from a checkpoint;
-- steps in the newest checkpoints: a life that kept none is counted.
+- steps in the newest checkpoints: a life that kept none is counted;
+- what the effective time would be if each start had the processor to itself: with the processor seconds up to the
+  first step in the place of the wall-clock ones. The two differ where other work shares the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -32,18 +35,19 @@ JOB = ("code-lm", "--seeds", "20", "--steps", "20000", "--lr", "0.004", "--no-co
 
 def child(times: Path, command: list[str]) -> int:
     """``esper run`` with two notes of the clock: after the imports, and at its first training step."""
-    import sklearn.datasets  # noqa: F401  (imported by a preset later on; it is an import all the same)
+    with contextlib.suppress(ModuleNotFoundError):
+        import sklearn.datasets  # noqa: F401  (imported by a preset later on; it is an import all the same)
     import torch  # noqa: F401
 
     from esper.cli import main
     from esper.runs import arms, execute  # noqa: F401
 
     with times.open("a", buffering=1) as notes:
-        notes.write(f"imported {time.monotonic()}\n")
+        notes.write(f"imported {time.monotonic()} {time.process_time()}\n")
         obey = arms.obey
 
         def first() -> None:
-            notes.write(f"step {time.monotonic()}\n")
+            notes.write(f"step {time.monotonic()} {time.process_time()}\n")
             arms.obey = obey
             obey()
 
@@ -97,8 +101,8 @@ def live(command: list[str], run_dir: Path, life_s: float, *, trains_s: float = 
             process.send_signal(signal.SIGKILL)
             process.wait()
     wall, now = time.monotonic() - began, os.times()
-    noted = dict(line.split() for line in times.read_text().splitlines()) if times.exists() else {}
-    imported, step = (float(noted[name]) if name in noted else None for name in ("imported", "step"))
+    noted = {name: times for name, *times in map(str.split, times.read_text().splitlines())} if times.exists() else {}
+    imported, step = (float(noted[name][0]) if name in noted else None for name in ("imported", "step"))
     seconds, steps_now = kept(run_dir)
     return {
         "killed": process.returncode == -signal.SIGKILL,
@@ -109,6 +113,7 @@ def live(command: list[str], run_dir: Path, life_s: float, *, trains_s: float = 
         "kept_steps": steps_now - steps,
         "imports_s": None if imported is None else imported - began,
         "resume_s": None if imported is None or step is None else step - imported,
+        "start_cpu_s": float(noted["step"][1]) if "step" in noted else None,
         "load": os.getloadavg()[0],
     }
 
@@ -118,12 +123,18 @@ def told(lives: list[dict[str, Any]]) -> dict[str, Any]:
     wall, training = (sum(life[name] for life in lives) for name in ("wall_s", "kept_s"))
     resumed = [life["resume_s"] for life in lives[1:] if life["resume_s"] is not None]
     imports = [life["imports_s"] for life in lives if life["imports_s"] is not None]
+    alone = 0.0
+    for life in lives:
+        if life["start_cpu_s"] is not None:
+            share = life["kept_s"] / (life["wall_s"] - life["imports_s"] - life["resume_s"])
+            alone += share * (life["wall_s"] - life["start_cpu_s"])
     return {
         "kills": sum(life["killed"] for life in lives),
         "wall_s": wall,
         "kept_s": training,
         "effective": training / wall,
         "effective_without_imports": training / (wall - sum(imports)),
+        "effective_if_starts_had_the_processor": alone / wall,
         "imports_median_s": statistics.median(imports),
         "resume_median_s": statistics.median(resumed) if resumed else None,
         "resume_most_s": max(resumed, default=None),

@@ -37,12 +37,15 @@ def test_a_killed_run_goes_on_by_itself(tmp_path: Path) -> None:
 def test_lives_are_added_up() -> None:
     life: dict[str, Any] = {
         "killed": True, "code": -signal.SIGKILL, "wall_s": 60.0, "kept_s": 54.0, "kept_steps": 10, "imports_s": 2.0,
-        "resume_s": 9.0, "load": 1.0,
+        "resume_s": 9.0, "start_cpu_s": 2.0, "load": 1.0,
     }  # fmt: skip
     failed = {**life, "killed": False, "code": 1, "kept_s": 0.0, "kept_steps": 0, "imports_s": None, "resume_s": 1.0}
+    failed["start_cpu_s"] = None
     told = kills.told([life, {**life, "kept_steps": 0, "resume_s": 2.0}, failed])
     assert told["kills"] == 2 and told["effective"] == pytest.approx(108 / 180)
     assert told["effective_without_imports"] == pytest.approx(108 / 176)
+    alone = 54 / 49 * 58 + 54 / 56 * 58
+    assert told["effective_if_starts_had_the_processor"] == pytest.approx(alone / 180)
     assert told["resume_most_s"] == 2.0, "the first life does not resume"
     assert told["lives_that_kept_nothing"] == 1 and told["other_ends"] == [1]
 
