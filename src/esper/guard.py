@@ -77,10 +77,10 @@ class Guard:
     Parameters
     ----------
     whole:
-        The run's state as it is now, without the commands that wait: those go on waiting.
+        The run's state as it is now, without the commands that wait: those go on waiting. With twins or without.
     """
 
-    def __init__(self, run: Run, orders: Orders, whole: Callable[[], Whole]) -> None:
+    def __init__(self, run: Run, orders: Orders, whole: Callable[[bool], Whole]) -> None:
         settings = run.config.safety
         self._run, self._orders, self._whole = run, orders, whole
         self.snapshots = Snapshots(settings.snapshot_bytes)
@@ -122,16 +122,24 @@ class Guard:
             self._take(ready, step)
 
     def _take(self, cohorts: list[int], step: int) -> None:
+        twins = bool(self._run.trials.twins)
         try:
-            state = self._whole().state()
-            if self.snapshots.fits(state):
-                self.snapshots.put(Snapshot.of(state, step), cohorts)
-                return
-            self._without = f"one more would exceed safety.snapshot_bytes = {self.snapshots.max_bytes}"
+            for with_twins in (True, False) if twins else (True,):
+                state = self._whole(with_twins).state()
+                if self.snapshots.fits(state):
+                    self.snapshots.put(Snapshot.of(state, step), cohorts)
+                    if not with_twins:
+                        text = f"twins would not outlive an exact restore: {self._bound()}"
+                        self._run.journal.warn("snapshot of twins", text, step)
+                    return
+            self._without = self._bound()
         except StateError as error:
             self._without = str(error)
         text = f"a graft cannot be taken back exactly from here on: {self._without}"
         self._run.journal.warn("snapshot", text, step)
+
+    def _bound(self) -> str:
+        return f"one more would exceed safety.snapshot_bytes = {self.snapshots.max_bytes}"
 
     def begin_anew(self, step: int) -> None:
         """The run has become another one: nothing of before can be gone back to."""
@@ -250,10 +258,10 @@ class Guard:
             why = self._without or "it was grafted before this process began"
             self._report(f"{what}; the host stays as it is, for there is no snapshot to go back to: {why}", step)
             return
-        journal, copies = self._run.journal, self._run.trials.copies()
+        journal = self._run.journal
         told = journal.state()
         journal.emit(Incident(step=step, cohort=number, action="restored", reason=what))
-        verified, copies = self._put_back(snapshot), self._common(copies, snapshot)
+        verified = self._put_back(snapshot)
         rewound = self._run.training.rewinds
         journal.emit(
             Restored(
@@ -262,7 +270,7 @@ class Guard:
             )
         )  # fmt: skip
         journal.remember(told)
-        self._run.trials.let_go(copies, snapshot.step)
+        self._run.trials.tell_lost(snapshot.step)
         self._orders.undone(snapshot.step)
         cohort = self._run.kasmina.cohorts.get(number)
         if cohort is not None:
@@ -271,14 +279,10 @@ class Guard:
 
     def _put_back(self, snapshot: Snapshot) -> bool:
         """Restore, and say whether the hash is the snapshot's."""
-        whole = self._whole()
-        whole.restore(snapshot.tree())
+        tree = snapshot.tree()
+        whole = self._whole("copies" in tree["esper"])
+        whole.restore(tree)
         return digest(whole.state()) == snapshot.digest()
-
-    def _common(self, copies: dict[str, list[int]], snapshot: Snapshot) -> dict[str, list[int]]:
-        """Networks kept for the audit that the earlier run had as well."""
-        ended = {verdict.cohort for verdict in self._run.stages.verdicts}
-        return {"twins": copies["twins"], "kept": [number for number in copies["kept"] if number in ended]}
 
     # ---------------------------------------------------------------------------------------------- state
 

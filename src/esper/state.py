@@ -18,7 +18,7 @@ from esper.safety.training import KEYS, Training, plain
 from esper.safety.tree import Tree, copy_of, digest
 from esper.tamiyo import Controller
 
-VERSION = 1
+VERSION = 2
 """Raised when a part's state changes its meaning; older ones are migrated where they are read from a disk."""
 
 
@@ -177,7 +177,7 @@ class Whole:
                 f"a state must have version {VERSION}, got {saved.get('version')!r}; use Esper of its time"
             )
         for what, here, there in (
-            ("state", {"version", "setup", "esper", "copies", *KEYS}, set(saved)),
+            ("state", {"version", "setup", "esper", *KEYS}, set(saved)),
             ("state of Esper", set(self.parts), set(saved.get("esper", ()))),
         ):
             if here != there:

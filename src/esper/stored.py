@@ -6,6 +6,7 @@ from pathlib import Path
 
 from esper.accounts import Accounts
 from esper.commands import Orders
+from esper.copies import TwinsAlone
 from esper.evidence.judge import Judge
 from esper.guard import Guard
 from esper.journal import Journal
@@ -47,7 +48,7 @@ class Stored:
         StateError
             Something cannot be part of a state (its place is named).
         """
-        return {**self._whole(waiting=True).saved(), "copies": self.trials.copies()}
+        return self._whole(waiting=True).saved()
 
     def load_state_dict(self, state: Tree) -> None:
         """Go on exactly where :meth:`state_dict` was called, with a Grower that was built in the same way.
@@ -60,7 +61,7 @@ class Stored:
             The state belongs to another run or is damaged. Nothing was changed.
         """
         self._whole(waiting=True).load(state)
-        self.trials.let_go(state["copies"], self.loop.last_step)
+        self.trials.tell_lost(self.loop.last_step)
         self.guard.begin_anew(self.loop.last_step)
 
     def save(self, folder: str | Path, *, keep: int = 2) -> Saved:
@@ -89,8 +90,12 @@ class Stored:
             self.journal.warn(told, told, self.loop.last_step)
         return loaded
 
-    def _whole(self, *, waiting: bool) -> Whole:
-        """The run's state by its parts, in the order in which they are restored; commands that ``waiting`` asks for."""
+    def _whole(self, *, waiting: bool, twins: bool = True) -> Whole:
+        """The run's state by its parts, in the order in which they are restored.
+
+        ``waiting``: commands that wait and every copy of the network belong to what is stored; a snapshot in memory
+        leaves commands waiting, finds the kept copies at hand, and has ``twins`` if they are asked for.
+        """
         parts: dict[str, Part] = {
             "kasmina": self.kasmina, "clock": self.clock, "accounts": self.accounts, "judge": self.judge,
             "stages": self.stages, "trials": self.trials, "journal": self.journal, "loop": self.loop,
@@ -98,4 +103,6 @@ class Stored:
         }  # fmt: skip
         if waiting:
             parts["orders"] = self._orders
+        if waiting or twins:
+            parts["copies"] = self.trials.copies if waiting else TwinsAlone(self.trials.copies)
         return Whole(self._setup, self.training, parts)

@@ -23,6 +23,7 @@ from esper.errors import StateError
 from esper.safety import checkpoint, manifest
 from esper.safety.checkpoint import Checkpoints, load
 from esper.safety.disk import LocalDisk
+from esper.safety.migrations import MIGRATIONS
 from esper.safety.tensor_files import parts
 from esper.safety.tree import digest
 
@@ -241,7 +242,7 @@ def rewritten(folder: Path, number: int, change: Callable[[dict[str, Any]], obje
 def test_a_newer_version_is_refused_and_not_replaced_by_an_older_one(tmp_path: Path) -> None:
     save_some(LocalDisk(), 2, [], folder=tmp_path)
     rewritten(tmp_path, 2, lambda fields: fields.update(schema=99))
-    with pytest.raises(StateError, match=r"schema up to 1, got 99 .*pip install --upgrade esper-morph"):
+    with pytest.raises(StateError, match=rf"schema up to {manifest.SCHEMA_VERSION}, got 99 .*--upgrade esper-morph"):
         load(tmp_path)
 
 
@@ -250,7 +251,7 @@ def test_an_older_version_goes_through_its_migrations(tmp_path: Path) -> None:
     rewritten(tmp_path, 1, lambda fields: fields.update(schema=0))
     with pytest.raises(StateError, match="migration from 0 to 1, got none"):
         load(tmp_path)
-    loaded = load(tmp_path, migrations={0: lambda tree: {**tree, "from": 0}})
+    loaded = load(tmp_path, migrations={**MIGRATIONS, 0: lambda tree: {**tree, "from": 0}})
     assert loaded.tree["from"] == 0 and loaded.tree["step"] == 1
 
 
@@ -262,8 +263,6 @@ def test_there_is_a_golden_checkpoint_of_every_version_and_it_loads() -> None:
 
 
 def test_no_version_is_without_its_migration() -> None:
-    from esper.safety.migrations import MIGRATIONS
-
     assert sorted(MIGRATIONS) == list(range(1, manifest.SCHEMA_VERSION))
 
 

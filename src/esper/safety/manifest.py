@@ -19,7 +19,7 @@ from esper.errors import StateError
 from esper.safety import bounded_json
 
 FORMAT = "esper-checkpoint"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of what the tree of a checkpoint means; see ``migrations``."""
 
 MAX_BYTES = 16 << 20

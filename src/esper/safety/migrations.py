@@ -7,15 +7,26 @@ version before under ``tests/safety/golden``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 from esper.safety.manifest import SCHEMA_VERSION, RefusedError
 from esper.safety.tree import Tree
 
 Migration = Callable[[Tree], Tree]
 
-MIGRATIONS: dict[int, Migration] = {}
-"""Nothing yet: version 1 is the first."""
+
+def _copies_are_a_part(tree: Tree) -> Tree:
+    """1 to 2: twins and audit copies are a part of a grower's state, which only named the cohorts that had some."""
+    for state in _grower_states(tree):
+        numbers = state.pop("copies")
+        state["esper"]["trials"]["copies"] = numbers
+        state["esper"]["copies"] = {"twins": [], "watch": None, "kept": []}
+        state["version"] = 2
+    return tree
+
+
+MIGRATIONS: dict[int, Migration] = {1: _copies_are_a_part}
 
 
 def migrated(
@@ -36,3 +47,11 @@ def migrated(
             )
         tree = migrations[version](tree)
     return tree
+
+
+def _grower_states(tree: Tree) -> Iterator[dict[str, Any]]:
+    """What a grower has told, wherever a checkpoint holds it: alone, or as the training of a run."""
+    places = [tree, cast("dict[Any, Any]", tree).get("training")] if isinstance(tree, dict) else []
+    for place in places:
+        if isinstance(place, dict) and {"version", "esper"} <= set(cast("dict[Any, Any]", place)):
+            yield cast("dict[str, Any]", place)
