@@ -37,7 +37,8 @@ def child(times: Path, command: list[str]) -> int:
     """``esper run`` with two notes of the clock: after the imports, and at its first training step."""
     with contextlib.suppress(ModuleNotFoundError):
         import sklearn.datasets  # noqa: F401  (imported by a preset later on; it is an import all the same)
-    import torch  # noqa: F401
+    import torch
+    import torch._dynamo  # noqa: F401  (torch imports it for the first optimizer)
 
     from esper.cli import main
     from esper.runs import arms, execute  # noqa: F401
