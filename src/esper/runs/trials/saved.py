@@ -105,7 +105,7 @@ class SavedRun:
         loaded = again.grower.load(self.folder)
         if loaded.step not in steps:
             return [f"step {loaded.step} was loaded, not one of {steps}"]
-        is_same = digest(again.grower.state_dict()) == self._digests[loaded.step]
+        is_same = digest(loaded.tree) == self._digests[loaded.step]
         problems = [] if is_same else ["another state was loaded than was saved"]
         warned = any(isinstance(event, Warned) and "went back" in event.message for event in again.events)
         if warned != (self.fault.expects is Expectation.REPORTED):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from esper.safety.manifest import manifest_name
 
 
 @contextmanager
-def under_writers(disk: Disk) -> Generator[None]:
-    """Writers of checkpoints that are opened from now on use ``disk``."""
+def under_writers(disk: Callable[[], Disk]) -> Generator[None]:
+    """Writers and readers of checkpoints use what ``disk`` returns, asked anew for each."""
     original = checkpoint.LocalDisk
-    checkpoint.LocalDisk = lambda: disk  # type: ignore[misc,assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    checkpoint.LocalDisk = disk  # type: ignore[misc,assignment]  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

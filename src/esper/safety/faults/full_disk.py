@@ -24,7 +24,7 @@ class FullDisk(Fault):
     @contextmanager
     def inject(self, subject: Subject) -> Generator[Strikes]:
         strikes = Strikes()
-        with under_writers(_Full(strikes)):
+        with under_writers(lambda: _Full(strikes)):
             yield strikes
 
 
