@@ -43,7 +43,7 @@ class Orders:
 
     def __init__(self) -> None:
         self._waiting: deque[Command] = deque()
-        self._applied: list[tuple[int, Command]] = []
+        self.applied: list[tuple[int, Command]] = []
         """Step and command, for as long as a snapshot from before could undo them."""
         self._lock = threading.Lock()
 
@@ -56,12 +56,12 @@ class Orders:
         with self._lock:
             if not self._waiting:
                 return None
-            self._applied.append((step, self._waiting.popleft()))
-            return self._applied[-1][1]
+            self.applied.append((step, self._waiting.popleft()))
+            return self.applied[-1][1]
 
     def forget(self, step: int | None) -> None:
         """Nothing before ``step`` will be undone (``None``: nothing at all)."""
-        self._applied = [] if step is None else [entry for entry in self._applied if entry[0] > step]
+        self.applied = [] if step is None else [entry for entry in self.applied if entry[0] > step]
 
     def undone(self, step: int) -> None:
         """Everything after ``step`` was undone: the commands since then wait again, before those that came later.
@@ -69,9 +69,9 @@ class Orders:
         What asked for the undoing itself does not.
         """
         with self._lock:
-            again = [command for at, command in self._applied if at > step and not _undoes(command)]
+            again = [command for at, command in self.applied if at > step and not _undoes(command)]
             self._waiting.extendleft(reversed(again))
-            self._applied = [entry for entry in self._applied if entry[0] <= step]
+            self.applied = [entry for entry in self.applied if entry[0] <= step]
 
     def state(self) -> list[dict[str, Any]]:
         """What waits, as plain values."""
@@ -83,6 +83,19 @@ class Orders:
         commands = [msgspec.convert(plain, Command) for plain in state]
         with self._lock:
             self._waiting = deque(commands)
+
+
+class Applied:
+    """Commands that a snapshot could undo, as a part of what is stored with the snapshots."""
+
+    def __init__(self, orders: Orders) -> None:
+        self._orders = orders
+
+    def state(self) -> list[list[Any]]:
+        return [[step, msgspec.to_builtins(command)] for step, command in self._orders.applied]
+
+    def restore(self, state: list[list[Any]]) -> None:
+        self._orders.applied = [(step, msgspec.convert(plain, Command)) for step, plain in state]
 
 
 def _undoes(command: Command) -> bool:

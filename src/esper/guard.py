@@ -39,6 +39,7 @@ from esper.trials import Trials
 
 SKIPPED = 8
 """Steps that a GradScaler skips in a row before a branch on trial is suspected."""
+_BEFORE = "before this process began, and the checkpoint had no room for its snapshot (safety.stored_snapshot_bytes)"
 
 
 class Orders(Protocol):
@@ -83,7 +84,7 @@ class Guard:
     def __init__(self, run: Run, orders: Orders, whole: Callable[[bool], Whole]) -> None:
         settings = run.config.safety
         self._run, self._orders, self._whole = run, orders, whole
-        self.snapshots = Snapshots(settings.snapshot_bytes)
+        self.snapshots = Snapshots(settings.snapshot_bytes, settings.stored_snapshot_bytes)
         self._watch = LossWatch(settings.window, settings.max_z, settings.ratio)
         self._recent: list[Tensor] = []
         """Losses since the last look."""
@@ -244,7 +245,7 @@ class Guard:
     def take_back(self, cohort: Cohort, step: int, reason: str) -> Gate:
         """An operator wants a graft undone exactly."""
         if self.snapshots.of(cohort.number) is None:
-            why = self._without or "it was not grafted yet, or before this process began"
+            why = self._without or f"it was not grafted yet, or {_BEFORE}"
             return Gate("snapshot", False, f"no snapshot from before its graft is kept: {why}; roll back without exact")
         self._restore(cohort.number, step, reason)
         return Gate("command", True, "")
@@ -255,7 +256,7 @@ class Guard:
         snapshot = self.snapshots.of(number)
         if snapshot is None:
             self._remove(number, step, what)
-            why = self._without or "it was grafted before this process began"
+            why = self._without or f"it was grafted {_BEFORE}"
             self._report(f"{what}; the host stays as it is, for there is no snapshot to go back to: {why}", step)
             return
         journal = self._run.journal
@@ -287,7 +288,7 @@ class Guard:
     # ---------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:
-        """Losses and suspicion, as a state tree; snapshots are not part of it."""
+        """Losses and suspicion, as a state tree; snapshots are a part of their own."""
         suspicion = None if self._suspicion is None else asdict(self._suspicion)
         return {
             "watch": self._watch.state(),

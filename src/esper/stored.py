@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from esper.accounts import Accounts
-from esper.commands import Orders
+from esper.commands import Applied, Orders
 from esper.copies import TwinsAlone
 from esper.evidence.judge import Judge
 from esper.guard import Guard
@@ -62,7 +62,7 @@ class Stored:
         """
         self._whole(waiting=True).load(state)
         self.trials.tell_lost(self.loop.last_step)
-        self.guard.begin_anew(self.loop.last_step)
+        self.guard.after_step(self.loop.last_step)
 
     def save(self, folder: str | Path, *, keep: int = 2) -> Saved:
         """Write :meth:`state_dict` as a checkpoint into a folder, whose newest ``keep`` stay (docs/safety.md).
@@ -93,8 +93,8 @@ class Stored:
     def _whole(self, *, waiting: bool, twins: bool = True) -> Whole:
         """The run's state by its parts, in the order in which they are restored.
 
-        ``waiting``: commands that wait and every copy of the network belong to what is stored; a snapshot in memory
-        leaves commands waiting, finds the kept copies at hand, and has ``twins`` if they are asked for.
+        ``waiting``: commands that wait, snapshots and every copy of the network belong to what is stored; a snapshot
+        in memory leaves commands waiting, finds the kept copies at hand, and has ``twins`` if they are asked for.
         """
         parts: dict[str, Part] = {
             "kasmina": self.kasmina, "clock": self.clock, "accounts": self.accounts, "judge": self.judge,
@@ -102,7 +102,7 @@ class Stored:
             "controller": Thoughts(self.controller), "guard": self.guard,
         }  # fmt: skip
         if waiting:
-            parts["orders"] = self._orders
+            parts |= {"orders": self._orders, "applied": Applied(self._orders), "snapshots": self.guard.snapshots}
         if waiting or twins:
             parts["copies"] = self.trials.copies if waiting else TwinsAlone(self.trials.copies)
         return Whole(self._setup, self.training, parts)

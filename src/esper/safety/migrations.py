@@ -16,17 +16,22 @@ from esper.safety.tree import Tree
 Migration = Callable[[Tree], Tree]
 
 
-def _copies_are_a_part(tree: Tree) -> Tree:
-    """1 to 2: twins and audit copies are a part of a grower's state, which only named the cohorts that had some."""
+def _copies_and_snapshots_are_parts(tree: Tree) -> Tree:
+    """1 to 2: twins, audit copies, snapshots and the commands since them are parts of a grower's state.
+
+    Before, it only named the cohorts that had a copy, and a process that went on from it began without snapshots.
+    """
     for state in _grower_states(tree):
         numbers = state.pop("copies")
         state["esper"]["trials"]["copies"] = numbers
         state["esper"]["copies"] = {"twins": [], "watch": None, "kept": []}
+        state["esper"] |= {"snapshots": [], "applied": []}
+        state["setup"]["config"]["safety"]["stored_snapshot_bytes"] = 256 << 20
         state["version"] = 2
     return tree
 
 
-MIGRATIONS: dict[int, Migration] = {1: _copies_are_a_part}
+MIGRATIONS: dict[int, Migration] = {1: _copies_and_snapshots_are_parts}
 
 
 def migrated(
@@ -50,8 +55,11 @@ def migrated(
 
 
 def _grower_states(tree: Tree) -> Iterator[dict[str, Any]]:
-    """What a grower has told, wherever a checkpoint holds it: alone, or as the training of a run."""
+    """What a grower has told, wherever a checkpoint holds it: alone, as the training of a run, or as a snapshot in
+    either (which has no ``setup`` and no part that only stored states have)."""
     places = [tree, cast("dict[Any, Any]", tree).get("training")] if isinstance(tree, dict) else []
     for place in places:
         if isinstance(place, dict) and {"version", "esper"} <= set(cast("dict[Any, Any]", place)):
-            yield cast("dict[str, Any]", place)
+            state = cast("dict[str, Any]", place)
+            yield state
+            yield from (kept["tree"] for kept in state["esper"].get("snapshots", ()))
