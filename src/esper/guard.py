@@ -126,7 +126,7 @@ class Guard:
         twins = bool(self._run.trials.twins)
         try:
             for with_twins in (True, False) if twins else (True,):
-                state = self._whole(with_twins).state()
+                state = self._state_before(cohorts, twins=with_twins)
                 if self.snapshots.fits(state):
                     self.snapshots.put(Snapshot.of(state, step), cohorts)
                     if not with_twins:
@@ -138,6 +138,17 @@ class Guard:
             self._without = str(error)
         text = f"a graft cannot be taken back exactly from here on: {self._without}"
         self._run.journal.warn("snapshot", text, step)
+
+    def _state_before(self, cohorts: list[int], *, twins: bool) -> dict[str, Any]:
+        """The state to go back to. Whoever goes back there ends the cohort at once, so the rows it has captured, often
+        many times the model, are left out (of several cohorts only one would end: theirs stay)."""
+        state: dict[str, Any] = self._whole(twins).state()
+        if len(cohorts) == 1:
+            kasmina = self._run.kasmina
+            sites = state["esper"]["kasmina"]["sites"]
+            for name in kasmina.own_captures(kasmina.cohorts[cohorts[0]]):
+                sites[name]["capture"] = None
+        return state
 
     def _bound(self) -> str:
         return f"one more would exceed safety.snapshot_bytes = {self.snapshots.max_bytes}"
