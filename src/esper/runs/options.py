@@ -50,7 +50,7 @@ class RunOptions:
     """Trainings at a time, each in a process of its own."""
 
     checkpoint_every: float = 10.0
-    """Seconds between two checkpoints of a training, at the least."""
+    """Most seconds of a training that an interruption may cost."""
     fresh: bool = False
     """Begin anew where an interrupted run of the same configuration could be resumed."""
 
