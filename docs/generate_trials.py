@@ -121,6 +121,12 @@ def _gain(gain: dict[str, Any]) -> str:
     return f"gain against the twin {gain['mean']:+.1%} on average, median {gain['median']:+.1%} ({spread})"
 
 
+def _slope(slope: dict[str, Any] | None) -> str:
+    if slope is None:
+        return "not told here"
+    return f"{slope['mb_per_hour']:+.2f} MB an hour ({slope['low']:+.2f} to {slope['high']:+.2f})"
+
+
 def _soak() -> str:
     result = _load("soak")
     memory, families = result["memory"], result["steps_by_family"]
@@ -139,8 +145,8 @@ def _soak() -> str:
         "faults that struck": ", ".join(f"{name} {num}" for name, num in sorted(result["faults"].items())),
         "hosts lost": lost,
         "numbers that are not finite, faults aside": str(result["non_finite"]),
-        "memory": f"{memory['mb_per_hour']:+.2f} MB an hour ({memory['low']:+.2f} to {memory['high']:+.2f}), read from "
-        f"{memory['hours']:.2f} h; by the upper bound {long:+,.0f} MB in 72 h",
+        "memory": f"{_slope(memory)}, read from {memory['hours']:.2f} h; by the upper bound {long:+,.0f} MB in 72 h",
+        "of it in use": _slope(result.get("in_use")),
         "leaked": ", ".join(f"{name.replace('_', ' ')} {num}" for name, num in result["leaked"].items()),
     }
     lines = [_made_by(result, "so far"), "", "| | |", "|---|---|"]

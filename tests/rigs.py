@@ -253,7 +253,6 @@ def hold(state: Lifecycle, model: nn.Module | None = None) -> tuple[Rig, Cohort 
             for site in cohort.sites:
                 make_visible(rig.bank(cohort, site))
     if state is S.FOSSILIZED:
-        rig.grower.stages.verdicts.clear()
         kasmina.fossilise(cohort, step, rig.grower.clock.hosts)
     elif state in (S.CULLED, S.CANCELLED, S.ROLLED_BACK):
         rig.grower.stages.end(cohort, state, step, "test")

@@ -54,7 +54,6 @@ def _fossilise(rig: Rig, cohort: Cohort) -> None:
     kasmina, step = rig.grower.kasmina, rig.grower.clock.steps
     for state in (S.STABILIZATION, S.EVALUATING, S.FINE_TUNING):
         kasmina.move(cohort, state, step)
-    rig.grower.stages.verdicts.clear()
     kasmina.fossilise(cohort, step, rig.grower.clock.hosts)
 
 

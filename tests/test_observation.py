@@ -17,6 +17,7 @@ import esper
 from esper.observation import NUM_PRESSING, observe
 from esper.protocol import SITE_FEATURES, Germinate, Observation, SeedPlan
 from esper.tamiyo import make_controller
+from esper.verdicts import Verdicts
 
 pytestmark = pytest.mark.component
 
@@ -58,7 +59,7 @@ def grower() -> esper.Grower:
 def _look(grower: esper.Grower, step: int) -> Observation:
     return observe(
         grower.kasmina, step=step, total_steps=None, held_out=1.0, held_out_initial=2.0, host_flops=1e6,
-        budget_params=None, budget_flops=None, verdicts=(), stopped=None,
+        budget_params=None, budget_flops=None, verdicts=Verdicts(), stopped=None,
     )  # fmt: skip
 
 

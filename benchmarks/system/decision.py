@@ -37,6 +37,7 @@ import esper
 from esper.observation import observe
 from esper.protocol import Germinate, Lifecycle, Observation, SeedPlan
 from esper.tamiyo import make_controller
+from esper.verdicts import Verdicts
 
 RESULT = Path(__file__).parents[1] / "results" / "decision.json"
 WAY = (Lifecycle.TRAINING, Lifecycle.GRAFTING, Lifecycle.STABILIZATION, Lifecycle.EVALUATING, Lifecycle.FINE_TUNING)
@@ -79,7 +80,7 @@ def attach(num_sites: int, chunks: int) -> esper.Grower:
 def look(grower: esper.Grower) -> Observation:
     return observe(
         grower.kasmina, step=100, total_steps=None, held_out=1.0, held_out_initial=1.0,
-        host_flops=grower.accounts.host_flops_per_step, budget_params=None, budget_flops=None, verdicts=(),
+        host_flops=grower.accounts.host_flops_per_step, budget_params=None, budget_flops=None, verdicts=Verdicts(),
         stopped=None,
     )  # fmt: skip
 

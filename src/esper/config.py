@@ -312,7 +312,7 @@ class TamiyoConfig:
     min_gain_per_cost: float = 0.02
     """Stop when gain (relative to the held-out loss) over cost (relative FLOPs added) falls under this."""
     patience: int = 2
-    """Cohorts in a row under the threshold, or refused, before growth stops."""
+    """Cohorts in a row under the threshold, or refused, before growth stops; above 1,000 they never do."""
 
     def __post_init__(self) -> None:
         _check(

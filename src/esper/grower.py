@@ -266,8 +266,13 @@ class Grower(Stored):
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
-        """How every cohort ended, oldest first."""
-        return tuple(self.stages.verdicts)
+        """How cohorts ended, oldest first: all that were kept, of the others the newest thousand."""
+        return self.stages.verdicts.told()
+
+    @property
+    def ended(self) -> dict[Lifecycle, int]:
+        """How many cohorts have come to each end, since the beginning."""
+        return dict(self.stages.verdicts.ended)
 
     @property
     def stopped(self) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,8 @@ from esper.kasmina.defaults import default_blueprint
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.site import Site
 from esper.kasmina.telemetry import snapshots
-from esper.protocol import SITE_FEATURES, CohortView, Lifecycle, Observation, Verdict
+from esper.protocol import SITE_FEATURES, CohortView, Observation
+from esper.verdicts import Verdicts
 
 _COLUMN = {name: index for index, name in enumerate(SITE_FEATURES)}
 _SENSORS = slice(_COLUMN["activation_mean"], _COLUMN["gradient_energy"] + 1)
@@ -34,7 +34,7 @@ def observe(
     host_flops: float,
     budget_params: int | None,
     budget_flops: float | None,
-    verdicts: Sequence[Verdict],
+    verdicts: Verdicts,
     stopped: str | None,
 ) -> Observation:
     """Build the observation. Waits for the device once (telemetry)."""
@@ -65,7 +65,8 @@ def observe(
         chunk_index=pressing[1],
         chunk_pressure=pressing[2],
         alive=tuple(_view(kasmina, number, step) for number in kasmina.cohorts),
-        verdicts=tuple(verdicts),
+        verdicts=verdicts.told(),
+        untold=verdicts.num_untold,
         stopped=stopped,
         unit_params=np.array([cost.params for cost in costs], dtype=np.float64),
         unit_flops=np.array([cost.flops_per_row for cost in costs]) * np.array(list(kasmina.rows_per_step.values())),
@@ -129,7 +130,7 @@ def _site_rows(
     fixed: _Fixed,
     free_share: npt.NDArray[np.float64],
     grown: npt.NDArray[np.int64],
-    verdicts: Sequence[Verdict],
+    verdicts: Verdicts,
     step: int,
 ) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.float32]]]:
     table = fixed.rows.copy()
@@ -140,12 +141,8 @@ def _site_rows(
     sensed = snapshots([site.telemetry for site in kasmina.sites.values() if site.telemetry is not None])
     for row, (name, snapshot) in enumerate(zip(fixed.names, sensed, strict=True)):
         table[row, _SENSORS] = np.add.reduce(snapshot, axis=1) / snapshot.shape[1]
-        past = [verdict for verdict in verdicts if name in verdict.sites]
-        if past:
-            table[row, _COLUMN["last_gain"]] = past[-1].gain
-        kept = [verdict.step for verdict in past if verdict.state is Lifecycle.FOSSILIZED]
-        if kept:
-            table[row, _COLUMN["steps_since_growth"]] = step - kept[-1]
+        table[row, _COLUMN["last_gain"]] = verdicts.last_gain.get(name, math.nan)
+        table[row, _COLUMN["steps_since_growth"]] = step - verdicts.last_growth.get(name, math.nan)
     return table, [snapshot[2] for snapshot in sensed]
 
 

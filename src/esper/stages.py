@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -18,7 +17,6 @@ from esper.errors import CONTAINED, contained
 from esper.evidence.judge import Judge
 from esper.evidence.paired import PairedResult
 from esper.evidence.ranking import best
-from esper.evidence.shrinkage import shrink_gains
 from esper.fitting import Fitting
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.execution import Kasmina
@@ -28,6 +26,7 @@ from esper.kasmina.lifecycle import Gate, capture_gate, in_slot, is_active, ramp
 from esper.kasmina.strategies import STRATEGIES, GraftContext, Move
 from esper.protocol import AnyEvent, Judged, Lifecycle, Transitioned, Verdict
 from esper.trials import WITHHELD, Trials
+from esper.verdicts import Verdicts
 
 NAN = float("nan")
 
@@ -48,9 +47,7 @@ class Stages:
     may_graft: Callable[[int], bool]
     """Whether a cohort may be grafted now: it waits for the snapshot from before its graft."""
     held_out: float = NAN
-    verdicts: list[Verdict] = field(default_factory=list[Verdict])
-    looks: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
-    """Gain and standard error of every judged cohort that has ended: reported gains are shrunk towards this pool."""
+    verdicts: Verdicts = field(default_factory=Verdicts)
 
     @property
     def fitting(self) -> Fitting:
@@ -59,13 +56,12 @@ class Stages:
 
     def state(self) -> dict[str, Any]:
         """What was decided so far, as a state tree."""
-        verdicts = [msgspec.to_builtins(verdict) for verdict in self.verdicts]
-        return {"held_out": self.held_out, "verdicts": verdicts, "looks": list(self.looks)}
+        return {"held_out": self.held_out, "verdicts": self.verdicts.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` has told."""
-        self.verdicts[:] = [msgspec.convert(plain, Verdict) for plain in state["verdicts"]]
-        self.held_out, self.looks[:] = state["held_out"], state["looks"]
+        self.verdicts.restore(state["verdicts"])
+        self.held_out = state["held_out"]
 
     # ---------------------------------------------------------------------------------------------- the step
 
@@ -172,7 +168,7 @@ class Stages:
     def _evaluating(self, cohort: Cohort, step: int) -> None:
         before = self.ledger.spent["evidence"]
         judged = self.judge.evaluate(cohort.number, cohort.sites, further=self._another_look_fits(step))
-        cohort.gain_shrunken = self._shrunken(judged.result)
+        cohort.gain_shrunken = self.verdicts.shrunken(judged.result)
         self._note_gain(cohort, judged.result)
         self.emit(
             Judged(
@@ -210,7 +206,7 @@ class Stages:
         self.emit(
             Judged(
                 step=step, cohort=cohort.number, stage="hold", sites=cohort.sites, gain=result.mean,
-                gain_low=result.low, gain_high=result.high, gain_shrunken=self._shrunken(result), e_value=NAN,
+                gain_low=result.low, gain_high=result.high, gain_shrunken=self.verdicts.shrunken(result), e_value=NAN,
                 e_threshold=NAN, confirm_p=NAN, num_batches=result.num, accepted=gate.passed,
                 added_params=cohort.added_params, added_flops_share=cohort.added_flops_share,
                 flops=self.ledger.spent["evidence"] - before, reason=gate.reason,
@@ -283,14 +279,13 @@ class Stages:
 
     def _add_verdict(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
         gain, low, high = cohort.gain
-        if math.isfinite(gain) and cohort.gain_error > 0:
-            self.looks.append((gain, cohort.gain_error))
-        self.verdicts.append(
+        self.verdicts.add(
             Verdict(
                 cohort=cohort.number, step=step, state=target, sites=cohort.sites, gain=gain, gain_low=low,
                 gain_high=high, added_params=cohort.added_params, added_flops_share=cohort.added_flops_share,
                 reason=reason, gain_shrunken=cohort.gain_shrunken,
-            )
+            ),
+            cohort.gain_error,
         )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------- how
@@ -363,14 +358,6 @@ class Stages:
     def _note_gain(self, cohort: Cohort, result: PairedResult) -> None:
         cohort.gain = (result.mean, result.low, result.high)
         cohort.gain_error = result.standard_error
-
-    def _shrunken(self, result: PairedResult) -> float:
-        """Gain shrunk towards the run's other judged gains (the best of many looks is too good)."""
-        error = result.standard_error
-        if not math.isfinite(result.mean) or not error > 0:
-            return result.mean
-        looks = [*self.looks, (result.mean, error)]
-        return float(shrink_gains([gain for gain, _ in looks], [size for _, size in looks])[-1])
 
     def _move(self, cohort: Cohort, target: Lifecycle, step: int, reason: str) -> None:
         source = cohort.state

@@ -18,7 +18,7 @@ from esper.safety.training import KEYS, Training, plain
 from esper.safety.tree import Tree, copy_of, digest
 from esper.tamiyo import Controller
 
-VERSION = 2
+VERSION = 3
 """Raised when a part's state changes its meaning; older ones are migrated where they are read from a disk."""
 
 

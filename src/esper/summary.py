@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from esper.kasmina.discovery import Discovery
@@ -27,6 +29,9 @@ class Run(Protocol):
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]: ...
+
+    @property
+    def ended(self) -> Mapping[Lifecycle, int]: ...
 
     @property
     def held_out(self) -> float: ...
@@ -59,9 +64,9 @@ def describe(run: Run) -> str:
         lines += [f"  {item.name}: {item.reason}" for item in skipped[:4]]
         if len(skipped) > 4:
             lines.append(f"  ... and {len(skipped) - 4} more: grower.discovery.skipped")
-    kept = sum(verdict.state is Lifecycle.FOSSILIZED for verdict in run.verdicts)
+    kept = run.ended.get(Lifecycle.FOSSILIZED, 0)
     status = f"stopped: {run.stopped}" if run.stopped else "growing"
-    lines.append(f"{len(kasmina.cohorts)} cohorts alive, {kept} of {len(run.verdicts)} kept | {status}")
+    lines.append(f"{len(kasmina.cohorts)} cohorts alive, {kept} of {sum(run.ended.values())} kept | {status}")
     return "\n".join(lines)
 
 
@@ -80,6 +85,8 @@ class Report:
     """What twins, withholding and the audit found, oldest first."""
     notes: tuple[str, ...] = ()
     """What was chosen otherwise than asked, and why."""
+    untold: Mapping[Lifecycle, int] = field(default_factory=dict[Lifecycle, int])
+    """How many more cohorts came to each end, too long ago to be among ``verdicts``."""
 
     @classmethod
     def of(cls, run: Run) -> Report:
@@ -99,6 +106,7 @@ class Report:
             stopped=run.stopped,
             scored=tuple(run.trials.scored),
             notes=run.discovery.notes,
+            untold=Counter(run.ended) - Counter(verdict.state for verdict in run.verdicts),
         )
 
     def __str__(self) -> str:
@@ -109,13 +117,17 @@ class Report:
             "cost: " + ", ".join(f"{part} {flops / total:.1%}" for part, flops in self.flops.items()),
         ]
         for verdict in self.verdicts:
-            word = {Lifecycle.FOSSILIZED: "KEPT", Lifecycle.CULLED: "REJECTED"}.get(verdict.state, verdict.state.name)
             gain = f"{-verdict.gain:+.4f}" if math.isfinite(verdict.gain) else "not measured"
             if math.isfinite(verdict.gain_shrunken):
                 gain += f" (shrunken {-verdict.gain_shrunken:+.4f})"
             sites = ", ".join(verdict.sites)
-            lines.append(f"step {verdict.step}: {word} {sites}: {gain} for {verdict.added_params:,} parameters")
+            lines.append(
+                f"step {verdict.step}: {_word(verdict.state)} {sites}: {gain} for {verdict.added_params:,} parameters"
+            )
             lines += [f"  {_found(event)}" for event in self._scores_of(verdict.cohort)]
+        if self.untold:
+            counts = ", ".join(f"{count:,} {_word(state)}" for state, count in self.untold.items())
+            lines.append(f"longer ago, in the event log only: {counts}")
         lines += self._effect()
         lines += [f"chosen by free memory: {note}" for note in self.notes]
         lines.append(f"stopped: {self.stopped}" if self.stopped else "growth has not stopped")
@@ -133,6 +145,10 @@ class Report:
         known = math.isfinite(effect.gain)
         change = f"{-effect.gain:+.4f} ({-effect.high:+.4f} to {-effect.low:+.4f})" if known else "not known"
         return [f"effect of grafting on the held-out loss: {change}; {counts}"]
+
+
+def _word(state: Lifecycle) -> str:
+    return {Lifecycle.FOSSILIZED: "KEPT", Lifecycle.CULLED: "REJECTED"}.get(state, state.name)
 
 
 def _found(event: TwinScored | Audited) -> str:

@@ -138,7 +138,10 @@ def test_soak_says_what_it_has_seen(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     enough = {"GRAFTING > ROLLED_BACK": 2000, "DORMANT > GERMINATED": 100_000}
-    samples = [sample(1, hours / 10, transitions=enough, faults={"nan_batch": 3}) for hours in range(40)]
+    samples = [
+        sample(1, hours / 10, transitions=enough, faults={"nan_batch": 3}, in_use_mb=50 + hours / 10)
+        for hours in range(40)
+    ]
     asked: list[SoakOptions] = []
 
     def execute(options: SoakOptions, on_sample: Callable[..., None]) -> dict[str, Any]:
@@ -152,6 +155,7 @@ def test_soak_says_what_it_has_seen(
     out, err = capsys.readouterr()
     assert err.splitlines()[0] == "6 min: 10 steps, 102,000 transitions, 100.0 MB"
     assert "memory     +0.00 MB an hour (+0.00 to +0.00)" in out and "faults     nan_batch 3" in out
+    assert "in use     of it +1.00 MB an hour (+1.00 to +1.00) over" in out
     assert "met        rollbacks, at least 1,000" in out and "missed" not in out
     assert asked == [SoakOptions(hours=2.0, faults=False)]
     samples[:] = samples[:2]

@@ -239,13 +239,13 @@ def test_a_checkpoint_from_before_copies_were_kept_loads_and_says_what_is_lost()
 
 def test_a_training_of_a_run_is_migrated_as_well_and_static_ones_are_left_alone() -> None:
     def tree() -> dict[str, Any]:
-        state = {"version": 1, "copies": {"twins": [3], "kept": []}, "setup": {"config": {"safety": {}}}}
+        state = {"version": 2, "copies": {"twins": [3], "kept": []}, "setup": {"config": {"safety": {}}}}
         return {"cell": "a", "training": {**state, "esper": {"trials": {"scored": [], "windows": []}}}}
 
-    new = migrated(tree(), 1, target=2)["training"]
-    assert new["version"] == 2 and "copies" not in new
+    new = migrated(tree(), 2)["training"]
+    assert new["version"] == 3 and "copies" not in new
     assert new["esper"]["trials"]["copies"] == {"twins": [3], "kept": []}
     assert new["esper"]["copies"] == {"twins": [], "watch": None, "kept": []}
     assert new["esper"]["snapshots"] == new["esper"]["applied"] == []
     static = {"cell": "a", "training": {"host": {}, "optimizers": []}}
-    assert migrated({**static}, 1, target=2) == static
+    assert migrated({**static}, 2) == static

@@ -106,7 +106,7 @@ def put(value: Any, *path: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (put(99, "version"), "version 2, got 99"),
+        (put(99, "version"), "version 3, got 99"),
         (without("random"), r"\['random'\] missing or extra"),
         (put(0, "more"), r"\['more'\] missing or extra"),
         (without("esper", "judge"), r"state of Esper must have the keys .* got \['judge'\]"),

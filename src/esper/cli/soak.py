@@ -99,6 +99,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         labelled("lost", _counted(summary["lives_lost"])),
         labelled("memory", _slope_line(memory)),
     ]  # fmt: skip
+    if summary["in_use"] is not None:
+        lines.append(labelled("in use", f"of it {_slope_line(summary['in_use'])}"))
     lines += [labelled("met" if met else "missed", name) for name, met in summary["bars"].items()]
     return lines
 

@@ -83,7 +83,9 @@ class Observation:
     chunk_site, chunk_index, chunk_pressure:
         The pressing chunks, strongest first: site row, chunk index, gradient energy (float64).
     alive, verdicts:
-        Cohorts alive now, and all cohorts that ended, oldest first.
+        Cohorts alive now, and how cohorts ended, oldest first: all that were kept, of the others the newest thousand.
+    untold:
+        How many more have ended, too long ago to be among ``verdicts``.
     stopped:
         Growth has been stopped; ``None`` while it goes on.
     unit_params, unit_flops:
@@ -114,3 +116,9 @@ class Observation:
     stopped: str | None
     unit_params: npt.NDArray[np.float64] | None = None
     unit_flops: npt.NDArray[np.float64] | None = None
+    untold: int = 0
+
+    @property
+    def num_ended(self) -> int:
+        """Cohorts that have ended since the beginning."""
+        return self.untold + len(self.verdicts)

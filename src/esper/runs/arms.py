@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -271,10 +272,9 @@ def configure(config: Config, options: RunOptions, seed: int) -> Config:
 
 
 def _add_growth(trained: Trained, grower: Grower, events: Sequence[AnyEvent]) -> nn.Module:
-    verdicts = grower.verdicts
     kept = {e.cohort: frozenset(e.seeds) for e in events if isinstance(e, Transitioned) and _is_permanent(e)}
     germinated = [event for event in events if isinstance(event, Germinated)]
-    count = {state: sum(v.state is state for v in verdicts) for state in Lifecycle}
+    count = Counter(grower.ended)
     trained.cohorts = {
         "germinated": len(germinated),
         "accepted": count[Lifecycle.FOSSILIZED],

@@ -143,7 +143,7 @@ class HeuristicController:
     def _note_refusal(self, observation: Observation) -> None:
         if self._cohorts_when_asked is None:
             return
-        arrived = len(observation.alive) + len(observation.verdicts) > self._cohorts_when_asked
+        arrived = len(observation.alive) + observation.num_ended > self._cohorts_when_asked
         self._refusals = 0 if arrived else self._refusals + 1
         self._cohorts_when_asked = None
 
@@ -189,7 +189,7 @@ class HeuristicController:
         plans = _plans(observation, rows[widths > 0], widths[widths > 0], variation, self._crowd)
         self._germinations += 1
         self._asked_at = observation.step
-        self._cohorts_when_asked = len(observation.alive) + len(observation.verdicts)
+        self._cohorts_when_asked = len(observation.alive) + observation.num_ended
         return (Germinate(seeds=plans, reason=_describe(plans, self._explores, bool(is_span[0]))),)
 
 

@@ -29,7 +29,7 @@ def reason_to_stop(verdicts: Sequence[Verdict], held_out: float, threshold: floa
     Parameters
     ----------
     verdicts:
-        Oldest first.
+        Oldest first; as many as a run tells (all that were kept, of the others the newest thousand).
     held_out:
         Held-out loss now, the unit of relative gains.
     threshold:

@@ -56,6 +56,34 @@ def test_what_fills_up_at_the_start_is_no_leak() -> None:
     assert math.isnan(Slope.of([], []).high)
 
 
+def drifting(hours: float, generator: torch.Generator) -> tuple[list[float], list[float]]:
+    """Memory without a slope that depends on which of three hosts are alive, a sample every five seconds."""
+    num = round(720 * hours)
+    levels = torch.zeros(num)
+    for _ in range(3):
+        at = 0
+        while at < num:
+            lasts = max(1, int(torch.empty(1).exponential_(1 / 36, generator=generator)))
+            levels[at : at + lasts] += torch.empty(1).exponential_(1.0, generator=generator)
+            at += lasts
+    return [number / 720 for number in range(num)], levels.tolist()
+
+
+@pytest.mark.parametrize("hours", [0.5, 2.0])
+def test_an_interval_allows_for_hosts_that_live_for_minutes(hours: float) -> None:
+    """Taken for independent, the same means exclude the truth in half of these series."""
+    generator = torch.Generator().manual_seed(0)
+    slopes = [Slope.of(*drifting(hours, generator)) for _ in range(60)]
+    covered = sum(slope.low <= 0 <= slope.high for slope in slopes)
+    assert covered >= 53, f"{covered} of 60 intervals of 95% hold the true slope"
+    assert hours < 1 or sorted(slope.high - slope.low for slope in slopes)[30] < 10, "it was to be of some use"
+
+
+def test_a_few_minutes_have_no_slope() -> None:
+    times = [number / 720 for number in range(100)]
+    assert math.isnan(Slope.of(times, [100.0] * 100).high)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What a process holds
 
@@ -74,6 +102,16 @@ def test_handles_threads_and_temporary_files_are_seen(tmp_path: Path) -> None:
     if before.handles is not None and during.handles is not None:
         assert during.handles == before.handles + 1
     assert during.memory_mb is None or during.memory_mb > 10
+    assert during.memory_mb is None or during.in_use_mb is None or 1 < during.in_use_mb < during.memory_mb
+
+
+def test_what_is_handed_out_is_told_apart_from_what_the_system_has_given(tmp_path: Path) -> None:
+    before = Resources.now(tmp_path).in_use_mb
+    if before is None:
+        pytest.skip("only glibc tells what it has handed out")
+    taken = torch.ones(5_000_000, dtype=torch.float32)
+    during = Resources.now(tmp_path).in_use_mb
+    assert during is not None and 19 < during - before < 22, len(taken)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -183,6 +221,9 @@ def test_a_summary_judges_the_longest_sitting() -> None:
     assert good["hours"] == pytest.approx(0.8 + 3.9)
     leaking = summarise([msgspec.structs.replace(s, memory_mb=100 + 2 * s.hours) for s in long], "cpu")
     assert not leaking["met"] and leaking["memory"]["mb_per_hour"] == pytest.approx(2.0)
+    spread = [msgspec.structs.replace(s, memory_mb=100 + 2 * s.hours, in_use_mb=60.0) for s in long]
+    fragmented = summarise(spread, "cpu")
+    assert fragmented["in_use"]["high"] == 0 and not fragmented["met"] and leaking["in_use"] is None
     open_ones = summarise([msgspec.structs.replace(s, handles=round(7 + 10 * s.hours)) for s in long], "cpu")
     assert not open_ones["met"] and open_ones["leaked"]["handles"] > 0
     few = summarise(short, "cpu")
@@ -205,3 +246,21 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(ConfigError, match="cannot be made"):
         soak(tmp_path / "taken", 10)
+
+
+@pytest.mark.usefixtures("frequent")
+def test_one_host_stays_while_others_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = list[tuple[str, int]]()
+
+    class Short(Life):
+        def __init__(self, *parts: object, longest: int | None, **named: object) -> None:
+            super().__init__(*parts, longest=50 if longest else None, **named)  # type: ignore[arg-type]
+
+        def close(self) -> None:
+            super().close()
+            ended.append((self.family, self._taken))
+            assert self.longest or self.config.evidence.accept == "evidence", "it would soon have grown too large"
+
+    monkeypatch.setattr(job, "Life", Short)
+    soak(tmp_path, 400)
+    assert ended == [(family, 50) for family in FAMILIES] * 2 + [("mlp", 100)]

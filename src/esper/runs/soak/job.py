@@ -1,4 +1,4 @@
-"""The soak: three families of hosts in turn, sampled as they go, over as many sittings as it takes."""
+"""The soak: hosts of three families in turn and one that stays, sampled as they go, over as many sittings as needed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ import msgspec
 import torch
 
 from esper.errors import ConfigError, DataError
-from esper.runs.soak.life import FAMILIES, Counts, Life, usable_faults
+from esper.runs.soak.life import FAMILIES, LONGEST, Counts, Life, usable_faults
 from esper.runs.soak.options import SoakOptions
 from esper.runs.soak.resources import Resources
 from esper.runs.soak.summary import Sample, summarise
 from esper.runs.trials.job import one_thread
 
 EPISODE = 50
-"""Steps of a family before the next one's turn."""
+"""Steps of a host before the next one's turn."""
+VETERAN = "veteran"
+"""The host that stays for the whole sitting, of the first family: what a grower gathers over thousands of cohorts shows
+in it. It asks for evidence, for a host that keeps everything soon has grown too large."""
 SAMPLE_S = 5.0
 
 _now = time.monotonic  # as it is before any fault of the clock
@@ -86,10 +89,10 @@ class _Sitting:
 
     def run(self) -> None:
         while not self._is_over():
-            for family in FAMILIES:
-                life = self.lives.get(family) or self._begin(family)
+            for place in (*FAMILIES, VETERAN):
+                life = self.lives.get(place) or self._begin(place)
                 if not life.train(EPISODE):
-                    self.lives.pop(family).close()
+                    self.lives.pop(place).close()
                     del life
                     gc.collect()  # hosts and growers refer to each other
             if _now() - self.sampled >= SAMPLE_S:
@@ -105,10 +108,15 @@ class _Sitting:
             if self.stream is not None:
                 os.close(self.stream)
 
-    def _begin(self, family: str) -> Life:
-        number = self.options.seed + self.counts.lives * len(FAMILIES) + list(FAMILIES).index(family)
-        self.lives[family] = Life(number, family, self.counts, self.device, faults=self.faults)
-        return self.lives[family]
+    def _begin(self, place: str) -> Life:
+        stays, families = place == VETERAN, list(FAMILIES)
+        family = families[0] if stays else place
+        number = self.options.seed + self.counts.lives * len(FAMILIES) + families.index(family)
+        self.lives[place] = Life(
+            number | 1 if stays else number, family, self.counts, self.device, faults=self.faults,
+            longest=None if stays else LONGEST,
+        )  # fmt: skip
+        return self.lives[place]
 
     def _is_over(self) -> bool:
         hours, steps = self.options.hours, self.options.steps

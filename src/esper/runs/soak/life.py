@@ -29,7 +29,7 @@ HELD_OUT = 20
 LARGEST = 4.0
 """Parameters at which a life ends, as a multiple of the host's."""
 LONGEST = 2_500
-"""Steps after which a life ends in any case: a run keeps every verdict, and here they come by the hundred."""
+"""Steps after which a life ends in any case, so that many kinds of hosts come and go."""
 FAULT_EVERY = 400
 """Steps of a life between two faults."""
 GRACE = 15
@@ -90,13 +90,16 @@ class Life:
     Parameters
     ----------
     number:
-        Everything about it follows from it.
+        Everything about it follows from it; those with an odd one ask for evidence before they keep anything.
+    longest:
+        Steps after which it ends in any case; ``None``: it may go on for ever.
     """
 
     def __init__(
-        self, number: int, family: str, counts: Counts, device: torch.device, *, faults: Sequence[str]
-    ) -> None:
-        self.family, self.counts, self.faults = family, counts, faults
+        self, number: int, family: str, counts: Counts, device: torch.device, *, faults: Sequence[str],
+        longest: int | None = LONGEST,
+    ) -> None:  # fmt: skip
+        self.family, self.counts, self.faults, self.longest = family, counts, faults, longest
         tasks = FAMILIES[family]
         self.choose = torch.Generator().manual_seed(number)
         self.task: Task = make_task(tasks[number // len(FAMILIES) % len(tasks)], self.choose).to(device)
@@ -136,7 +139,7 @@ class Life:
         finally:
             if self.injection is not None and self._escaped is not None:
                 self.injection.end()
-        kasmina, old = self.grower.kasmina, self._taken >= LONGEST
+        kasmina, old = self.grower.kasmina, self.longest is not None and self._taken >= self.longest
         return self._is_sound() and not old and kasmina.params < LARGEST * kasmina.host_params
 
     def close(self) -> None:

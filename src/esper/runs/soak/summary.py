@@ -39,6 +39,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     handles: int | None
     threads: int
     temporary_files: int
+    in_use_mb: float | None = None
 
     @classmethod
     def of(
@@ -50,7 +51,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
             germinations=counts.germinations, longest_wait=counts.longest_wait, lives=counts.lives,
             faults=dict(counts.faults), lost=dict(counts.lost), non_finite=counts.non_finite, params=grown,
             memory_mb=resources.memory_mb, gpu_memory_mb=resources.gpu_memory_mb, handles=resources.handles,
-            threads=resources.threads, temporary_files=resources.temporary_files,
+            threads=resources.threads, temporary_files=resources.temporary_files, in_use_mb=resources.in_use_mb,
         )  # fmt: skip
 
     def restored(self) -> Counts:
@@ -67,7 +68,7 @@ def summarise(samples: Sequence[Sample], device: str) -> dict[str, Any]:
     last = samples[-1]
     sittings = {sample.sitting: [s for s in samples if s.sitting == sample.sitting] for sample in samples}
     longest = max(sittings.values(), key=lambda sitting: sitting[-1].hours)
-    memory, gpu = _slope(longest, "memory_mb"), _slope(longest, "gpu_memory_mb")
+    memory, in_use, gpu = (_slope(longest, f"{name}_mb") for name in ("memory", "in_use", "gpu_memory"))
     leaks = {name: _leaked(longest, name) for name in ("handles", "threads", "temporary_files")}
     steps = sum(last.steps.values())
     hours = sum(sitting[-1].hours for sitting in sittings.values())
@@ -91,7 +92,10 @@ def summarise(samples: Sequence[Sample], device: str) -> dict[str, Any]:
         "seed_transitions": last.seed_transitions, "rollbacks": num_rollbacks, "germinations": last.germinations,
         "longest_wait_for_a_germination": last.longest_wait, "lives": last.lives, "faults": last.faults,
         "lives_lost": last.lost, "non_finite": last.non_finite,
-        "memory": _shown(memory), "gpu_memory": _shown(gpu) if not math.isnan(gpu.mb_per_hour) else None,
+        "memory": _shown(memory), **{
+            name: _shown(slope) if not math.isnan(slope.mb_per_hour) else None
+            for name, slope in (("in_use", in_use), ("gpu_memory", gpu))
+        },
         "leaked": leaks, "bars": bars, "met": all(bars.values()),
     }  # fmt: skip
 
