@@ -338,6 +338,8 @@ class SafetyConfig:
     """Keep an exact copy of the whole training from just before every graft, in the CPU's memory, to go back to."""
     snapshot_bytes: int = 4 << 30
     """Most memory for these copies; a graft beyond it goes without one, and says so."""
+    stored_snapshot_bytes: int = 256 << 20
+    """Most bytes of them in a saved state, so that grafts can be taken back exactly after a load too; newest first."""
     window: int = 100
     """Training losses that the latest ones are compared with."""
     max_z: float = 10.0

@@ -161,7 +161,7 @@ class Grower(Stored):
             self.model, self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit,
             self.journal.warn, self._train_step, self._audit, lambda: self.accounts.training_flops,
         )  # fmt: skip
-        self.guard = Guard(self, self._orders, lambda: self._whole(waiting=False))
+        self.guard = Guard(self, self._orders, lambda twins: self._whole(waiting=False, twins=twins))
         self.stages = Stages(
             self.kasmina, self.judge, self.clock, self.ledger, self.config, self.journal.emit, self.trials,
             self.loop.losses, self.guard.may_graft,

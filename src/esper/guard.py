@@ -39,6 +39,7 @@ from esper.trials import Trials
 
 SKIPPED = 8
 """Steps that a GradScaler skips in a row before a branch on trial is suspected."""
+_BEFORE = "before this process began, and the checkpoint had no room for its snapshot (safety.stored_snapshot_bytes)"
 
 
 class Orders(Protocol):
@@ -77,13 +78,13 @@ class Guard:
     Parameters
     ----------
     whole:
-        The run's state as it is now, without the commands that wait: those go on waiting.
+        The run's state as it is now, without the commands that wait: those go on waiting. With twins or without.
     """
 
-    def __init__(self, run: Run, orders: Orders, whole: Callable[[], Whole]) -> None:
+    def __init__(self, run: Run, orders: Orders, whole: Callable[[bool], Whole]) -> None:
         settings = run.config.safety
         self._run, self._orders, self._whole = run, orders, whole
-        self.snapshots = Snapshots(settings.snapshot_bytes)
+        self.snapshots = Snapshots(settings.snapshot_bytes, settings.stored_snapshot_bytes)
         self._watch = LossWatch(settings.window, settings.max_z, settings.ratio)
         self._recent: list[Tensor] = []
         """Losses since the last look."""
@@ -122,16 +123,35 @@ class Guard:
             self._take(ready, step)
 
     def _take(self, cohorts: list[int], step: int) -> None:
+        twins = bool(self._run.trials.twins)
         try:
-            state = self._whole().state()
-            if self.snapshots.fits(state):
-                self.snapshots.put(Snapshot.of(state, step), cohorts)
-                return
-            self._without = f"one more would exceed safety.snapshot_bytes = {self.snapshots.max_bytes}"
+            for with_twins in (True, False) if twins else (True,):
+                state = self._state_before(cohorts, twins=with_twins)
+                if self.snapshots.fits(state):
+                    self.snapshots.put(Snapshot.of(state, step), cohorts)
+                    if not with_twins:
+                        text = f"twins would not outlive an exact restore: {self._bound()}"
+                        self._run.journal.warn("snapshot of twins", text, step)
+                    return
+            self._without = self._bound()
         except StateError as error:
             self._without = str(error)
         text = f"a graft cannot be taken back exactly from here on: {self._without}"
         self._run.journal.warn("snapshot", text, step)
+
+    def _state_before(self, cohorts: list[int], *, twins: bool) -> dict[str, Any]:
+        """The state to go back to. Whoever goes back there ends the cohort at once, so the rows it has captured, often
+        many times the model, are left out (of several cohorts only one would end: theirs stay)."""
+        state: dict[str, Any] = self._whole(twins).state()
+        if len(cohorts) == 1:
+            kasmina = self._run.kasmina
+            sites = state["esper"]["kasmina"]["sites"]
+            for name in kasmina.own_captures(kasmina.cohorts[cohorts[0]]):
+                sites[name]["capture"] = None
+        return state
+
+    def _bound(self) -> str:
+        return f"one more would exceed safety.snapshot_bytes = {self.snapshots.max_bytes}"
 
     def begin_anew(self, step: int) -> None:
         """The run has become another one: nothing of before can be gone back to."""
@@ -236,7 +256,7 @@ class Guard:
     def take_back(self, cohort: Cohort, step: int, reason: str) -> Gate:
         """An operator wants a graft undone exactly."""
         if self.snapshots.of(cohort.number) is None:
-            why = self._without or "it was not grafted yet, or before this process began"
+            why = self._without or f"it was not grafted yet, or {_BEFORE}"
             return Gate("snapshot", False, f"no snapshot from before its graft is kept: {why}; roll back without exact")
         self._restore(cohort.number, step, reason)
         return Gate("command", True, "")
@@ -247,13 +267,13 @@ class Guard:
         snapshot = self.snapshots.of(number)
         if snapshot is None:
             self._remove(number, step, what)
-            why = self._without or "it was grafted before this process began"
+            why = self._without or f"it was grafted {_BEFORE}"
             self._report(f"{what}; the host stays as it is, for there is no snapshot to go back to: {why}", step)
             return
-        journal, copies = self._run.journal, self._run.trials.copies()
+        journal = self._run.journal
         told = journal.state()
         journal.emit(Incident(step=step, cohort=number, action="restored", reason=what))
-        verified, copies = self._put_back(snapshot), self._common(copies, snapshot)
+        verified = self._put_back(snapshot)
         rewound = self._run.training.rewinds
         journal.emit(
             Restored(
@@ -262,7 +282,7 @@ class Guard:
             )
         )  # fmt: skip
         journal.remember(told)
-        self._run.trials.let_go(copies, snapshot.step)
+        self._run.trials.tell_lost(snapshot.step)
         self._orders.undone(snapshot.step)
         cohort = self._run.kasmina.cohorts.get(number)
         if cohort is not None:
@@ -271,19 +291,15 @@ class Guard:
 
     def _put_back(self, snapshot: Snapshot) -> bool:
         """Restore, and say whether the hash is the snapshot's."""
-        whole = self._whole()
-        whole.restore(snapshot.tree())
+        tree = snapshot.tree()
+        whole = self._whole("copies" in tree["esper"])
+        whole.restore(tree)
         return digest(whole.state()) == snapshot.digest()
-
-    def _common(self, copies: dict[str, list[int]], snapshot: Snapshot) -> dict[str, list[int]]:
-        """Networks kept for the audit that the earlier run had as well."""
-        ended = {verdict.cohort for verdict in self._run.stages.verdicts}
-        return {"twins": copies["twins"], "kept": [number for number in copies["kept"] if number in ended]}
 
     # ---------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:
-        """Losses and suspicion, as a state tree; snapshots are not part of it."""
+        """Losses and suspicion, as a state tree; snapshots are a part of their own."""
         suspicion = None if self._suspicion is None else asdict(self._suspicion)
         return {
             "watch": self._watch.state(),

@@ -48,7 +48,7 @@ class Orders:
     def __init__(self, keeping: Keeping | None = None) -> None:
         self._keeping = keeping or Keeping()
         self._waiting: deque[Order] = deque()
-        self._applied: list[tuple[int, Order]] = []
+        self.applied: list[tuple[int, Order]] = []
         """Step and order, for as long as a snapshot from before could undo them."""
         self._lock = threading.Lock()
 
@@ -67,11 +67,11 @@ class Orders:
 
     def note(self, order: Order, step: int) -> None:
         """Remember one that came another way as applied in ``step``."""
-        self._applied.append((step, order))
+        self.applied.append((step, order))
 
     def forget(self, step: int | None) -> None:
         """Nothing before ``step`` will be undone (``None``: nothing at all)."""
-        self._applied = [] if step is None else [entry for entry in self._applied if entry[0] > step]
+        self.applied = [] if step is None else [entry for entry in self.applied if entry[0] > step]
 
     def undone(self, step: int) -> None:
         """Everything after ``step`` was undone: the commands since then wait again, before those that came later.
@@ -80,9 +80,9 @@ class Orders:
         """
         self._keeping.taken_back(step)
         with self._lock:
-            again = [order for at, order in self._applied if at > step and not _undoes(order.command)]
+            again = [order for at, order in self.applied if at > step and not _undoes(order.command)]
             self._waiting.extendleft(reversed(again))
-            self._applied = [entry for entry in self._applied if entry[0] <= step]
+            self.applied = [entry for entry in self.applied if entry[0] <= step]
 
     def state(self) -> list[dict[str, Any]]:
         """What waits, as plain values."""
@@ -94,6 +94,19 @@ class Orders:
         orders = [_order_of(plain) for plain in state]
         with self._lock:
             self._waiting = deque(orders)
+
+
+class Applied:
+    """Orders that a snapshot could undo, as a part of what is stored with the snapshots."""
+
+    def __init__(self, orders: Orders) -> None:
+        self._orders = orders
+
+    def state(self) -> list[list[Any]]:
+        return [[step, msgspec.to_builtins(order)] for step, order in self._orders.applied]
+
+    def restore(self, state: list[list[Any]]) -> None:
+        self._orders.applied = [(step, _order_of(plain)) for step, plain in state]
 
 
 def _order_of(plain: dict[str, Any]) -> Order:

@@ -20,7 +20,7 @@ from esper.tamiyo import Controller
 
 DESK = "desk"
 """The part that a run has only where orders come from outside."""
-VERSION = 2
+VERSION = 3
 """Raised when a part's state changes its meaning; older ones are migrated where they are read from a disk."""
 
 
@@ -187,7 +187,7 @@ class Whole:
                 "a run that took orders from outside goes on with their log, got none; call serve() with a desk first"
             )
         for what, here, there in (
-            ("state", {"version", "setup", "esper", "copies", *KEYS}, set(saved)),
+            ("state", {"version", "setup", "esper", *KEYS}, set(saved)),
             ("state of Esper", set(self.parts) - {DESK}, parts - {DESK}),
         ):
             if here != there:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from esper.accounts import Accounts
 from esper.commands import Desk
+from esper.copies import TwinsAlone
 from esper.errors import StateError
 from esper.evidence.judge import Judge
 from esper.guard import Guard
 from esper.journal import Journal
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.host import HostClock
-from esper.orders import Keeping, Orders
+from esper.orders import Applied, Keeping, Orders
 from esper.safety.checkpoint import Loaded, Saved
 from esper.safety.shelf import Shelf
 from esper.safety.training import Training
@@ -51,7 +52,7 @@ class Stored:
         StateError
             Something cannot be part of a state (its place is named).
         """
-        return {**self._whole(waiting=True).saved(), "copies": self.trials.copies()}
+        return self._whole(waiting=True).saved()
 
     def load_state_dict(self, state: Tree) -> None:
         """Go on exactly where :meth:`state_dict` was called, with a Grower that was built in the same way.
@@ -64,8 +65,8 @@ class Stored:
             The state belongs to another run or is damaged. Nothing was changed.
         """
         self._whole(waiting=True).load(state)
-        self.trials.let_go(state["copies"], self.loop.last_step)
-        self.guard.begin_anew(self.loop.last_step)
+        self.trials.tell_lost(self.loop.last_step)
+        self.guard.after_step(self.loop.last_step)
         self.keeping.kept(self.loop.last_step)
 
     def serve(self, desk: Desk | None, *, checkpoints: bool = False) -> None:
@@ -137,15 +138,21 @@ class Stored:
             self.journal.warn(told, told, self.loop.last_step)
         return loaded
 
-    def _whole(self, *, waiting: bool) -> Whole:
-        """The run's state by its parts, in the order in which they are restored; commands that ``waiting`` asks for."""
+    def _whole(self, *, waiting: bool, twins: bool = True) -> Whole:
+        """The run's state by its parts, in the order in which they are restored.
+
+        ``waiting``: commands that wait, snapshots and every copy of the network belong to what is stored; a snapshot
+        in memory leaves commands waiting, finds the kept copies at hand, and has ``twins`` if they are asked for.
+        """
         parts: dict[str, Part] = {
             "kasmina": self.kasmina, "clock": self.clock, "accounts": self.accounts, "judge": self.judge,
             "stages": self.stages, "trials": self.trials, "journal": self.journal, "loop": self.loop,
             "controller": Thoughts(self.controller), "guard": self.guard,
         }  # fmt: skip
         if waiting:
-            parts["orders"] = self._orders
+            parts |= {"orders": self._orders, "applied": Applied(self._orders), "snapshots": self.guard.snapshots}
             if self._desk is not None:
                 parts[DESK] = self._desk
+        if waiting or twins:
+            parts["copies"] = self.trials.copies if waiting else TwinsAlone(self.trials.copies)
         return Whole(self._setup, self.training, parts)

@@ -15,7 +15,8 @@ import numpy as np
 from torch import nn
 
 from esper.config import Config
-from esper.evidence.audit import HostAndTwin, OnOff
+from esper.copies import Copies, Kept
+from esper.evidence.audit import HostAndTwin, Network, OnOff
 from esper.evidence.draws import drawn
 from esper.evidence.judge import Judge
 from esper.evidence.paired import paired_difference
@@ -48,14 +49,6 @@ class Window:
 
 
 @dataclass
-class Kept:
-    """Something to be audited: a cohort, what was claimed of it, and the networks."""
-
-    cohort: Cohort
-    networks: OnOff | HostAndTwin
-
-
-@dataclass
 class Trials:
     """Experiments on whole cohorts of one run.
 
@@ -82,42 +75,39 @@ class Trials:
     step_flops: Callable[[], float]
     scored: list[Scored] = field(default_factory=list[Scored])
     """Everything that was scored so far, oldest first."""
-    twins: dict[int, Twin] = field(default_factory=dict[int, Twin])
     _windows: list[Window] = field(default_factory=list[Window])
-    _kept: list[Kept] = field(default_factory=list[Kept])
-    _watch: HostWatch | None = None
+
+    def __post_init__(self) -> None:
+        self.copies = Copies(self.model, self.clock, lambda: self.kasmina)
+
+    @property
+    def twins(self) -> dict[int, Twin]:
+        """Twins that train beside the host, by their cohorts."""
+        return self.copies.twins
 
     def state(self) -> dict[str, Any]:
-        """Scores and open windows, as a state tree; :meth:`copies` tells of the rest."""
+        """Scores and open windows, and which copies there are, as a state tree; :attr:`copies` tells those."""
         return {
             "scored": [msgspec.to_builtins(event) for event in self.scored],
             "windows": [asdict(window) for window in self._windows],
+            "copies": self.copies.numbers(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state` has told."""
+        """Go on from what :meth:`state` has told; copies come afterwards, if they are part of the whole."""
         scored: list[Scored] = [msgspec.convert(plain, Scored) for plain in state["scored"]]
         self.scored[:] = scored
         self._windows[:] = [Window(**window) for window in state["windows"]]
+        self.copies.go_back(state["copies"])
 
-    def copies(self) -> dict[str, list[int]]:
-        """Cohorts with a twin, and those with a network kept for the audit.
-
-        Both are copies of the whole network, and nothing depends on them: they are no part of a state.
-        """
-        return {"twins": list(self.twins), "kept": [entry.cohort.number for entry in self._kept]}
-
-    def let_go(self, copies: dict[str, list[int]], step: int) -> None:
-        """After a restore: no twin goes on, networks still at hand stay for the audit, and what is lost is said."""
-        lost = sorted({*self.twins, *copies["twins"]})
-        for number in list(self.twins):
-            self._drop(number)
-        self._kept = [entry for entry in self._kept if entry.cohort.number in copies["kept"]]
-        unaudited = sorted({*copies["kept"]} - {entry.cohort.number for entry in self._kept})
-        for numbers, what in ((lost, "their twins get no score"), (unaudited, "they are not audited")):
-            if numbers:
-                text = ", ".join(map(str, numbers))
+    def tell_lost(self, step: int) -> None:
+        """After a restore: say which copies the earlier run had and this one has not."""
+        missing = self.copies.missing
+        for kind, what in (("twins", "their twins get no score"), ("kept", "they are not audited")):
+            if missing[kind]:
+                text = ", ".join(map(str, sorted(set(missing[kind]))))
                 self.warn(f"restored {what} {text}", f"a restored run has no copies of cohorts {text}: {what}", step)
+            missing[kind].clear()
 
     # ---------------------------------------------------------------------------------------------- withholding
 
@@ -166,12 +156,7 @@ class Trials:
         evidence = self.config.evidence
         if not drawn(evidence.twin_share, self.config.seed, "twin", cohort.number) or self._others_present(cohort):
             return
-        optimizers = self.clock.optimizers
-        self.twins[cohort.number] = Twin(
-            cohort, self.model, optimizers, self.kasmina.sites, self.kasmina.optimizer,
-            since=step, step_flops=self.step_flops(),
-        )  # fmt: skip
-        self._watch = HostWatch(self.model, optimizers)
+        self.copies.begin(cohort, since=step, step_flops=self.step_flops())
 
     def _others_present(self, cohort: Cohort) -> bool:
         """Whether another cohort is on trial in the forward pass: a copy of it would stand still in a twin."""
@@ -180,16 +165,17 @@ class Trials:
 
     def follow(self, batch: Any, step: int) -> None:
         """After a real step of the host: twins take the same one, and what is due is scored."""
-        if self._watch is not None:
+        watch = self.copies.watch
+        if watch is not None:
             for twin in list(self.twins.values()):
-                self._repeat(twin, batch, self._watch, step)
+                self._repeat(twin, batch, watch, step)
             if self.twins:
-                self._watch.rearm()
+                watch.rearm()
         self._close_windows(step)
 
     def _repeat(self, twin: Twin, batch: Any, watch: HostWatch, step: int) -> None:
         if batch is None:
-            self._drop(twin.cohort.number)
+            self.copies.drop(twin.cohort.number)
             self.warn("twin batch", "twins need the batch of each step; call grower.step(loss, batch=batch)", step)
             return
         before = [p.detach().clone() for p in twin.model.parameters()] if twin.steps == 0 else []
@@ -198,7 +184,7 @@ class Trials:
         if before:
             departure = twin.departure(self.model, before)
             if not departure <= MAX_DEPARTURE:
-                self._drop(twin.cohort.number)
+                self.copies.drop(twin.cohort.number)
                 self.warn(
                     "twin step",
                     "a twin must train as the host does, but after one step on the same batch they differ by "
@@ -216,7 +202,7 @@ class Trials:
             self._score(cohort.number, step, f"the cohort ended: {cohort.state.name}")
 
     def _score(self, number: int, step: int, reason: str) -> None:
-        twin = self._drop(number)
+        twin = self.copies.drop(number)
         if twin.steps == 0:
             return
         before, evaluator = self.ledger.spent["evidence"], self.judge.evaluator
@@ -232,29 +218,23 @@ class Trials:
             )
         )  # fmt: skip
         if self.audit is not None and twin.cohort.state in _MAY_STAY:
-            self._kept.append(Kept(twin.cohort, HostAndTwin.of(self.model, twin.model)))
-
-    def _drop(self, number: int) -> Twin:
-        twin = self.twins.pop(number)
-        if not self.twins and self._watch is not None:
-            self._watch.close()
-            self._watch = None
-        return twin
+            host = Network.of(self.model, self.kasmina.sites)
+            self.copies.kept.append(Kept(twin.cohort, HostAndTwin(host, Network(twin.model, twin.sites))))
 
     # ---------------------------------------------------------------------------------------------- audit
 
     def keeping(self, cohort: Cohort) -> None:
         """A cohort is about to become permanent: keep the network as it is, if it will be audited."""
         if self.audit is not None:
-            self._kept.append(Kept(cohort, OnOff.of(self.model, self.kasmina.sites)))
+            self.copies.kept.append(Kept(cohort, OnOff(Network.of(self.model, self.kasmina.sites))))
 
     def finish(self, step: int, verdicts: Sequence[Verdict]) -> None:
         """The run is over: score what is left, and audit every cohort that was kept."""
         for number in list(self.twins):
             self._score(number, step, "the run ended")
         accepted = {verdict.cohort for verdict in verdicts if verdict.state is Lifecycle.FOSSILIZED}
-        kept = [entry for entry in self._kept if entry.cohort.number in accepted]
-        self._kept = []
+        kept = [entry for entry in self.copies.kept if entry.cohort.number in accepted]
+        self.copies.kept.clear()
         if self.audit is None or not kept:
             return
         with preserved_rng():

@@ -1,7 +1,7 @@
 """Run a job in child processes that are killed (SIGKILL) at chosen points, until one of them comes to the end.
 
-``python tests/runs/interrupted.py RUN_DIR SEED KILLS OPTIONS...`` prints how many kills there were, and how many of
-them inside a save.
+``python tests/runs/interrupted.py FOLDER JOB FIRST LAST KILLS`` runs a job in so many chains of processes, and prints
+for each chain how many kills there were and how many of them were inside a save.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from esper.observe.event_log import EventLog
-from esper.protocol import AnyEvent
+from esper.protocol import AnyEvent, Lifecycle, Transitioned
 from esper.runs import RunOptions, arms, execute, job
 from esper.runs.cell_store import CellStore
 from esper.safety import checkpoint
@@ -29,7 +29,29 @@ JOBS: dict[str, dict[str, Any]] = {
     "short": {"steps": 120, "seeds": 1, "lr": (1e-2,), "controls": False},
     "whole": {"steps": 60, "seeds": 2, "lr": (1e-2, 3e-3), "controls": True},
     "long": {"steps": 400, "seeds": 1, "lr": (1e-2,), "controls": False},
+    "grown": {
+        "steps": 130, "seeds": 1, "lr": (1e-2,), "controls": False,
+        "settings": (
+            "evidence.accept=always", "graft.ramp_steps=6", "graft.settle_steps=8", "graft.warmup_steps=4",
+            "graft.stabilize_steps=10", "graft.fine_tune_steps=10", "capture.batches=8", "tamiyo.first=20",
+        ),
+    },
+}  # fmt: skip
+"""``grown`` accepts a cohort in step 57, one step after a checkpoint, and another in step 97."""
+JOBS["pair"] = {**JOBS["grown"], "seeds": 2}
+
+Fault = tuple[str, int]
+
+PLANNED: dict[str, list[Fault]] = {
+    "grown": [
+        ("kept", 0),  # while the log is told that a cohort became permanent
+        ("step", 4),  # after that, before the checkpoint that would hold it: step 56 is gone back to
+        ("step", 20),  # after checkpoints that hold it
+        ("death", 9),  # inside the first save of a process that began with an annex
+        ("kept", 0),  # the second acceptance, beside an annex
+    ]
 }
+"""Faults of the first chain of a job; others are drawn."""
 
 
 SAVE_EVERY = 8
@@ -80,12 +102,21 @@ def plant(kind: str, number: int) -> None:
             write(self, line)
 
         EventLog._write = torn  # type: ignore[method-assign]
+    elif kind == "kept":
+        append = EventLog.append
+
+        def last(self: EventLog, event: AnyEvent) -> Any:
+            if isinstance(event, Transitioned) and event.target is Lifecycle.FOSSILIZED and counted():
+                die()
+            return append(self, event)
+
+        EventLog.append = last  # type: ignore[method-assign]
     elif kind == "report":
         report = job.write_report
         job.write_report = lambda *args: die() if counted() else report(*args)
 
 
-def attempt(name: str, run_dir: Path, fault: tuple[str, int] | None) -> bool:
+def attempt(name: str, run_dir: Path, fault: Fault | None) -> bool:
     """One process; returns whether it came to the end."""
     pid = os.fork()
     if pid == 0:
@@ -113,7 +144,7 @@ def ignore(event: AnyEvent) -> None:
     """Nobody looks."""
 
 
-def fault_of(rng: random.Random) -> tuple[str, int]:
+def fault_of(rng: random.Random) -> Fault:
     """More than half of the deaths are inside a save."""
     kind = rng.choice(("death", "half", "death", "half", "step", "event", "report"))
     most = {"death": 70, "half": 70, "step": 15, "event": 4, "report": 1}[kind]
@@ -124,8 +155,9 @@ def interrupted(name: str, run_dir: Path, seed: int, kills: int) -> dict[str, in
     """Kill a job up to ``kills`` times, then let it end."""
     rng = random.Random(seed)
     counts = {"kills": 0, "inside a save": 0}
+    planned = list(PLANNED.get(name, ())) if seed == 0 else []
     while counts["kills"] < kills:
-        fault = fault_of(rng)
+        fault = planned.pop(0) if planned else fault_of(rng)
         if attempt(name, run_dir, fault):
             return counts
         counts["kills"] += 1

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +22,10 @@ from tests.runs.interrupted import JOBS, StepStore, ignore, options
 from esper.errors import ConfigError, EsperError, StateError
 from esper.observe.event_log import EventLog, read_events
 from esper.observe.report import write_report
-from esper.protocol import AnyEvent, ArmFinished, Overhead, RunFinished, RunStarted
+from esper.protocol import AnyEvent, ArmFinished, Lifecycle, Overhead, RunFinished, RunStarted, Transitioned
 from esper.runs import RunOptions, execute
+from esper.safety.checkpoint import manifest_numbers_or_none, read_manifest
+from esper.safety.disk import LocalDisk
 from esper.safety.manifest import manifest_name
 
 pytestmark = pytest.mark.integration
@@ -29,11 +33,11 @@ pytestmark = pytest.mark.integration
 pytest.importorskip("sklearn", reason="the digits preset needs scikit-learn")
 ROOT = Path(__file__).parents[2]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
-CLOCKED = ("seconds", "run_dir", "checkpoint_every")
+CLOCKED = ("seconds", "run_dir", "checkpoint_every", "jobs")
 
 
 def timeless(value: Any) -> Any:
-    """Without what a clock or a place says."""
+    """Without what a clock, a place or the number of processes says."""
     if isinstance(value, dict):
         return {key: timeless(item) for key, item in value.items() if key not in CLOCKED}
     return [timeless(item) for item in value] if isinstance(value, list) else value
@@ -93,8 +97,9 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return result
 
 
-def kill(name: str, folder: Path, chains: int, kills: int, *, timeout: float = 280) -> list[int]:
-    """Kill ``chains`` runs up to ``kills`` times each; returns how many kills there were, and how many in a save."""
+def kill(name: str, folder: Path, chains: int, kills: int, *, timeout: float = 280) -> tuple[list[int], str]:
+    """Kill ``chains`` runs up to ``kills`` times each; returns how many kills there were and how many in a save, and
+    what the runs have said."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
     command = [sys.executable, str(ROOT / "tests/runs/interrupted.py"), str(folder), name, "0", str(chains), str(kills)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
@@ -102,12 +107,12 @@ def kill(name: str, folder: Path, chains: int, kills: int, *, timeout: float = 2
     assert "resuming" in done.stderr
     rows = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
     assert len(rows) == chains
-    return [sum(column) for column in zip(*rows, strict=True)]
+    return [sum(column) for column in zip(*rows, strict=True)], done.stderr
 
 
 @needs_fork
 def test_twenty_kills_change_nothing(tmp_path: Path, untouched: Any) -> None:
-    kills, in_a_save = kill("short", tmp_path, 2, 11)
+    (kills, in_a_save), _ = kill("short", tmp_path, 2, 11)
     assert kills >= 20 and in_a_save >= 8
     for chain in range(2):
         assert result_of(tmp_path / f"short-{chain}", tmp_path / f"told-{chain}") == untouched("short")
@@ -116,14 +121,63 @@ def test_twenty_kills_change_nothing(tmp_path: Path, untouched: Any) -> None:
 @needs_fork
 @pytest.mark.long
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize(("name", "chains", "most"), [("short", 12, 12), ("whole", 8, 12)])
+@pytest.mark.parametrize(("name", "chains", "most"), [("short", 12, 12), ("whole", 8, 12), ("grown", 8, 12)])
 def test_very_many_kills_change_nothing(name: str, chains: int, most: int, tmp_path: Path, untouched: Any) -> None:
-    """Together more than 200, more than half of them inside a save; ``whole`` has control arms and two rates."""
-    kills, in_a_save = kill(name, tmp_path, chains, most, timeout=7200)
+    """Together more than 200, more than half of them inside a save; ``whole`` has control arms and two rates, ``grown``
+    accepts two cohorts."""
+    (kills, in_a_save), _ = kill(name, tmp_path, chains, most, timeout=7200)
     print(f"{name}: {kills} kills, {in_a_save} inside a save")
     assert kills >= 0.8 * chains * most and in_a_save >= kills / 3
     for chain in range(chains):
         assert result_of(tmp_path / f"{name}-{chain}", tmp_path / f"told-{chain}") == untouched(name)
+
+
+@needs_fork
+def test_kills_around_an_accepted_growth_change_nothing(tmp_path: Path, untouched: Any) -> None:
+    """Accepted between two checkpoints and lost with the process; accepted before the one that is gone on from."""
+    (kills, _), said = kill("grown", tmp_path, 1, 5)
+    assert kills == 5
+    resumed = [int(step) for step in re.findall(r"resuming .* at step (\d+)", said)]
+    assert resumed[:3] == [56, 56, 72], "the acceptance of step 57 is done twice, and then it is in the checkpoint"
+    assert 72 <= resumed[3] < resumed[4] < 97 and len(resumed) == 5
+    events = [record.event for record in read_events(tmp_path / "grown-0" / "events.jsonl")]
+    kept = [event.step for event in events if isinstance(event, Transitioned) and event.target is Lifecycle.FOSSILIZED]
+    assert kept == [57, 97]
+    assert result_of(tmp_path / "grown-0", tmp_path / "told") == untouched("grown")
+
+
+def steps_kept(run_dir: Path) -> list[int]:
+    """How far each training of a run has come, by its newest checkpoint."""
+    disk, steps = LocalDisk(), list[int]()
+    for folder in (run_dir / "progress").glob("grown-*"):
+        try:
+            steps += [read_manifest(disk, folder, n).step for n in manifest_numbers_or_none(disk, folder)[:1]]
+        except OSError:
+            steps.append(0)  # it was removed as an older one in this moment
+    return steps
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
+@pytest.mark.parametrize("kills", [[60], pytest.param([20, 40, 58, 70, 90, 99, 110], marks=pytest.mark.long)])
+def test_kills_of_a_run_with_two_processes_change_nothing(kills: list[int], tmp_path: Path, untouched: Any) -> None:
+    """Killed alone, in turn with all its processes, once both trainings have come so far; what it leaves of itself
+    must not stand in the way of the next one."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    arguments = ["--seeds", "2", "--steps", "130", "--lr", "0.01", "--no-controls", "--device", "cpu", "--jobs", "2"]
+    arguments += ["--checkpoint-every", "0.02", "--run-dir", str(tmp_path / "run"), "--set", *JOBS["pair"]["settings"]]
+    command = [sys.executable, "-m", "esper", "run", "digits", *arguments]
+    for number, step in enumerate(kills):
+        with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+            while not (min(kept := steps_kept(tmp_path / "run"), default=0) >= step and len(kept) == 2):
+                assert process.poll() is None, "it has ended before it could be killed"
+                time.sleep(0.02)
+            if number % 2:
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "resuming" in done.stderr, done.stderr
+    assert result_of(tmp_path / "run", tmp_path / "told") == untouched("pair")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from esper.errors import ConfigError, UnknownNameError
 from esper.kasmina.blueprints import BLUEPRINTS
 from esper.protocol import Germinate, Lifecycle, SeedPlan
 from esper.runs.trials import faulty
-from esper.runs.trials.faulty import FaultyRun, fault_names, fault_trial, same_weights
+from esper.runs.trials.faults import fault_names, fault_trial
+from esper.runs.trials.faulty import FaultyRun, same_weights
 from esper.runs.trials.injection import BrokenOffError, Injection, inconsistencies, time_limit
 from esper.runs.trials.training import Setup
 from esper.safety.faults import FAULTS, Expectation, Fault, InjectedError, Moment, NotRefusedError, Strikes, Subject
@@ -89,7 +90,7 @@ def test_the_registry_refuses_what_it_does_not_know() -> None:
     with pytest.raises(ConfigError, match="unique"):
         FAULTS.register("nan_batch")(type(FAULTS["inf_batch"]))
     assert fault_names(["two_growers", "nan_batch", "two_growers"]) == ("two_growers", "nan_batch")
-    assert set(fault_names(["all"])) == set(STEP_FAULTS)
+    assert set(fault_names(["all"])) == set(FAULTS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,11 +162,8 @@ def test_a_call_that_hangs_is_broken_off() -> None:
 # Whole trials
 
 
-HOLDS = STEP_FAULTS
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("name", HOLDS)
+@pytest.mark.parametrize("name", list(FAULTS))
 def test_what_must_hold_after_it_holds(name: str) -> None:
     record = fault_trial(2, faults=(name,))
     assert record.struck > 0 and record.held, record.detail

@@ -59,6 +59,10 @@ class HostWatch:
         """Begin listening to the next step."""
         self._note.arm()
 
+    def go_on_from(self, settings: Settings, random: RandomState) -> None:
+        """Take what an earlier one has heard, until the next step tells better."""
+        self.settings, self._note.state = settings, random
+
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()

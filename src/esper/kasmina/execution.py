@@ -235,6 +235,12 @@ class Kasmina:
 
     def drop_captures(self, cohort: Cohort, sites: Sequence[str] | None = None) -> None:
         """Free the captures that a cohort needs no longer, except where another cohort still does."""
+        for name in self.own_captures(cohort, sites):
+            self.sites[name].capture = None
+        self.refresh()
+
+    def own_captures(self, cohort: Cohort, sites: Sequence[str] | None = None) -> list[str]:
+        """Sites of a cohort (or those of ``sites``) whose captures no other cohort needs."""
         needed = {
             name
             for other in self.cohorts.values()
@@ -242,10 +248,7 @@ class Kasmina:
             for name, member in other.members.items()
             if STARTS[member.start].needs_rows
         }
-        for name in cohort.sites if sites is None else sites:
-            if name not in needed:
-                self.sites[name].capture = None
-        self.refresh()
+        return [name for name in (cohort.sites if sites is None else sites) if name not in needed]
 
     def remove(self, cohort: Cohort, step: int, embargo: int) -> None:
         """Free storage and chunks of a cohort at an end state; nothing of it stays in the forward pass."""

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from esper.runs.arms import Cell, Trained
 
 KIND = "training of a run"
+SAVING_SHARE = 0.02
+"""Largest share of a training's time that goes into checkpoints which are not due yet: cheap ones are written more
+often than asked for, so that less is lost."""
+SOONEST_S = 1.0
+"""Seconds between two checkpoints, however cheap they are, unless more were asked for."""
 _ENCODED = ("widths", "kept", "events")
 """Fields of a result that are no state trees; all others are kept as they are, whatever they come to be."""
 _OWN = ("cell", "done")
@@ -32,7 +37,7 @@ class CellStore:
     Parameters
     ----------
     every_s:
-        Seconds between two checkpoints, at the least; 0 saves after every step.
+        Most seconds of training that an interruption may cost; 0 saves after every step.
     """
 
     def __init__(self, folder: Path, cell: Cell, every_s: float) -> None:
@@ -48,6 +53,8 @@ class CellStore:
                 f"a training is resumed with the settings it was saved with, got others in {folder}; use --fresh"
             )
         self._saved_at = time.monotonic()
+        self._cost_s = 0.0
+        """What the last checkpoint took."""
         self._is_warned = False
 
     @property
@@ -66,11 +73,13 @@ class CellStore:
 
     def is_due(self) -> bool:
         """Whether the next checkpoint should be written."""
-        return time.monotonic() - self._saved_at >= self._every_s
+        soonest = min(self._every_s, max(SOONEST_S, self._cost_s / SAVING_SHARE))
+        return time.monotonic() - self._saved_at >= soonest
 
     def save(self, training: Tree, *, step: int, seconds: float, events: list[AnyEvent]) -> str | None:
         """Keep how far the training is. A disk that refuses costs the checkpoint, not the training; returns why."""
         refusal: str | None = None
+        began = time.monotonic()
         fields = {"step": step, "seconds": seconds, "events": _bytes(events), "training": training}
         try:
             self._checkpoints.save({"cell": fingerprint(self._cell), "done": False, **fields}, step=step)
@@ -78,6 +87,7 @@ class CellStore:
             refusal = str(error)
             self._warn(error)
         self._saved_at = time.monotonic()
+        self._cost_s = self._saved_at - began
         return refusal
 
     def finish(self, trained: Trained) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
+import os
 import platform
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -237,9 +239,21 @@ class _Job:
 
 
 def _prepare_worker() -> None:
-    """Ctrl-C is the parent's to handle; each of Esper's warnings is an event too, which the parent gets."""
+    """Ctrl-C is the parent's to handle; each of Esper's warnings is an event too, which the parent gets.
+
+    A parent that was killed can end nobody: what it has left would train on and keep the run's folders from the one
+    that resumes it, so a worker ends with its parent.
+    """
+    threading.Thread(target=_end_with_parent, name="esper-parent", daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"esper\.")
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a worker has one
+    parent.join()
+    os._exit(1)  # at once, as a kill: checkpoints are made for that
 
 
 def _train_alone(cell: Cell, run_dir: Path) -> Trained:

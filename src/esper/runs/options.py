@@ -58,7 +58,7 @@ class RunOptions:
     unsigned_commands: bool = False
     """Take commands that nobody vouches for from a bus that others can reach."""
     checkpoint_every: float = 10.0
-    """Seconds between two checkpoints of a training, at the least."""
+    """Most seconds of a training that an interruption may cost."""
     fresh: bool = False
     """Begin anew where an interrupted run of the same configuration could be resumed."""
 

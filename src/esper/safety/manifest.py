@@ -19,7 +19,7 @@ from esper.errors import StateError
 from esper.safety import bounded_json
 
 FORMAT = "esper-checkpoint"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of what the tree of a checkpoint means; see ``migrations``."""
 
 MAX_BYTES = 16 << 20

@@ -57,7 +57,34 @@ def _columns(verdicts: list[dict[str, Any]], looks: list[tuple[float, float]]) -
     }
 
 
-MIGRATIONS: dict[int, Migration] = {1: verdicts_in_columns}
+def copies_and_snapshots_are_parts(tree: Tree) -> Tree:
+    """2 to 3: twins, audit copies, snapshots and the commands since them are parts of a grower's state.
+
+    Before, it only named the cohorts that had a copy, and a process that went on from it began without snapshots. From
+    here on a state may hold other states: later migrations must look into ``esper/snapshots/*/tree`` too (which have
+    neither ``setup`` nor the parts that only stored states have).
+    """
+    if not isinstance(tree, dict):
+        return tree
+    whole = cast("dict[str, Any]", tree)
+    if "esper" not in whole:
+        return (
+            {**whole, "training": copies_and_snapshots_are_parts(whole["training"])} if "training" in whole else whole
+        )
+    state = {name: value for name, value in whole.items() if name != "copies"}
+    config = whole["setup"]["config"]
+    safety = {**config["safety"], "stored_snapshot_bytes": 256 << 20}
+    parts = {"copies": {"twins": [], "watch": None, "kept": []}, "snapshots": [], "applied": []}
+    trials = {**whole["esper"]["trials"], "copies": whole["copies"]}
+    return {
+        **state,
+        "version": 3,
+        "esper": {**whole["esper"], "trials": trials, **parts},
+        "setup": {**whole["setup"], "config": {**config, "safety": safety}},
+    }
+
+
+MIGRATIONS: dict[int, Migration] = {1: verdicts_in_columns, 2: copies_and_snapshots_are_parts}
 """By the version that they start from."""
 
 

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from esper.safety.tree import Tree, copy_of, digest, split
 
+MOST_STORED_TENSORS = 6_000
+"""Of snapshots in a stored state: each has its place in the manifest, whose size is bounded."""
+
 
 @dataclass
 class Snapshot:
@@ -39,8 +42,12 @@ class Snapshot:
 
     def tree(self) -> Tree:
         """A copy of the state, to be given away."""
+        return copy_of(self.peek())
+
+    def peek(self) -> Tree:
+        """The state itself, to be read and not to be changed."""
         self._wait()
-        return copy_of(self._tree)
+        return self._tree
 
     def digest(self) -> str:
         """Hash of the state; waits until it is known."""
@@ -64,10 +71,12 @@ class Snapshots:
     ----------
     max_bytes:
         Most memory all of them may take.
+    max_stored:
+        Most bytes of them that a stored state carries along.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
+    def __init__(self, max_bytes: int, max_stored: int = 0) -> None:
+        self.max_bytes, self.max_stored = max_bytes, max_stored
         self._by_cohort: dict[int, Snapshot] = {}
 
     def __contains__(self, cohort: int) -> bool:
@@ -94,6 +103,28 @@ class Snapshots:
         """Let go what only other cohorts needed."""
         for number in set(self._by_cohort) - cohorts:
             del self._by_cohort[number]
+
+    def state(self) -> list[dict[str, Tree]]:
+        """The newest ones that fit ``max_stored``, as a state tree; the tensors are their own, not copies.
+
+        A process that goes on from there can take their grafts back exactly, as this one could.
+        """
+        distinct = {id(snapshot): snapshot for snapshot in self._by_cohort.values()}.values()
+        room, tensors, told = self.max_stored, MOST_STORED_TENSORS, list[dict[str, Tree]]()
+        for snapshot in sorted(distinct, key=lambda one: -one.step):
+            tree = snapshot.peek()
+            room, tensors = room - snapshot.num_bytes, tensors - len(split(tree)[1])
+            if room < 0 or tensors < 0:
+                break
+            cohorts = [number for number, other in self._by_cohort.items() if other is snapshot]
+            told.append({"step": snapshot.step, "cohorts": cohorts, "tree": tree})
+        return told
+
+    def restore(self, state: list[dict[str, Any]]) -> None:
+        """Go on with exactly those that :meth:`state` has told of."""
+        self._by_cohort.clear()
+        for kept in reversed(state):
+            self.put(Snapshot.of(kept["tree"], kept["step"]), kept["cohorts"])
 
     @property
     def oldest_step(self) -> int | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def corpus(root: Path | None = None) -> dict[str, Tensor]:
         When the standard library's source is not installed.
     """
     folder = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
-    files = sorted(path for path in folder.rglob("*.py") if not {"site-packages", "dist-packages"} & set(path.parts))
+    files = sorted(_modules(folder))
     if len(files) < 40:
         raise DataError(
             f"code-lm needs the source of the standard library, got {len(files)} .py files under {folder}; "
@@ -50,6 +51,13 @@ def corpus(root: Path | None = None) -> dict[str, Tensor]:
         part = {0: "held_out", 10: "test"}.get(number % 20, "train")
         parts[part].append(path.read_bytes())
     return {part: torch.frombuffer(bytearray(b"".join(chunks)), dtype=torch.uint8) for part, chunks in parts.items()}
+
+
+def _modules(folder: Path) -> Iterator[Path]:
+    """Every ``.py`` below; installed packages are not even walked through, there may be tens of thousands of them."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in ("site-packages", "dist-packages")]
+        yield from (Path(place, name) for name in names if name.endswith(".py"))
 
 
 class CodeLM(Preset):

@@ -1,4 +1,4 @@
-"""The soak: hosts of three families in turn and one that stays, sampled as they go, in as many sittings as it takes."""
+"""The soak: hosts of three families in turn and one that stays, sampled as they go, over as many sittings as needed."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,9 +15,8 @@ from esper.runs.trials.injection import BrokenOffError, Injection, inconsistenci
 from esper.runs.trials.records import FaultRecord
 from esper.runs.trials.training import Setup, take_step, trial_config
 from esper.runs.trials.trial import is_finite
-from esper.safety.faults import FAULTS, Expectation, Fault, Moment
+from esper.safety.faults import FAULTS, Expectation, Fault
 
-EVERY = "all"
 STEPS = 320
 AFTER = 80
 """Steps that a run goes on after its fault."""
@@ -27,22 +25,9 @@ TOLERATED = 1.25
 """Largest loss after a restoration, as a multiple of that before the fault."""
 
 
-def fault_names(asked: Sequence[str]) -> tuple[str, ...]:
-    """The faults to inject, in order; those of the disk have their own harness.
-
-    Raises
-    ------
-    UnknownNameError
-        No fault of such a name; the known ones are listed.
-    """
-    names = tuple(FAULTS) if EVERY in asked else tuple(dict.fromkeys(asked))
-    return tuple(name for name in names if FAULTS[name].moment is not Moment.SAVING)
-
-
-def fault_trial(number: int, faults: Sequence[str]) -> FaultRecord:
-    """Trial ``number`` injects the fault whose turn it is."""
+def training_trial(number: int, name: str) -> FaultRecord:
+    """Trial ``number``: the fault strikes in a training step."""
     started = time.perf_counter()
-    name = faults[number % len(faults)]
     run = FaultyRun(Setup.of(number), FAULTS[name])
     problems = run.train()
     if run.fault.leaves_no_trace and not problems:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from esper.runs.trials.archive import Archive
-from esper.runs.trials.faulty import fault_names, fault_trial
+from esper.runs.trials.faults import fault_names, fault_trial
 from esper.runs.trials.nulls import null_trial
 from esper.runs.trials.options import TrialOptions
 from esper.runs.trials.peer import applies, peer_trial

@@ -1,12 +1,13 @@
 """Faults to inject into a run: for tests and for ``esper trials --faults``.
 
-Faults of training are registered here; faults of the disk (a corrupt or truncated checkpoint, a full disk, a killed
-writer) belong beside them, one file each.
+Faults of training strike in a step, those of the disk (a corrupt or truncated checkpoint, a full disk, a killed writer)
+while a checkpoint is written or read.
 """
 
 from esper.safety.faults.blueprint_forward import BlueprintForward
 from esper.safety.faults.blueprint_init import BlueprintInit
 from esper.safety.faults.clock_jumps import ClockJumps
+from esper.safety.faults.corrupt_checkpoint import CorruptCheckpoint
 from esper.safety.faults.evaluation_hangs import EvaluationHangs
 from esper.safety.faults.evaluation_raises import EvaluationRaises
 from esper.safety.faults.exploding_lr import ExplodingRate
@@ -20,10 +21,13 @@ from esper.safety.faults.fault import (
     Strikes,
     Subject,
 )
+from esper.safety.faults.full_disk import FullDisk
 from esper.safety.faults.host_nan import HostNan
 from esper.safety.faults.inf_batch import InfBatch
+from esper.safety.faults.killed_writer import KilledWriter
 from esper.safety.faults.nan_batch import NanBatch
 from esper.safety.faults.out_of_memory import OutOfMemory
+from esper.safety.faults.truncated_checkpoint import TruncatedCheckpoint
 from esper.safety.faults.two_growers import TwoGrowers
 
 __all__ = [
@@ -31,19 +35,23 @@ __all__ = [
     "BlueprintForward",
     "BlueprintInit",
     "ClockJumps",
+    "CorruptCheckpoint",
     "EvaluationHangs",
     "EvaluationRaises",
     "Expectation",
     "ExplodingRate",
     "Fault",
+    "FullDisk",
     "HostNan",
     "InfBatch",
     "InjectedError",
+    "KilledWriter",
     "Moment",
     "NanBatch",
     "NotRefusedError",
     "OutOfMemory",
     "Strikes",
     "Subject",
+    "TruncatedCheckpoint",
     "TwoGrowers",
 ]

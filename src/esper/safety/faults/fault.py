@@ -42,7 +42,7 @@ class Expectation(Enum):
     """As above; and the host is as good as before the fault: its suspects are gone, its weights
     are those from before."""
     REPORTED = "reported"
-    """It is the host's own trouble: the user is told so, and nothing of it is hidden."""
+    """It is the host's or the disk's own trouble: the user is told so, and nothing of it is hidden."""
 
 
 class Moment(Enum):
