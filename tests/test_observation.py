@@ -10,13 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.rigs import QUICK, Idle
+from tests.models import Pair
+from tests.rigs import QUICK, Idle, Rig, attach
 from torch import Tensor, nn
 
 import esper
+from esper.decision import look, recent_losses
+from esper.kasmina.blueprints import BLUEPRINTS
+from esper.kasmina.defaults import default_blueprint
 from esper.observation import NUM_PRESSING, observe
-from esper.protocol import SITE_FEATURES, Germinate, Observation, SeedPlan
+from esper.protocol import SITE_FEATURES, Germinate, Lifecycle, Observation, SeedPlan
 from esper.tamiyo import make_controller
+from esper.tamiyo.actions import Operation, Scope, commands, draw, masks
 
 pytestmark = pytest.mark.component
 
@@ -124,3 +129,81 @@ def test_observation_and_decision_equal_a_look_at_every_chunk(grower: esper.Grow
         assert all((plan.seeds, plan.width, plan.keep) == (3, 1, None) for plan in command.seeds)
     for cohort in cohorts:
         grower.stages.expel(cohort, 200, "test")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What learned controllers read besides
+
+
+def _with_layers() -> Rig:
+    return attach(Pair(), sites=esper.SitesConfig(layers=True))
+
+
+def test_other_blueprints_and_what_a_unit_of_them_costs() -> None:
+    rig = _with_layers()
+    rig.train(1)
+    kasmina = rig.grower.kasmina
+    seen = look(rig.grower, 1)
+    assert "affine" in seen.alternatives and seen.alternative_params is not None and seen.alternative_flops is not None
+    for row, site in enumerate(kasmina.sites.values()):
+        for column, name in enumerate(seen.alternatives):
+            blueprint, kind = BLUEPRINTS[name], site.info.kind
+            stated = seen.alternative_params[row, column], seen.alternative_flops[row, column]
+            if kind not in blueprint.kinds or name == default_blueprint(kind) or blueprint.refusal(site.geometry):
+                assert np.isnan(stated).all()
+                continue
+            cost = blueprint.cost(site.geometry, units=1, columns=site.info.out_features, reads=site.reads)
+            rows = kasmina.rows_per_step[site.info.name]
+            assert stated == (cost.params, cost.flops_per_row * rows)
+
+
+def test_losses_learning_rate_and_price() -> None:
+    rig = attach(Pair())
+    schedule = torch.optim.lr_scheduler.LambdaLR(rig.optimizer, lambda step: 0.5**step)
+    rig.train(1)
+    schedule.step()
+    rig.train(1)
+    seen = look(rig.grower, 2)
+    losses = [float(loss) for loss in rig.grower.loop.losses]
+    assert seen.train_loss == pytest.approx(np.mean(losses))
+    assert seen.loss_noise == pytest.approx(np.std(losses, ddof=1) / np.mean(losses))
+    assert seen.lr_share == pytest.approx(0.5)
+    assert seen.price == rig.grower.config.tamiyo.min_gain_per_cost
+    assert all(math.isnan(value) for value in recent_losses([]))
+    assert math.isnan(recent_losses([torch.tensor(2.0)])[1])
+
+
+def test_what_a_fit_has_explained_is_told_as_long_as_its_seeds_live() -> None:
+    rig = attach(Pair())
+    cohort = rig.germinate("fc1-fc2", start="negative_gradient")
+    rig.until(cohort, Lifecycle.GRAFTING)
+    report = cohort.members["fc1-fc2"].report
+    seen = look(rig.grower, rig.grower.clock.steps)
+    assert seen.fit_explained is not None and seen.fit_error is not None
+    assert seen.fit_explained[0] == report.explained
+    assert seen.fit_error[0] == pytest.approx(abs(report.explained / report.t_statistic))
+    rig.grower.stages.expel(cohort, rig.grower.clock.steps, "test")
+    gone = look(rig.grower, rig.grower.clock.steps).fit_explained
+    assert gone is not None and np.isnan(gone).all()
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_what_is_drawn_within_the_masks_is_not_refused(number: int) -> None:
+    """The masks know no blueprint; the gates do."""
+    rng = np.random.default_rng(number)
+    rig = attach(
+        Pair(), sites=esper.SitesConfig(layers=True), budget=esper.BudgetConfig(params=int(rng.integers(400, 1000)))
+    )  # fmt: skip
+    rig.train(1)
+    scope = Scope(operations=("wait", "germinate", "cull"), most_on_trial=None)
+    kinds: set[str] = set()
+    for _ in range(40):
+        rig.train(1)
+        seen = look(rig.grower, rig.grower.clock.steps)
+        action = draw(masks(seen, scope), rng)
+        kinds.add(Operation(action.operation).name)
+        for command in commands(action, seen):
+            rig.grower.submit(command)
+        rig.train(1)
+    assert kinds == {"WAIT", "GERMINATE", "CULL"}
+    assert [event.reason for event in rig.refused()] == []

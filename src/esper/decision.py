@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
+
+from torch import Tensor
 
 from esper.accounts import Accounts
 from esper.config import Config
@@ -11,6 +14,7 @@ from esper.errors import CONTAINED, contained
 from esper.evidence.judge import Judge
 from esper.journal import Journal
 from esper.kasmina.execution import Kasmina
+from esper.kasmina.host import HostClock, stacked
 from esper.observation import observe
 from esper.protocol import HeldOut, Observation
 from esper.stages import Stages
@@ -21,6 +25,7 @@ class Run(Protocol):
     """What a decision looks at: a grower, seen from here."""
 
     config: Config
+    clock: HostClock
     kasmina: Kasmina
     judge: Judge
     stages: Stages
@@ -67,4 +72,25 @@ def _observe(run: Run, step: int) -> Observation:
         budget_flops=run.accounts.budget_flops,
         verdicts=run.stages.verdicts,
         stopped=run.loop.stopped,
+        losses=recent_losses(run.loop.losses),
+        lr_share=_lr_share(run.clock),
+        price=run.config.tamiyo.min_gain_per_cost,
     )
+
+
+def recent_losses(losses: Sequence[Tensor]) -> tuple[float, float]:
+    """Mean of the latest training losses, and their standard deviation as a share of it; NaN where unknown.
+
+    Waits for the device.
+    """
+    if not losses:
+        return math.nan, math.nan
+    values = stacked(losses).double().cpu()
+    mean = float(values.mean())
+    noise = float(values.std()) / abs(mean) if len(values) > 1 and mean != 0 else math.nan
+    return mean, noise
+
+
+def _lr_share(clock: HostClock) -> float:
+    shares = [host.lr / host.peak_lr for host in clock.hosts.values() if host.peak_lr > 0]
+    return sum(shares) / len(shares) if shares else math.nan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +36,14 @@ def observe(
     budget_flops: float | None,
     verdicts: Sequence[Verdict],
     stopped: str | None,
+    losses: tuple[float, float] = (math.nan, math.nan),
+    lr_share: float = math.nan,
+    price: float = math.nan,
 ) -> Observation:
-    """Build the observation. Waits for the device once (telemetry)."""
+    """Build the observation. Waits for the device once (telemetry).
+
+    ``losses`` are the mean of the latest training losses and its noise.
+    """
     fixed = _fixed(kasmina)
     free = kasmina.table.num_free_chunks(step)
     refused = np.array([site.refused is not None for site in kasmina.sites.values()])
@@ -45,6 +51,8 @@ def observe(
     rows, energies = _site_rows(kasmina, fixed, free / fixed.chunks, grown, verdicts, step)
     pressing = _pressing(energies)
     costs = [_unit_cost(site) for site in kasmina.sites.values()]
+    others, fits = _alternative_costs(kasmina, fixed), _fits(kasmina, fixed)
+    rows_per_step = np.array(list(kasmina.rows_per_step.values()))
     return Observation(
         step=step,
         total_steps=total_steps,
@@ -68,7 +76,16 @@ def observe(
         verdicts=tuple(verdicts),
         stopped=stopped,
         unit_params=np.array([cost.params for cost in costs], dtype=np.float64),
-        unit_flops=np.array([cost.flops_per_row for cost in costs]) * np.array(list(kasmina.rows_per_step.values())),
+        unit_flops=np.array([cost.flops_per_row for cost in costs]) * rows_per_step,
+        train_loss=losses[0],
+        loss_noise=losses[1],
+        lr_share=lr_share,
+        price=price,
+        fit_explained=fits[0],
+        fit_error=fits[1],
+        alternatives=fixed.alternatives,
+        alternative_params=others[0].copy(),
+        alternative_flops=others[1] * rows_per_step[:, None],
     )
 
 
@@ -76,6 +93,37 @@ def _unit_cost(site: Site) -> Cost:
     """What one more unit over all columns costs with the site kind's default blueprint."""
     blueprint = BLUEPRINTS[default_blueprint(site.info.kind)]
     return blueprint.cost(site.geometry, units=1, columns=site.info.out_features, reads=site.reads)
+
+
+def _alternative_costs(kasmina: Kasmina, fixed: _Fixed) -> npt.NDArray[np.float64]:
+    """``(2, S, B)``: parameters, and forward FLOPs a row, of one more unit of what is not the default.
+
+    They change only when a site reads more than before; until then the last ones are returned.
+    """
+    reads = tuple(kasmina.sites[fixed.names[row]].reads for row, _ in fixed.sits)
+    if reads in fixed.priced:
+        return fixed.priced[reads]
+    fixed.priced.clear()
+    found = fixed.priced[reads] = np.full((2, len(fixed.names), len(fixed.alternatives)), np.nan)
+    for row, index in fixed.sits:
+        site = kasmina.sites[fixed.names[row]]
+        blueprint = BLUEPRINTS[fixed.alternatives[index]]
+        cost = blueprint.cost(site.geometry, units=1, columns=site.info.out_features, reads=site.reads)
+        found[:, row, index] = cost.params, cost.flops_per_row
+    return found
+
+
+def _fits(kasmina: Kasmina, fixed: _Fixed) -> npt.NDArray[np.float64]:
+    """``(2, S)``: what the fit of the seeds alive on each site explained on other batches, and its standard error."""
+    found = np.full((2, len(fixed.names)), np.nan)
+    rows = {name: row for row, name in enumerate(fixed.names)} if kasmina.cohorts else {}
+    for cohort in kasmina.cohorts.values():
+        for name, member in cohort.members.items():
+            explained, t = member.report.explained, member.report.t_statistic
+            if math.isfinite(explained):
+                error = abs(explained / t) if math.isfinite(t) and t != 0 else math.nan
+                found[:, rows[name]] = explained, error
+    return found
 
 
 def _view(kasmina: Kasmina, number: int, step: int) -> CohortView:
@@ -100,6 +148,13 @@ class _Fixed:
     hidden: npt.NDArray[np.int64]
     rows: npt.NDArray[np.float64]
     """Site features as long as nothing has grown; NaN where sensors tell."""
+    alternatives: tuple[str, ...]
+    """Blueprints that can sit on some site besides its default one."""
+    sits: tuple[tuple[int, int], ...]
+    """Row and alternative that go together."""
+    priced: dict[tuple[int, ...], npt.NDArray[np.float64]] = field(
+        default_factory=dict[tuple[int, ...], npt.NDArray[np.float64]]
+    )
 
 
 _known: weakref.WeakKeyDictionary[Kasmina, _Fixed] = weakref.WeakKeyDictionary()
@@ -120,8 +175,21 @@ def _fixed(kasmina: Kasmina) -> _Fixed:
                 rows[row, _COLUMN["grown_share"]] = 0.0
         chunks = np.array([info.num_chunks for info in infos], dtype=np.int64)
         hidden = np.array([info.hidden_features for info in infos], dtype=np.int64)
-        found = _known[kasmina] = _Fixed(tuple(kasmina.sites), chunks, hidden, rows)
+        found = _known[kasmina] = _Fixed(tuple(kasmina.sites), chunks, hidden, rows, *_alternatives(kasmina))
     return found
+
+
+def _alternatives(kasmina: Kasmina) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
+    pairs = [
+        (row, name)
+        for row, site in enumerate(kasmina.sites.values())
+        for name in BLUEPRINTS
+        if site.info.kind in BLUEPRINTS[name].kinds
+        and name != default_blueprint(site.info.kind)
+        and BLUEPRINTS[name].refusal(site.geometry) is None
+    ]
+    names = tuple(sorted({name for _, name in pairs}))
+    return names, tuple((row, names.index(name)) for row, name in pairs)
 
 
 def _site_rows(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -143,9 +143,10 @@ class Masks:
             return np.zeros(0, dtype=np.bool_)
         if len(chosen) == 1:
             return self.fits.any(axis=(1, 2))
-        if len(chosen) == 2:
-            return self.fits[chosen[1]].any(axis=1)
-        return self.strategy if len(chosen) == 4 else np.asarray(self.fits[chosen[1], chosen[2]])
+        if len(chosen) == 4:
+            return self.strategy
+        here = cast("Bools", self.fits[chosen[1]])
+        return cast("Bools", here.any(axis=1) if len(chosen) == 2 else here[chosen[2]])
 
     def allow(self, action: Action) -> bool:
         """Whether ``action`` is one of the valid ones."""

@@ -1,0 +1,1 @@
+"""The neural controller. It imports torch, so nothing outside imports it before it is asked for."""
