@@ -34,8 +34,9 @@ def drawn(units: int, reads: int, columns: int, stds: tuple[float, float], gener
 
 @dataclass(frozen=True)
 class Report:
-    """How well a fit holds on rows of batches it never saw, and what it cost."""
+    """How well a fit holds on rows of batches it never saw (share of the target's energy explained, t), and its cost."""
 
+    explained: float
     t_statistic: float
     flops: float
 
@@ -65,19 +66,21 @@ def fit(units: Units, capture: Capture, config: FitConfig, *, steps: int, genera
     """Train ``units`` in place towards the negative gradient by Adam, then check and size them."""
     train, held = split(capture)
     if not train.x:
-        return Report(math.nan, 0.0)
+        return Report(math.nan, math.nan, 0.0)
     x, target = torch.cat(train.x), -torch.cat(train.g)
     rows = fit_rows(train, config)
     _adam(units, x, target, torch.randint(x.shape[0], (steps, rows), generator=generator), config.lr)
     x_held, y_held, wanted = torch.cat(held.x), torch.cat(held.y), -torch.cat(held.g)
-    products = (units(x_held) * wanted).sum(1)
-    out = units(x_held[:512])
+    out = units(x_held)
+    products = (out * wanted).sum(1)
+    explained = 1.0 - float((out - wanted).square().sum() / wanted.square().sum())
+    out = out[:512]
     size = float(out.square().mean().sqrt())
     if size > 0 and math.isfinite(size):
         units.w2 *= config.base_scale * float(y_held[:512].square().mean().sqrt()) / size
     a_row = 2.0 * units.w1.shape[0] * (x.shape[1] + target.shape[1])
     flops = 3.0 * steps * rows * a_row + x_held.shape[0] * a_row
-    return Report(clustered_t(products, torch.arange(x_held.shape[0])), flops)
+    return Report(explained, clustered_t(products, torch.arange(x_held.shape[0])), flops)
 
 
 def _adam(units: Units, x: Tensor, target: Tensor, draws: Tensor, lr: float) -> None:

@@ -25,6 +25,9 @@ class Seed:
     columns: int
     flops_share: float = 0.0
     preserves_function: bool = False
+    explained: float = NAN
+    """What its fit explained on rows of other batches, and how sure that is."""
+    t_statistic: float = NAN
 
     @property
     def units(self) -> int:

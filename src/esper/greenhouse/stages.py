@@ -42,6 +42,7 @@ def finish(hosts: Hosts) -> None:
                 end(hosts, host, cohort, Lifecycle.ROLLED_BACK, "training ended before it was judged")
             else:
                 _remove(hosts, host, cohort)
+    hosts.measure(range(len(hosts)))
 
 
 # ----------------------------------------------------------------------------------------------------- the states
@@ -246,6 +247,7 @@ def _prepare(hosts: Hosts, host: int, cohort: Cohort, site: int, seed: Seed, cap
         capture.x = [F.pad(x, (0, seed.reads - x.shape[1])) for x in capture.x]
         report = fit(units, capture, config, steps=config.steps, generator=stream)
         hosts.lives[host].ledger.add("fit", report.flops)
+        seed.explained, seed.t_statistic = report.explained, report.t_statistic
         seed.preserves_function = not report.t_statistic >= config.min_t
     if seed.preserves_function:
         units.w2.zero_()
