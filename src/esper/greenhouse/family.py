@@ -58,7 +58,7 @@ class Family:
     """Rows to train on."""
     batch_rows: int = 64
     steps: int = 400
-    max_width: int = 64
+    max_width: int = 96
     """Most units a hidden layer may come to have."""
     weight_decay: float = 0.01
 

@@ -1,0 +1,172 @@
+"""Is there anything to win? Oracle against the best even schedule and against no growth, family by family.
+
+    python benchmarks/controller/headroom.py --out benchmarks/results/controller_headroom.json
+
+For each family: even schedules and learning rates are tuned on its training tasks; then 64 schedules run on each of 16
+further tasks with two seeds, the best one of each task runs again on eight fresh seeds beside the best even schedule
+and no growth (paired: same tasks, same seeds). Rewards are seed deviations below the static frontier, everything
+counted. Cells are kept as they are done: run again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own folder is not the root of its package
+
+from benchmarks.controller.schedules import NEVER, Schedule, controller, even_schedules, schedules
+
+from esper.greenhouse.episodes import outcome
+from esper.greenhouse.family import FAMILIES, Family, HostSpec
+from esper.greenhouse.frontier import LEARNING_RATES, frontier_of
+from esper.greenhouse.germination import apply
+from esper.greenhouse.hosts import Hosts
+from esper.greenhouse.observing import observe
+from esper.greenhouse.stages import finish
+
+TUNING = range(12)
+HELD_OUT = range(1000, 1016)
+SELECTION_SEEDS = (0, 1)
+FRESH_SEEDS = tuple(range(10, 18))
+
+
+def play(specs: Sequence[HostSpec], plans: Sequence[Schedule]) -> list[dict[str, float]]:
+    """Each host under its schedule: reward, loss and FLOPs."""
+    hosts = Hosts(specs)
+    players = [controller(plan, hosts, number) for number, plan in enumerate(plans)]
+    while not hosts.done:
+        hosts.advance(hosts.config.interval)
+        for number, player in enumerate(players):
+            life = hosts.lives[number]
+            if life.stopped is None and not hosts.done:
+                for command in player.decide(observe(hosts, number)):
+                    apply(hosts, number, command)
+    finish(hosts)
+    ended = [
+        outcome(hosts, number, loss, frontier_of(spec.family, spec.task))
+        for number, (spec, loss) in enumerate(zip(specs, hosts.test_losses().tolist(), strict=True))
+    ]
+    return [
+        {"reward": round(end.reward, 4), "loss": round(end.loss, 6), "flops": end.flops, "params": end.params}
+        for end in ended
+    ]
+
+
+class Cells:
+    """Finished cells of one run, in one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def get(self, name: str, specs: Sequence[HostSpec], plans: Sequence[Schedule]) -> list[dict[str, float]]:
+        """The cell called ``name``, played if it is not there yet."""
+        if name not in self.known:
+            self.known[name] = play(specs, plans)
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.known), encoding="utf-8")
+            os.replace(temporary, self.path)
+            print(name, round(float(np.mean([run["reward"] for run in self.known[name]])), 3), file=sys.stderr, flush=True)
+        return self.known[name]
+
+
+def rewards(runs: Sequence[dict[str, float]], num_tasks: int) -> np.ndarray:
+    """``(tasks, seeds)``; cells are played task by task."""
+    return np.array([run["reward"] for run in runs]).reshape(num_tasks, -1)
+
+
+def measure(family: Family, cells: Cells) -> dict[str, Any]:
+    """Everything for one family."""
+    interval, steps = family.config.interval, family.steps
+    never_lr, even, lr = tune(family, cells)
+    plans = schedules(interval, steps, family.num_sites)
+    found = [
+        rewards(cells.get(f"{family.name}/select/{number}", *cell(family, HELD_OUT, SELECTION_SEEDS, lr, plan)), 16)
+        for number, plan in enumerate(plans)
+    ]
+    table = np.stack(found)  # (64, tasks, seeds)
+    best = table.mean(2).argmax(0)
+    arms: dict[str, tuple[float, list[Schedule]]] = {
+        "never": (never_lr, [NEVER] * 16),
+        "even": (lr, [even] * 16),
+        "oracle": (lr, [plans[number] for number in best]),
+    }
+    fresh: dict[str, np.ndarray] = {}
+    costs: dict[str, float] = {}
+    for name, (rate, chosen) in arms.items():
+        specs = [
+            HostSpec(family=family.name, task=task, seed=seed, lr=rate) for task in HELD_OUT for seed in FRESH_SEEDS
+        ]
+        scripts = [plan for plan in chosen for _ in FRESH_SEEDS]
+        runs = cells.get(f"{family.name}/fresh/{name}", specs, scripts)
+        fresh[name] = rewards(runs, 16)
+        costs[name] = float(np.mean([run["flops"] for run in runs]))
+    return {
+        "family": family.name, "purpose": family.purpose, "never_lr": never_lr, "lr": lr,
+        "even": [vars(growth) for growth in even], "oracle_schedules": [int(number) for number in best],
+        "selection_mean": round(float(table.mean()), 4),
+        "oracle_at_selection": round(float(table.mean(2).max(0).mean()), 4),
+        "mean_mflops": {name: round(value / 1e6, 2) for name, value in costs.items()},
+        "reward": {name: interval_of(values.mean(1)) for name, values in fresh.items()},
+        "oracle_minus_even": interval_of((fresh["oracle"] - fresh["even"]).mean(1)),
+        "oracle_minus_never": interval_of((fresh["oracle"] - fresh["never"]).mean(1)),
+        "even_minus_never": interval_of((fresh["even"] - fresh["never"]).mean(1)),
+    }  # fmt: skip
+
+
+def cell(
+    family: Family, tasks: Sequence[int], seeds: Sequence[int], lr: float, plan: Schedule
+) -> tuple[list[HostSpec], list[Schedule]]:
+    specs = [HostSpec(family=family.name, task=task, seed=seed, lr=lr) for task in tasks for seed in seeds]
+    return specs, [plan] * len(specs)
+
+
+def tune(family: Family, cells: Cells) -> tuple[float, Schedule, float]:
+    """Learning rate of no growth, the best even schedule and its learning rate, on training tasks."""
+    evens = even_schedules(family.config.interval, family.steps)
+    scores = {
+        (number, lr): rewards(
+            cells.get(f"{family.name}/tune/{number}/{lr:g}", *cell(family, TUNING, (0,), lr, plan)), len(TUNING)
+        ).mean()
+        for number, plan in enumerate([NEVER, *evens])
+        for lr in LEARNING_RATES
+    }
+    never = max((key for key in scores if key[0] == 0), key=lambda key: scores[key])
+    best = max((key for key in scores if key[0] > 0), key=lambda key: scores[key])
+    return never[1], evens[best[0] - 1], best[1]
+
+
+def interval_of(values: np.ndarray) -> dict[str, float]:
+    """Mean over tasks and its standard error."""
+    error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    return {"mean": round(float(values.mean()), 4), "standard_error": round(error, 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cells", type=Path, help="default: beside the result")
+    parser.add_argument("--family", action="append", choices=list(FAMILIES), help="default: all but probes")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    cells = Cells(given.cells or given.out.with_suffix(".cells.json"))
+    names = given.family or [name for name, family in FAMILIES.items() if family.purpose != "probe"]
+    result: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
+    for name in names:
+        result[name] = measure(FAMILIES[name], cells)
+        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(result[name]["oracle_minus_even"]), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
