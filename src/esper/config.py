@@ -292,6 +292,8 @@ class TamiyoConfig:
 
     controller: str = "heuristic"
     """Name of a registered controller."""
+    policy: str | None = None
+    """Folder of the policy that the controller ``neural`` follows; without one the heuristic decides."""
     temper: str = "balanced"
     """conservative, balanced, aggressive or exploratory."""
     first: int = 100

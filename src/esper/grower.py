@@ -57,7 +57,7 @@ from esper.stages import Stages
 from esper.state import Loop, Setup
 from esper.stored import Stored
 from esper.summary import Report, describe
-from esper.tamiyo import Controller, make_controller
+from esper.tamiyo import Controller, Noting, make_controller
 from esper.trials import Trials
 
 
@@ -349,6 +349,8 @@ class Grower(Stored):
         if self.stopped is None:
             with self.journal.timed("decide"):
                 commands = self.controller.decide(observation)
+            for note in self.controller.notes() if isinstance(self.controller, Noting) else ():
+                self.journal.warn(note, note, step)
             for command in commands:
                 if self.clock.steps == step:
                     apply(self, command, step, issuer="tamiyo")

@@ -1,14 +1,24 @@
 """Controllers: from an observation to commands. They never touch modules."""
 
+from esper.config import TamiyoConfig
 from esper.tamiyo.heuristic import HeuristicController
-from esper.tamiyo.registry import Controller, known_controllers, make_controller, register_controller
+from esper.tamiyo.registry import Controller, Noting, known_controllers, make_controller, register_controller
 from esper.tamiyo.schedule import ScheduleController
 
 __all__ = [
     "Controller",
     "HeuristicController",
+    "Noting",
     "ScheduleController",
     "known_controllers",
     "make_controller",
     "register_controller",
 ]
+
+
+@register_controller("neural")
+def _neural(config: TamiyoConfig, *, seed: int) -> Controller:
+    """The neural controller, whose module imports torch."""
+    from esper.tamiyo.neural.controller import NeuralController
+
+    return NeuralController(config, seed=seed)

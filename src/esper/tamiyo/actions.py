@@ -142,7 +142,7 @@ class Masks:
         if operation != Operation.GERMINATE or len(chosen) == len(FACTORS):
             return np.zeros(0, dtype=np.bool_)
         if len(chosen) == 1:
-            return self.fits.any(axis=(1, 2))
+            return cast("Bools", self.fits.any(axis=(1, 2)))
         if len(chosen) == 4:
             return self.strategy
         here = cast("Bools", self.fits[chosen[1]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from esper.config import TamiyoConfig
 from esper.errors import ConfigError, UnknownNameError
@@ -28,6 +28,15 @@ class Controller(Protocol):
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` returned; raises ``ConfigError`` and changes nothing if it does not fit."""
+        ...
+
+
+@runtime_checkable
+class Noting(Protocol):
+    """A controller that has something to tell the user now and then, such as why another one decides in its place."""
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what is to be told since the last call, oldest first; each text is told once a run."""
         ...
 
 

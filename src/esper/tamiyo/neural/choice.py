@@ -79,6 +79,6 @@ def choose(
 def _drawn(logs: Tensor, generator: torch.Generator) -> Tensor:
     """One value a row by inverting the distribution function with one uniform number a row."""
     steps = logs.double().exp().cumsum(-1)
-    at = torch.rand((len(logs), 1), generator=generator, dtype=torch.float64) * steps[:, -1:]
+    at = torch.rand((len(logs), 1), generator=generator, dtype=torch.float64, device=logs.device) * steps[:, -1:]
     # A value of probability zero is never the first whose sum exceeds the number, which is below the whole.
     return (steps <= at).sum(-1).clamp(max=logs.shape[-1] - 1)

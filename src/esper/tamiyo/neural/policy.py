@@ -89,7 +89,8 @@ class Policy(nn.Module):
         super().__init__()
         self.size, shape = size, size_named(size)
         width = shape.width
-        with torch.random.fork_rng(devices=[]):
+        # Whatever defaults the process has set: a controller computes on the CPU in float32.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(seed)
             self.world_in = nn.Linear(len(GLOBAL_COLUMNS), width)
             self.site_in = nn.Linear(len(SITE_COLUMNS), width)
@@ -105,6 +106,7 @@ class Policy(nn.Module):
             self.strategy = _head(width, len(STRATEGIES))
             self.value = nn.Linear(width, 1)
             self._reset()
+        self.float()
 
     def _reset(self) -> None:
         """Layers of an encoder are copies of one; and a first policy should be near uniform, its value near zero."""
@@ -136,9 +138,9 @@ class Policy(nn.Module):
             made.append(choose(logits, valid, asked, chosen=given, generator=generator))
             return made[-1].value.clamp(min=0)
 
-        rows = torch.arange(len(tokens))
+        rows = torch.arange(len(tokens), device=tokens.device)
         world = tokens[:, 0]
-        operation = make(self.operation(world), batch.operation, torch.ones(len(tokens), dtype=torch.bool))
+        operation = make(self.operation(world), batch.operation, torch.ones_like(rows, dtype=torch.bool))
         grows, culls = operation == Operation.GERMINATE, operation == Operation.CULL
         where = torch.where(culls[:, None], batch.cullable, batch.fits.any((2, 3)))
         site = make(self._point(tokens, world + self.asked(operation)), where, grows | culls)
