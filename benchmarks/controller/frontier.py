@@ -55,7 +55,13 @@ def measure(family: Family, task: int, seeds: int) -> dict[str, Any]:
 def run(family: Family, tasks: list[int], seeds: int) -> None:
     """Measure what is missing, and keep each task as it is done."""
     path = FOLDER / f"{family.name}.json"
-    empty = {"family": family.name, "steps": family.steps, "learning_rates": LEARNING_RATES, "seeds": seeds, "tasks": {}}
+    empty = {
+        "family": family.name,
+        "steps": family.steps,
+        "learning_rates": LEARNING_RATES,
+        "seeds": seeds,
+        "tasks": {},
+    }
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
     for task in tasks:
         if str(task) in known["tasks"]:

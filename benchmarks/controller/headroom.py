@@ -76,7 +76,9 @@ class Cells:
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text(json.dumps(self.known), encoding="utf-8")
             os.replace(temporary, self.path)
-            print(name, round(float(np.mean([run["reward"] for run in self.known[name]])), 3), file=sys.stderr, flush=True)
+            print(
+                name, round(float(np.mean([run["reward"] for run in self.known[name]])), 3), file=sys.stderr, flush=True
+            )
         return self.known[name]
 
 

@@ -64,7 +64,7 @@ class Real:
         self.model = MLP(family.inputs, widths, family.outputs).to(self.dtype)
         linears = [layer for layer in self.model if isinstance(layer, nn.Linear)]
         with torch.no_grad():
-            for layer, (weight, bias) in zip(linears, hosts.layout.views(hosts.values), strict=True):
+            for layer, (weight, bias) in zip(linears, hosts.network.weights, strict=True):
                 layer.weight.copy_(weight[0, : layer.out_features, : layer.in_features])
                 layer.bias.copy_(bias[0, : layer.out_features])
         data = data_of(family, self.spec.task)
@@ -76,9 +76,7 @@ class Real:
         x, y = rows(data.held_out)
         held_out = list(zip(x.chunk(HELD_OUT_BATCHES), y.chunk(HELD_OUT_BATCHES), strict=True))
         self.order = batch_order(self.spec, family, self.steps)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.spec.lr, weight_decay=family.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.spec.lr, weight_decay=family.weight_decay)
         self.controller = Scripted(self.script)
         self.grower = esper.Grower(
             self.model, self.optimizer, loss=loss_fn, evaluate=held_out, config=self.config,

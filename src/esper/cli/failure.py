@@ -17,7 +17,12 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-EXTRAS = {"sklearn": ("scikit-learn", "demo"), "triton": ("triton", "triton"), "gromo": ("gromo", "bench")}
+EXTRAS = {
+    "sklearn": ("scikit-learn", "demo"),
+    "triton": ("triton", "triton"),
+    "gymnasium": ("gymnasium", "rl"),
+    "gromo": ("gromo", "bench"),
+}
 """Module to (distribution, extra of esper-morph that brings it)."""
 
 

@@ -32,7 +32,8 @@ from esper.tamiyo.features import GLOBAL_COLUMNS, LIMIT, SITE_COLUMNS
 from esper.tamiyo.sight import Sight
 
 ID = "esper/Growth-v0"
-Look = dict[str, npt.NDArray[np.float32]]
+Look = dict[str, Any]
+"""``world`` and ``sites``, float32 arrays."""
 
 
 class Growth(gymnasium.Env[Look, npt.NDArray[np.int64]]):
@@ -82,7 +83,7 @@ class Growth(gymnasium.Env[Look, npt.NDArray[np.int64]]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Look, dict[str, Any]]:
         super().reset(seed=seed)
-        drawn = {
+        drawn: dict[str, Any] = {
             "task": self.tasks[self.np_random.integers(len(self.tasks))],
             "seed": int(self.np_random.integers(1 << 31)),
             "lr": self.learning_rates[self.np_random.integers(len(self.learning_rates))],
@@ -90,7 +91,9 @@ class Growth(gymnasium.Env[Look, npt.NDArray[np.int64]]):
         chosen = {**drawn, **(options or {})}
         if set(chosen) != set(drawn):
             raise ConfigError(f"options may name task, seed and lr, got {sorted(options or {})}; leave others out")
-        spec = HostSpec(family=self.family.name, **chosen)
+        spec = HostSpec(
+            family=self.family.name, task=int(chosen["task"]), seed=int(chosen["seed"]), lr=float(chosen["lr"])
+        )
         self.episodes = Episodes([spec])
         return self._look(), {**self._masks(), "task": spec.task, "lr": spec.lr, "invalid": False}
 

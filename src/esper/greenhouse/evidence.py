@@ -89,9 +89,7 @@ class Evidence:
             self.fdr.record(gate.passed)
         return Look(result, gate, undecided)
 
-    def hold(
-        self, differences: Differences, *, held_out: float, flops_share: float
-    ) -> tuple[PairedResult, Gate]:
+    def hold(self, differences: Differences, *, held_out: float, flops_share: float) -> tuple[PairedResult, Gate]:
         """As :meth:`esper.evidence.judge.Judge.hold`."""
         if self.config.accept == "always":
             return paired_difference([]), Gate("hold", True, "kept without judgement")

@@ -80,7 +80,9 @@ FAMILIES: dict[str, Family] = {
         Family(name="teacher", task=tasks.teacher, inputs=10, outputs=3, widths=(_SMALL, _SMALL), purpose="training"),
         Family(name="spirals", task=tasks.spirals, inputs=2, outputs=4, widths=(_SMALL, _SMALL), purpose="training"),
         Family(name="tabular", task=tasks.tabular, inputs=16, outputs=4, widths=(_SMALL, _SMALL), purpose="training"),
-        Family(name="checkers", task=tasks.checkers, inputs=3, outputs=2, widths=(_SMALL, _SMALL), purpose="evaluation"),
+        Family(
+            name="checkers", task=tasks.checkers, inputs=3, outputs=2, widths=(_SMALL, _SMALL), purpose="evaluation"
+        ),
         Family(name="waves", task=tasks.waves, inputs=5, outputs=2, widths=(_SMALL,) * 3, purpose="evaluation"),
         Family(name="shells", task=tasks.shells, inputs=6, outputs=3, widths=(_SMALL, _SMALL), purpose="evaluation"),
         Family(name="planted", task=tasks.teacher, inputs=10, outputs=3, widths=((1,), (48,)), purpose="probe"),

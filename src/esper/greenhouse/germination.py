@@ -73,7 +73,7 @@ def _create(hosts: Hosts, host: int, sites: list[int], command: Germinate) -> No
     before = hosts.host_flops(host, batch) + hosts.added_flops(host, batch, waiting=True)
     seeds: dict[int, Seed] = {}
     for site, plan in zip(sites, command.seeds, strict=True):
-        places = hosts.seat(host, site, _units(hosts, host, site, plan))
+        places = hosts.network.seat(host, site, _units(hosts, host, site, plan))
         seed = Seed(places, _start(hosts, plan), hosts.inputs_of(host, site), hosts.outputs_of(host, site))
         seeds[site] = seed
         if seed.start == "negative_gradient":
@@ -85,7 +85,7 @@ def _create(hosts: Hosts, host: int, sites: list[int], command: Germinate) -> No
         number, seeds, hosts.step_count, sum(seed.params for seed in seeds.values()),
         sum(seed.flops_share for seed in seeds.values()),
     )  # fmt: skip
-    hosts.refresh(host)
+    hosts.network.refresh(host)
 
 
 def _units(hosts: Hosts, host: int, site: int, plan: SeedPlan) -> int:

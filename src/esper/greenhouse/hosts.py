@@ -17,6 +17,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -36,18 +37,17 @@ from esper.greenhouse.family import (
     weights_stream,
 )
 from esper.greenhouse.isolated import Units
-from esper.greenhouse.layout import HOST, VOID, Layout, annex, live, num_groups, owners
-from esper.greenhouse.life import Capture, Life, Seed
+from esper.greenhouse.layout import HOST
+from esper.greenhouse.life import Capture, Life
+from esper.greenhouse.network import Network
 from esper.greenhouse.stack import (
     BETAS,
-    Moments,
     Pass,
     Rates,
     Weights,
     adamw,
     backward,
     forward,
-    initial,
     losses,
     output_gradient,
 )
@@ -86,7 +86,7 @@ class Hosts:
         self.config = replace(self.family.config, total_steps=self.total_steps) if config is None else config
         self.dtype, self.step_count = dtype, 0
         self._load_data()
-        self._make_weights()
+        self._start_lives()
 
     def _load_data(self) -> None:
         tasks = sorted({spec.task for spec in self.specs})
@@ -102,28 +102,11 @@ class Hosts:
         x, y = (torch.stack([part[side] for part in parts]) for side in (0, 1))
         return x.to(self.dtype), y.to(self.dtype) if y.is_floating_point() else y
 
-    def _make_weights(self) -> None:
-        num, sites, config = len(self.specs), self.num_sites, self.config
+    def _start_lives(self) -> None:
+        config, sites = self.config, self.num_sites
         widths = [spec.widths or data_of(self.family, spec.task).widths for spec in self.specs]
-        hidden = [max(width[site] for width in widths) for site in range(sites)]
-        self.layout = Layout.of(self.family.inputs, hidden, self.family.outputs)
-        rows = [
-            initial(self.layout, width, weights_stream(spec), self.dtype)
-            for spec, width in zip(self.specs, widths, strict=True)
-        ]
-        self.values = torch.stack(rows)
-        self.gradients = torch.zeros_like(self.values)
-        self.moments = Moments(torch.zeros_like(self.values), torch.zeros_like(self.values))
-        self.groups = [torch.full((num, room), VOID) for room in self.layout.hidden]
-        self.alphas = [torch.zeros(num, room, dtype=self.dtype) for room in self.layout.hidden]
-        for number, width in enumerate(widths):
-            for site, units in enumerate(width):
-                self.groups[site][number, :units] = HOST
-                self.alphas[site][number, :units] = 1.0
-        self.owner = torch.stack([owners(self.layout, [g[n] for g in self.groups]) for n in range(num)])
-        self.steps = np.zeros((num, num_groups(sites)))
-        self.learns = np.zeros((num, num_groups(sites)))
-        self.learns[:, HOST] = 1.0
+        streams = [weights_stream(spec) for spec in self.specs]
+        self.network = Network(self.family.inputs, widths, self.family.outputs, streams, self.dtype)
         splits = splits_of(config.evidence, HELD_OUT_BATCHES, config.seed)
         window = config.graft.stabilize_window
         self.lives = [
@@ -171,7 +154,7 @@ class Hosts:
         """Parameters of the host alone (``own``), or of everything: annexes and live seeds too."""
         life = self.lives[host]
         sizes = [self.family.inputs, *life.widths, self.family.outputs]
-        total = sum(b * (a + 1) for a, b in zip(sizes, sizes[1:], strict=False))
+        total = sum(b * (a + 1) for a, b in pairwise(sizes))
         if own:
             return total
         for site, units in enumerate(life.grown):
@@ -181,7 +164,7 @@ class Hosts:
     def host_flops(self, host: int, rows: int) -> float:
         """Forward FLOPs of the host alone on so many rows."""
         sizes = [self.family.inputs, *self.lives[host].widths, self.family.outputs]
-        return 2.0 * rows * sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
+        return 2.0 * rows * sum(a * b for a, b in pairwise(sizes))
 
     def added_flops(self, host: int, rows: int, *, waiting: bool = False) -> float:
         """Forward FLOPs of what is grown and in the forward pass; ``waiting`` adds live seeds that are not yet."""
@@ -207,12 +190,8 @@ class Hosts:
         twin = object.__new__(Hosts)
         twin.__dict__.update(self.__dict__)
         twin.specs = [self.specs[n] for n in hosts]
-        for name in ("values", "gradients", "owner", "_task_row", "_order_row"):
-            setattr(twin, name, getattr(self, name)[index].clone())
-        twin.moments = Moments(self.moments.first[index].clone(), self.moments.second[index].clone())
-        twin.groups = [part[index].clone() for part in self.groups]
-        twin.alphas = [part[index].clone() for part in self.alphas]
-        twin.steps, twin.learns = self.steps[index.numpy()].copy(), self.learns[index.numpy()].copy()
+        twin.network = self.network.select(index)
+        twin._task_row, twin._order_row = self._task_row[index], self._order_row[index]
         twin.lr = self.lr[index.numpy()].copy()
         twin.lives = [self.lives[n].clone() for n in hosts]
         twin.given_units = {}
@@ -238,10 +217,10 @@ class Hosts:
         index = self._order[self._order_row, self.step_count]
         rows = self._task_row[:, None]
         x, y = self._x[rows, index], self._y[rows, index]
-        weights, blended = self.layout.views(self.values), self._blended()
-        run = forward(weights, x, blended)
+        net, blended = self.network, self._blended()
+        run = forward(net.weights, x, blended)
         loss, delta = output_gradient(run.before[-1], y)
-        deltas = backward(weights, self.layout.views(self.gradients), run, delta, blended)
+        deltas = backward(net.weights, net.layout.views(net.gradients), run, delta, blended)
         self._sense(run, deltas)
         self._learn()
         batch = self.family.batch_rows
@@ -253,29 +232,30 @@ class Hosts:
 
     def _blended(self) -> list[Tensor] | None:
         """Alphas, where any unit is not wholly in."""
-        return self.alphas if any(life.cohorts for life in self.lives) else None
+        return self.network.alphas if any(life.cohorts for life in self.lives) else None
 
     def _learn(self) -> None:
         at_rest = not any(life.cohorts or any(life.grown) for life in self.lives)
-        adamw(self.values, self.gradients, self.moments, self._rates(), None if at_rest else self.owner)
+        net = self.network
+        adamw(net.values, net.gradients, net.moments, self._rates(), None if at_rest else net.owner)
 
     def _rates(self) -> Rates:
         """One step of AdamW for the host, and of the slot optimizer for what is grown."""
-        graft = self.config.graft
-        self.steps += self.learns
-        counted = np.maximum(self.steps, 1.0)
+        graft, steps, learns = self.config.graft, self.network.steps, self.network.learns
+        steps += learns
+        counted = np.maximum(steps, 1.0)
         host = self.lr * self.lr_share
         boosted = host * graft.lr_boost
         if graft.lr_ceiling is not None:
             boosted = np.minimum(boosted, np.maximum(host, graft.lr_ceiling * self.lr))
-        lr = boosted[:, None] * np.minimum(self.steps / max(1, graft.warmup_steps), 1.0)
+        lr = boosted[:, None] * np.minimum(steps / max(1, graft.warmup_steps), 1.0)
         lr[:, HOST] = host
-        lr *= self.learns
+        lr *= learns
         made = (
             lr / (1.0 - BETAS[0] ** counted),
             1.0 / np.sqrt(1.0 - BETAS[1] ** counted),
             1.0 - lr * self.family.weight_decay,
-            self.learns,
+            learns,
         )
         return Rates(*(torch.from_numpy(part) for part in made))
 
@@ -292,13 +272,13 @@ class Hosts:
                     life.sensed[site] = (float(y.mean()), float(y.var(0, correction=0).mean()))
 
     def _record(self, host: int, site: int, capture: Capture, run: Pass, deltas: list[Tensor]) -> None:
-        capture.x.append(run.hidden[site][host][:, self.read_places(host, site)].clone())
+        capture.x.append(run.hidden[site][host][:, self.network.read_places(host, site)].clone())
         capture.y.append(self._plain_output(host, site, run))
         capture.g.append(deltas[site + 1][host][:, : self.outputs_of(host, site)].clone())
 
     def _plain_output(self, host: int, site: int, run: Pass) -> Tensor:
         """What the host's own layer puts out at a site, without anything grown."""
-        weight, bias = self.layout.views(self.values)[site + 1]
+        weight, bias = self.network.weights[site + 1]
         own, columns = self.lives[host].widths[site], self.outputs_of(host, site)
         return torch.addmm(bias[host, :columns], run.hidden[site + 1][host][:, :own], weight[host, :columns, :own].t())
 
@@ -336,76 +316,9 @@ class Hosts:
         """``(N,)`` losses over all held-out rows: what learning rates are chosen by."""
         return self.batch_losses(range(len(self))).mean(1)
 
-    def _evaluated(
-        self, hosts: Sequence[int], data: tuple[Tensor, Tensor], alphas: Sequence[Tensor] | None
-    ) -> Tensor:
+    def _evaluated(self, hosts: Sequence[int], data: tuple[Tensor, Tensor], alphas: Sequence[Tensor] | None) -> Tensor:
         index = torch.as_tensor(list(hosts))
-        weights: Weights = [(w[index], b[index]) for w, b in self.layout.views(self.values)]
+        weights: Weights = [(w[index], b[index]) for w, b in self.network.weights]
         rows = self._task_row[index]
-        chosen = [alpha[index] for alpha in self.alphas] if alphas is None else alphas
+        chosen = [alpha[index] for alpha in self.network.alphas] if alphas is None else alphas
         return losses(forward(weights, data[0][rows], chosen).before[-1], data[1][rows], per_row=True)
-
-    # ---------------------------------------------------------------------------------------------- units
-
-    def read_places(self, host: int, site: int) -> Tensor:
-        """Rows of the layer before that a site's new units read."""
-        if site == 0:
-            return torch.arange(self.family.inputs)
-        groups = self.groups[site - 1][host]
-        return torch.cat([torch.nonzero(groups == kind)[:, 0] for kind in (HOST, annex(site - 1))])
-
-    def seat(self, host: int, site: int, units: int) -> Tensor:
-        """Places ``(U,)`` for new units, in the live group; the layout is widened where there is no room."""
-        free = torch.nonzero(self.groups[site][host] == VOID)[:, 0]
-        if free.numel() < units:
-            self._widen(site, units - free.numel())
-            free = torch.nonzero(self.groups[site][host] == VOID)[:, 0]
-        places = free[:units]
-        self.groups[site][host, places] = live(site)
-        self.steps[host, live(site)] = self.learns[host, live(site)] = 0.0
-        return places
-
-    def _widen(self, site: int, extra: int) -> None:
-        hidden = list(self.layout.hidden)
-        hidden[site] += extra
-        wider = Layout.of(self.family.inputs, hidden, self.family.outputs)
-        old = self.layout
-        self.values, self.gradients = old.moved(self.values, wider), old.moved(self.gradients, wider)
-        self.moments = Moments(old.moved(self.moments.first, wider), old.moved(self.moments.second, wider))
-        added = wider.hidden[site] - old.hidden[site]
-        pad = torch.nn.functional.pad
-        self.groups[site] = pad(self.groups[site], (0, added), value=VOID)
-        self.alphas[site] = pad(self.alphas[site], (0, added))
-        self.layout = wider
-        self.owner = old.moved(self.owner, wider)
-
-    def refresh(self, host: int) -> None:
-        """After a change of groups: who owns which weight."""
-        self.owner[host] = owners(self.layout, [groups[host] for groups in self.groups])
-
-    def plant(self, host: int, site: int, seed: Seed, units: Units) -> None:
-        """Write first weights of a seed."""
-        weights = self.layout.views(self.values)
-        places, reads = seed.places, self.read_places(host, site)
-        weights[site][0][host][places[:, None], reads[None, : seed.reads]] = units.w1.to(self.dtype)
-        weights[site][1][host][places] = units.b1.to(self.dtype)
-        columns = torch.arange(seed.columns)
-        weights[site + 1][0][host][columns[:, None], places[None, :]] = units.w2.to(self.dtype)
-
-    def scale_output(self, host: int, site: int, places: Tensor, factor: float) -> None:
-        """Multiply what units write."""
-        self.layout.views(self.values)[site + 1][0][host][:, places] *= factor
-
-    def set_alpha(self, host: int, site: int, places: Tensor, alpha: float) -> None:
-        self.alphas[site][host, places] = alpha
-
-    def uproot(self, host: int, site: int, places: Tensor) -> None:
-        """Take units out: weights, moments and places are free again."""
-        for flat in (self.values, self.moments.first, self.moments.second):
-            views = self.layout.views(flat)
-            views[site][0][host, places] = 0.0
-            views[site][1][host, places] = 0.0
-            views[site + 1][0][host][:, places] = 0.0
-        self.groups[site][host, places] = VOID
-        self.alphas[site][host, places] = 0.0
-        self.refresh(host)

@@ -34,7 +34,7 @@ def drawn(units: int, reads: int, columns: int, stds: tuple[float, float], gener
 
 @dataclass(frozen=True)
 class Report:
-    """How well a fit holds on rows of batches it never saw (share of the target's energy explained, t), and its cost."""
+    """How well a fit holds on rows of other batches (share of the target's energy explained, t), and its cost."""
 
     explained: float
     t_statistic: float

@@ -17,9 +17,8 @@ from esper.fitting import FEWEST_STEPS
 from esper.greenhouse.family import HELD_OUT_ROWS, units_stream
 from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.isolated import drawn, fit, fit_rows
-from esper.greenhouse.layout import annex, live
+from esper.greenhouse.layout import live
 from esper.greenhouse.life import Capture, Cohort, Seed
-from esper.greenhouse.stack import BETAS
 from esper.kasmina.lifecycle import is_active, learns_from_task, stability_gate
 from esper.kasmina.strategies.fixed_ramp import ramp
 from esper.protocol import Lifecycle, Verdict
@@ -97,9 +96,7 @@ def _stabilization(hosts: Hosts, host: int, cohort: Cohort) -> None:
 
 def _evaluating(hosts: Hosts, host: int, cohort: Cohort) -> None:
     evidence = hosts.lives[host].evidence
-    look = evidence.evaluate(
-        cohort.number, _differences(hosts, host, cohort), further=_another_look_fits(hosts)
-    )
+    look = evidence.evaluate(cohort.number, _differences(hosts, host, cohort), further=_another_look_fits(hosts))
     _note_gain(hosts, host, cohort, look.result)
     if look.gate.passed:
         _move(hosts, host, cohort, Lifecycle.FINE_TUNING)
@@ -170,39 +167,24 @@ def end(hosts: Hosts, host: int, cohort: Cohort, target: Lifecycle, reason: str)
 def _remove(hosts: Hosts, host: int, cohort: Cohort) -> None:
     life = hosts.lives[host]
     for site, seed in cohort.seeds.items():
-        hosts.uproot(host, site, seed.places)
+        hosts.network.uproot(host, site, seed.places)
         life.embargo[site] = hosts.step_count + hosts.config.graft.embargo
     del life.cohorts[cohort.number]
 
 
 def _fossilise(hosts: Hosts, host: int, cohort: Cohort, reason: str) -> None:
-    """Units join their site's annex; moments are rescaled to the count of the longest-serving part."""
+    """Units join their site's annex; a seed on the site behind reads them from here on."""
     life = hosts.lives[host]
     cohort.state = Lifecycle.FOSSILIZED
     _add_verdict(hosts, host, cohort, reason)
     del life.cohorts[cohort.number]
     for site, seed in cohort.seeds.items():
-        kept, young = annex(site), live(site)
-        steps = hosts.steps[host]
-        most = max(steps[kept], steps[young])
-        for group in (kept, young):
-            _rescale(hosts, host, group, taken=float(steps[group]), steps=float(most))
-        hosts.groups[site][host, seed.places] = kept
-        hosts.steps[host, kept], hosts.learns[host, kept] = most, 1.0
-        hosts.steps[host, young] = hosts.learns[host, young] = 0.0
+        hosts.network.keep(host, site, seed.places)
         life.grown[site] += seed.units
         behind = life.seed_on(site + 1)
         if behind is not None:
             behind.reads += seed.units
-    hosts.refresh(host)
-
-
-def _rescale(hosts: Hosts, host: int, group: int, *, taken: float, steps: float) -> None:
-    if taken <= 0 or taken == steps:
-        return
-    mine = hosts.owner[host] == group
-    for moment, beta in zip((hosts.moments.first, hosts.moments.second), BETAS, strict=True):
-        moment[host] = torch.where(mine, moment[host] * ((1 - beta**steps) / (1 - beta**taken)), moment[host])
+    hosts.network.refresh(host)
 
 
 def _add_verdict(hosts: Hosts, host: int, cohort: Cohort, reason: str) -> None:
@@ -227,13 +209,13 @@ def _add_verdict(hosts: Hosts, host: int, cohort: Cohort, reason: str) -> None:
 def _move(hosts: Hosts, host: int, cohort: Cohort, target: Lifecycle) -> None:
     cohort.state, cohort.entered = target, hosts.step_count
     for site in cohort.seeds:
-        hosts.learns[host, live(site)] = float(bool(learns_from_task(int(target))))
+        hosts.network.learns[host, live(site)] = float(bool(learns_from_task(int(target))))
 
 
 def _set_alpha(hosts: Hosts, host: int, cohort: Cohort, alpha: float) -> None:
     cohort.alpha = alpha
     for site, seed in cohort.seeds.items():
-        hosts.set_alpha(host, site, seed.places, alpha)
+        hosts.network.set_alpha(host, site, seed.places, alpha)
 
 
 def _prepare(hosts: Hosts, host: int, cohort: Cohort, site: int, seed: Seed, capture: Capture | None) -> None:
@@ -251,7 +233,7 @@ def _prepare(hosts: Hosts, host: int, cohort: Cohort, site: int, seed: Seed, cap
         seed.preserves_function = not report.t_statistic >= config.min_t
     if seed.preserves_function:
         units.w2.zero_()
-    hosts.plant(host, site, seed, units)
+    hosts.network.write(host, site, seed.places, units)
 
 
 def _affordable(hosts: Hosts, host: int, cohort: Cohort, seed: Seed, capture: Capture) -> FitConfig | None:
@@ -267,7 +249,7 @@ def _affordable(hosts: Hosts, host: int, cohort: Cohort, seed: Seed, capture: Ca
 
 def _stds(hosts: Hosts, host: int, site: int) -> tuple[float, float]:
     """Deviations of the host's own weights at both ends of a site."""
-    weights, widths = hosts.layout.views(hosts.values), hosts.lives[host].widths
+    weights, widths = hosts.network.weights, hosts.lives[host].widths
     read = hosts.family.inputs if site == 0 else widths[site - 1]
     head = weights[site][0][host, : widths[site], :read]
     tail = weights[site + 1][0][host, : hosts.outputs_of(host, site), : widths[site]]
@@ -286,7 +268,7 @@ def _choose_scale(hosts: Hosts, host: int, cohort: Cohort) -> None:
     values: list[float] = []
     for alpha in tried:
         for site, seed in cohort.seeds.items():
-            hosts.set_alpha(host, site, seed.places, alpha)
+            hosts.network.set_alpha(host, site, seed.places, alpha)
         values.append(float(hosts.batch_losses([host])[0, calibration].mean()))
     _count_evaluations(hosts, host, len(tried) * len(calibration))
     best, least = 0.0, values[0]
@@ -294,13 +276,13 @@ def _choose_scale(hosts: Hosts, host: int, cohort: Cohort) -> None:
         if math.isfinite(loss) and loss < least:
             best, least = scale, loss
     for site, seed in cohort.seeds.items():
-        hosts.scale_output(host, site, seed.places, best)
+        hosts.network.scale_output(host, site, seed.places, best)
     _set_alpha(hosts, host, cohort, 1.0 if best == 0.0 else cohort.alpha)
 
 
 def _differences(hosts: Hosts, host: int, cohort: Cohort) -> Callable[[Sequence[int]], list[float]]:
     """Held-out losses without minus with the cohort: all batches at once, counted as they are asked for."""
-    present = [alpha[[host]] for alpha in hosts.alphas]
+    present = [alpha[[host]] for alpha in hosts.network.alphas]
     without = [alpha.clone() for alpha in present]
     for site, seed in cohort.seeds.items():
         without[site][0, seed.places] = 0.0
@@ -323,4 +305,3 @@ def _note_gain(hosts: Hosts, host: int, cohort: Cohort, result: PairedResult) ->
     if math.isfinite(result.mean) and cohort.gain_error > 0:
         looks = [*hosts.lives[host].looks, (result.mean, cohort.gain_error)]
         cohort.gain_shrunken = float(shrink_gains([gain for gain, _ in looks], [size for _, size in looks])[-1])
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor
@@ -42,7 +43,7 @@ def teacher(inputs: int, outputs: int, generator: Generator) -> Sampler:
     """Regression on a random network of two tanh layers, its width and the noise drawn."""
     width, noise = _integer(8, 32, generator), _uniform(0.0, 0.3, generator)
     sizes = (inputs, width, width, outputs)
-    layers = [torch.randn(b, a, generator=generator) * 1.5 / a**0.5 for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [torch.randn(b, a, generator=generator) * 1.5 / a**0.5 for a, b in pairwise(sizes)]
 
     def f(x: Tensor) -> Tensor:
         for weight in layers[:-1]:
