@@ -85,7 +85,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(name="waves", task=tasks.waves, inputs=5, outputs=2, widths=(_SMALL,) * 3, purpose="evaluation"),
         Family(name="shells", task=tasks.shells, inputs=6, outputs=3, widths=(_SMALL, _SMALL), purpose="evaluation"),
-        Family(name="planted", task=tasks.teacher, inputs=10, outputs=3, widths=((1,), (48,)), purpose="probe"),
+        Family(name="planted", task=tasks.teacher, inputs=10, outputs=3, widths=((2,), (16,)), purpose="probe"),
         Family(name="null", task=tasks.linear, inputs=8, outputs=2, widths=((8,), (8,)), purpose="probe"),
     )
 }

@@ -21,6 +21,10 @@ class Units:
     b1: Tensor
     w2: Tensor
 
+    def to(self, dtype: torch.dtype) -> Units:
+        """A copy in another precision."""
+        return Units(*(part.to(dtype, copy=True) for part in (self.w1, self.b1, self.w2)))
+
     def __call__(self, x: Tensor) -> Tensor:
         return torch.addmm(self.b1, x, self.w1.t()).relu_() @ self.w2.t()
 

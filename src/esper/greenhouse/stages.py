@@ -221,8 +221,10 @@ def _set_alpha(hosts: Hosts, host: int, cohort: Cohort, alpha: float) -> None:
 def _prepare(hosts: Hosts, host: int, cohort: Cohort, site: int, seed: Seed, capture: Capture | None) -> None:
     """First weights of one seed: random with an output of zero, or fitted where that is affordable and holds."""
     stream = units_stream(hosts.specs[host], cohort.number, site)
-    given = hosts.given_units.get((host, cohort.number, site))
-    units = drawn(seed.units, seed.reads, seed.columns, _stds(hosts, host, site), stream) if given is None else given
+    units = hosts.given_units.get((host, cohort.number, site))
+    if units is None:
+        units = drawn(seed.units, seed.reads, seed.columns, _stds(hosts, host, site), stream)
+    units = units.to(hosts.dtype)
     seed.preserves_function = True
     config = None if capture is None else _affordable(hosts, host, cohort, seed, capture)
     if capture is not None and config is not None:
