@@ -24,6 +24,7 @@ COMMANDS = {
     "trials": ("esper.cli.trials", "Trials", "Grow many small hosts and count what growth does to them."),
     "soak": ("esper.cli.soak", "Soak", "Train and grow small hosts without a rest and watch for what leaks."),
     "bench": ("esper.cli.bench", "Bench", "Measure what Esper costs on this machine."),
+    "controller": ("esper.cli.controller", "Controller", "Train and compare what decides where and when to grow."),
     "doctor": ("esper.cli.doctor", "Doctor", "Check that this installation works."),
 }
 SHELLS = ("bash", "zsh", "tcsh", "fish")
@@ -149,7 +150,7 @@ def _help() -> list[str]:
         "Grows a PyTorch model while it trains.",
         "",
         "commands:",
-        *(f"  {name:<8} {summary}" for name, (_, _, summary) in COMMANDS.items()),
+        *(f"  {name:<10} {summary}" for name, (_, _, summary) in COMMANDS.items()),
         "",
         "options:",
         "  -h, --help                 show this help and exit",

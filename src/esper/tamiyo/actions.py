@@ -189,8 +189,13 @@ def _fits(observation: Observation, scope: Scope) -> Bools:
         return found
     if scope.most_on_trial is not None and on_trial >= scope.most_on_trial:
         return found
-    params, flops = _costs(observation)
     group = together(observation)
+    params, flops = _costs(observation)
+    if left.params == left.flops == np.inf:  # nothing depends on the size
+        found[1:] = (np.isfinite(params) | np.isnan(params))[:, None] & observation.eligible[:, None, None]
+        found[ALL, :, DEFAULT] = scope.together and len(group) > 1
+        found &= np.array([growth in scope.sizes for growth in SIZES])[:, None]
+        return found & np.array([name in scope.blueprints for name in BLUEPRINTS])
     for size, growth in enumerate(SIZES):
         if growth not in scope.sizes:
             continue

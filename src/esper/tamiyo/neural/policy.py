@@ -84,6 +84,7 @@ class Policy(nn.Module):
     """
 
     heads = FACTORS
+    collate = staticmethod(Batch.of)
 
     def __init__(self, size: str = "small", *, seed: int = 0) -> None:
         super().__init__()
