@@ -82,9 +82,14 @@ class Cells:
         return self.known[name]
 
 
-def rewards(runs: Sequence[dict[str, float]], num_tasks: int) -> np.ndarray:
+def rewards(
+    runs: Sequence[dict[str, float]], family: Family, tasks: Sequence[int], *, any_shape: bool = False
+) -> np.ndarray:
     """``(tasks, seeds)``; cells are played task by task."""
-    return np.array([run["reward"] for run in runs]).reshape(num_tasks, -1)
+    num = len(runs) // len(tasks)
+    frontiers = [frontier_of(family.name, task, any_shape=any_shape) for task in tasks for _ in range(num)]
+    values = [frontier.reward(run["loss"], run["flops"]) for frontier, run in zip(frontiers, runs, strict=True)]
+    return np.array(values).reshape(len(tasks), num)
 
 
 def measure(family: Family, cells: Cells) -> dict[str, Any]:
@@ -93,17 +98,22 @@ def measure(family: Family, cells: Cells) -> dict[str, Any]:
     never_lr, even, lr = tune(family, cells)
     plans = schedules(interval, steps, family.num_sites)
     found = [
-        rewards(cells.get(f"{family.name}/select/{number}", *cell(family, HELD_OUT, SELECTION_SEEDS, lr, plan)), 16)
+        rewards(
+            cells.get(f"{family.name}/select/{number}", *cell(family, HELD_OUT, SELECTION_SEEDS, lr, plan)),
+            family,
+            HELD_OUT,
+        )
         for number, plan in enumerate(plans)
     ]
     table = np.stack(found)  # (64, tasks, seeds)
     best = table.mean(2).argmax(0)
     arms: dict[str, tuple[float, list[Schedule]]] = {
-        "never": (never_lr, [NEVER] * 16),
-        "even": (lr, [even] * 16),
+        "never": (never_lr, [NEVER] * len(HELD_OUT)),
+        "even": (lr, [even] * len(HELD_OUT)),
         "oracle": (lr, [plans[number] for number in best]),
     }
     fresh: dict[str, np.ndarray] = {}
+    strict: dict[str, np.ndarray] = {}
     costs: dict[str, float] = {}
     for name, (rate, chosen) in arms.items():
         specs = [
@@ -111,7 +121,8 @@ def measure(family: Family, cells: Cells) -> dict[str, Any]:
         ]
         scripts = [plan for plan in chosen for _ in FRESH_SEEDS]
         runs = cells.get(f"{family.name}/fresh/{name}", specs, scripts)
-        fresh[name] = rewards(runs, 16)
+        fresh[name] = rewards(runs, family, HELD_OUT)
+        strict[name] = rewards(runs, family, HELD_OUT, any_shape=True)
         costs[name] = float(np.mean([run["flops"] for run in runs]))
     return {
         "family": family.name, "purpose": family.purpose, "never_lr": never_lr, "lr": lr,
@@ -123,6 +134,9 @@ def measure(family: Family, cells: Cells) -> dict[str, Any]:
         "oracle_minus_even": interval_of((fresh["oracle"] - fresh["even"]).mean(1)),
         "oracle_minus_never": interval_of((fresh["oracle"] - fresh["never"]).mean(1)),
         "even_minus_never": interval_of((fresh["even"] - fresh["never"]).mean(1)),
+        "reward_any_shape": {name: interval_of(values.mean(1)) for name, values in strict.items()},
+        "oracle_minus_even_any_shape": interval_of((strict["oracle"] - strict["even"]).mean(1)),
+        "oracle_minus_never_any_shape": interval_of((strict["oracle"] - strict["never"]).mean(1)),
     }  # fmt: skip
 
 
@@ -138,7 +152,7 @@ def tune(family: Family, cells: Cells) -> tuple[float, Schedule, float]:
     evens = even_schedules(family.config.interval, family.steps)
     scores = {
         (number, lr): rewards(
-            cells.get(f"{family.name}/tune/{number}/{lr:g}", *cell(family, TUNING, (0,), lr, plan)), len(TUNING)
+            cells.get(f"{family.name}/tune/{number}/{lr:g}", *cell(family, TUNING, (0,), lr, plan)), family, TUNING
         ).mean()
         for number, plan in enumerate([NEVER, *evens])
         for lr in LEARNING_RATES

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-from tests.greenhouse.twins import Real, plain
+from tests.example_sites import attached
+from tests.greenhouse.twins import Scripted, Twin, without_snapshots
+from torch import nn
 
+from esper.greenhouse.episodes import Episodes
 from esper.greenhouse.family import HostSpec, family_named
 from esper.greenhouse.germination import apply
 from esper.greenhouse.hosts import Hosts
+from esper.greenhouse.isolated import drawn, fit
+from esper.greenhouse.life import Capture
 from esper.greenhouse.observing import observe
+from esper.greenhouse.real import RealHost, evaluate
 from esper.greenhouse.stages import finish
+from esper.kasmina.bank import Bank
+from esper.kasmina.capture import Rows
+from esper.kasmina.starts import STARTS
 from esper.protocol import Command, Cull, Germinate, Observation, SeedPlan
 
 pytestmark = pytest.mark.integration
@@ -29,7 +39,7 @@ def script(observation: Observation) -> Sequence[Command]:
     return [Cull(cohort=observation.alive[0].cohort, reason="scripted")] if observation.step == 320 else []
 
 
-def play(real: Real, dtype: torch.dtype) -> tuple[Hosts, list[float], list[Observation]]:
+def play(real: Twin, dtype: torch.dtype) -> tuple[Hosts, list[float], list[Observation]]:
     hosts = Hosts([real.spec], real.config, dtype=dtype)
     hosts.given_units = real.planted
     losses: list[float] = []
@@ -49,7 +59,8 @@ def play(real: Real, dtype: torch.dtype) -> tuple[Hosts, list[float], list[Obser
 def test_lockstep(family: str) -> None:
     """float64: losses, gates, verdicts and costs agree over a whole run."""
     spec = HostSpec(family=family, task=2, seed=1, lr=1e-2)
-    real = Real(spec, plain(family_named(family).config), script, dtype=torch.float64).run()
+    real = Twin(spec, without_snapshots(family_named(family).config), script, torch.float64)
+    end = real.run()
     hosts, losses, seen = play(real, torch.float64)
     # grown units are float32 in a grower: what is left of rounding grows with the steps
     np.testing.assert_allclose(losses[:40], real.losses[:40], rtol=1e-11)
@@ -59,8 +70,9 @@ def test_lockstep(family: str) -> None:
     assert [(v.cohort, v.step, v.state, v.sites) for v in hosts.lives[0].verdicts] == kept
     for part, spent in real.grower.ledger.spent.items():
         assert hosts.lives[0].ledger.spent[part] == pytest.approx(spent, rel=1e-9), part
-    assert float(hosts.test_losses()[0]) == pytest.approx(real.test_loss, rel=1e-3)
-    _assert_same_sight(seen, real.controller.seen)
+    assert float(hosts.test_losses()[0]) == pytest.approx(end.loss, rel=1e-3)
+    assert hosts.params(0) == end.params
+    _assert_same_sight(seen, real.player.seen)
 
 
 def _assert_same_sight(stacked: list[Observation], real: list[Observation]) -> None:
@@ -74,3 +86,46 @@ def _assert_same_sight(stacked: list[Observation], real: list[Observation]) -> N
             "unit_flops", "train_loss", "loss_noise", "lr_share", "price",
         ):  # fmt: skip
             np.testing.assert_allclose(getattr(mine, name), getattr(theirs, name), rtol=1e-2, err_msg=name)
+
+
+def test_a_fit_is_the_growers_fit() -> None:
+    """Same rows, same draws, same first weights: the same units, explained share, t statistic and cost."""
+    torch.manual_seed(3)
+    span = nn.Sequential(nn.Linear(10, 7), nn.ReLU(), nn.Linear(7, 3))
+    kasmina = attached(span, torch.randn(64, 10))
+    geometry = kasmina.plans["0-2"].geometry
+    units = drawn(6, 10, 3, (0.3, 0.2), torch.Generator().manual_seed(0))
+    bank = Bank("bottleneck", geometry, units=6, reads=10, columns=None, generator=torch.Generator(), device="cpu")
+    with torch.no_grad():
+        for name, value in zip(("w1", "b1", "w2"), (units.w1, units.b1, units.w2), strict=True):
+            bank.params[name].copy_(value[None])
+    x = [torch.randn(64, 10) for _ in range(4)]
+    y, g = [span(rows).detach() for rows in x], [torch.tanh(rows[:, :3]) * 3 for rows in x]
+    scaled = torch.cat([part / part.square().mean().sqrt() for part in g])
+    number = torch.arange(4).repeat_interleave(64)
+    rows = Rows(torch.cat(x), torch.cat(y), scaled, torch.arange(256), number)
+    config = family_named("teacher").config.fit
+    wanted = STARTS["negative_gradient"].prepare(
+        bank, rows, dataclasses.replace(config, steps=20), torch.Generator().manual_seed(9)
+    )
+    found = fit(units, Capture(x, y, g), config, steps=20, generator=torch.Generator().manual_seed(9))
+    assert found.flops == wanted.flops
+    assert found.explained == pytest.approx(wanted.explained, rel=1e-3)
+    assert found.t_statistic == pytest.approx(wanted.t_statistic, rel=1e-3)
+    for name, value in zip(("w1", "b1", "w2"), (units.w1, units.b1, units.w2), strict=True):
+        torch.testing.assert_close(bank.params[name].detach()[0], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_real_host_by_itself() -> None:
+    """As evaluations run it, with the grower's own control."""
+    spec = HostSpec(family="spirals", task=0, seed=0, lr=2e-2, steps=60)
+    real = RealHost(spec, Scripted(lambda seen: []))
+    end = real.run()
+    assert real.grower.config.evidence.control == "projected" and not real.grower.verdicts
+    stack = Episodes([spec])
+    while not stack.done:
+        stack.order([()])
+    assert end.loss == pytest.approx(stack.outcomes[0].loss, rel=1e-4)
+    assert end.flops == pytest.approx(stack.outcomes[0].flops, rel=1e-9)
+    assert end.reward == pytest.approx(stack.outcomes[0].reward, rel=1e-3, abs=1e-3)
+    assert evaluate([spec], [Scripted(lambda seen: [])]) == [end]

@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
 
 from esper.errors import ConfigError
 from esper.greenhouse.episodes import Episodes
-from esper.greenhouse.family import HostSpec, family_named
+from esper.greenhouse.family import FIRST_HELD_OUT, HostSpec, family_named
 from esper.greenhouse.frontier import LEARNING_RATES, tasks_of
 from esper.tamiyo.actions import BLUEPRINTS, FACTORS, SIZES, STRATEGIES, UNUSED, WAIT, Action, Operation
 from esper.tamiyo.features import GLOBAL_COLUMNS, LIMIT, SITE_COLUMNS
@@ -44,7 +44,7 @@ class Growth(gymnasium.Env[Look, npt.NDArray[np.int64]]):
     family:
         Its name, see :mod:`esper.greenhouse.family`.
     tasks:
-        Tasks to draw from; ``None``: those below 1000 whose frontier is known (evaluation has the others).
+        Tasks to draw from; ``None``: training tasks, not those of evaluation.
     learning_rates:
         Learning rates to draw from.
 
@@ -63,7 +63,7 @@ class Growth(gymnasium.Env[Look, npt.NDArray[np.int64]]):
         self.render_mode = render_mode
         self.family = family_named(family)
         known = tasks_of(family)
-        self.tasks = tuple(task for task in known if task < 1000) if tasks is None else tuple(tasks)
+        self.tasks = tuple(task for task in known if task < FIRST_HELD_OUT) if tasks is None else tuple(tasks)
         self.learning_rates = tuple(learning_rates)
         if not self.tasks or not set(self.tasks) <= set(known) or not self.learning_rates:
             raise ConfigError(

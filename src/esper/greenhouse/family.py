@@ -23,6 +23,8 @@ HELD_OUT_BATCHES = 28
 HELD_OUT_ROWS = 32
 """Rows of one held-out batch."""
 TEST_ROWS = 2048
+FIRST_HELD_OUT = 1000
+"""Tasks from here on are for evaluation: no policy and no schedule is trained or tuned on them."""
 
 
 def short_run(steps: int) -> Config:
@@ -61,6 +63,8 @@ class Family:
     max_width: int = 96
     """Most units a hidden layer may come to have."""
     weight_decay: float = 0.01
+    lr: float = 2e-2
+    """Learning rate of growing runs in evaluation, chosen once on training tasks (``benchmarks/controller``)."""
 
     @property
     def num_sites(self) -> int:

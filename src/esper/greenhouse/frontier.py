@@ -1,8 +1,11 @@
 """What a host could have had without growth: the loss of the best static network at the same FLOPs, measured once.
 
 For each task networks of several fixed shapes were trained for as many steps, each at its own best learning rate, on
-three seeds (``benchmarks/controller/frontier.py``). The frontier is the lower envelope over shapes, straight in the
-logarithm of FLOPs. The reward of a run is how far below it the run ended, in standard deviations between seeds.
+three seeds (``benchmarks/controller/frontier.py``). The frontier is the lower envelope over the host's own shape at
+several scales, straight in the logarithm of FLOPs. The reward of a run is how far below it the run ended, in standard
+deviations between seeds. An envelope picks the luckiest of its points, so it is a little too good.
+
+``any_shape`` takes in networks of equal widths as well: what somebody who knows the best proportions could have had.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ _LEAST_SHARE = 0.25
 def shapes_of(family: Family, task: int) -> list[tuple[int, ...]]:
     """Static shapes to try on a task, the host's own first."""
     start = data_of(family, task).widths
-    scaled = [tuple(round(factor * width) for width in start) for factor in FACTORS]
+    scaled = [tuple(_scaled(start, factor)) for factor in FACTORS]
     even = [(width,) * family.num_sites for width in EVEN]
     return list(dict.fromkeys(scaled + even))
 
@@ -73,7 +76,7 @@ class Frontier:
 
 
 @cache
-def _measured(family: str) -> dict[int, Frontier]:
+def _measured(family: str, any_shape: bool) -> dict[int, Frontier]:
     path = files("esper.greenhouse") / "frontiers" / f"{family_named(family).name}.json"
     if not path.is_file():
         raise ConfigError(
@@ -81,26 +84,36 @@ def _measured(family: str) -> dict[int, Frontier]:
         )
     tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
     usual = float(np.median([task["deviation"] for task in tasks.values()]))
-    return {
-        int(number): Frontier.of(task["flops"], task["losses"], max(task["deviation"], _LEAST_SHARE * usual))
-        for number, task in tasks.items()
-    }
+    found: dict[int, Frontier] = {}
+    for number, task in tasks.items():
+        points = [row for row, shape in enumerate(task["shapes"]) if any_shape or _is_scaled(shape, task["shapes"][0])]
+        flops, losses = ([task[name][row] for row in points] for name in ("flops", "losses"))
+        found[int(number)] = Frontier.of(flops, losses, max(task["deviation"], _LEAST_SHARE * usual))
+    return found
+
+
+def _is_scaled(shape: Sequence[int], start: Sequence[int]) -> bool:
+    return any(list(shape) == _scaled(start, factor) for factor in FACTORS)
+
+
+def _scaled(start: Sequence[int], factor: float) -> list[int]:
+    return [round(factor * width) for width in start]
 
 
 def tasks_of(family: str) -> tuple[int, ...]:
     """Tasks of a family whose frontier is known."""
-    return tuple(sorted(_measured(family)))
+    return tuple(sorted(_measured(family, False)))
 
 
-def frontier_of(family: str, task: int) -> Frontier:
-    """The frontier of one task.
+def frontier_of(family: str, task: int, *, any_shape: bool = False) -> Frontier:
+    """The frontier of one task: of the host's own shape at several scales, or of ``any_shape`` that was measured.
 
     Raises
     ------
     ConfigError
         It was never measured.
     """
-    known = _measured(family)
+    known = _measured(family, any_shape)
     if task not in known:
         raise ConfigError(
             f"the frontier of task {task} of family {family!r} was not measured; measured: {len(known)} tasks from "
