@@ -11,6 +11,7 @@ counted. Cells are kept as they are done: run again, it goes on.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -24,11 +25,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own folder is not the root of its package
 
-from benchmarks.controller.schedules import NEVER, Schedule, controller, even_schedules, schedules
+from benchmarks.controller.schedules import NEVER, Schedule, controller, schedules, tuned_schedules
 
 from esper.greenhouse.episodes import outcome
 from esper.greenhouse.family import FAMILIES, Family, HostSpec
-from esper.greenhouse.frontier import LEARNING_RATES, frontier_of
+from esper.greenhouse.frontier import LEARNING_RATES, frontier_of, tasks_of
 from esper.greenhouse.germination import apply
 from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.observing import observe
@@ -97,15 +98,15 @@ def measure(family: Family, cells: Cells) -> dict[str, Any]:
     interval, steps = family.config.interval, family.steps
     never_lr, even, lr = tune(family, cells)
     plans = schedules(interval, steps, family.num_sites)
-    found = [
+    selected = [
         rewards(
-            cells.get(f"{family.name}/select/{number}", *cell(family, HELD_OUT, SELECTION_SEEDS, lr, plan)),
+            cells.get(f"{family.name}/select/{number}/{lr:g}", *cell(family, HELD_OUT, SELECTION_SEEDS, lr, plan)),
             family,
             HELD_OUT,
         )
         for number, plan in enumerate(plans)
     ]
-    table = np.stack(found)  # (64, tasks, seeds)
+    table = np.stack(selected)  # (64, tasks, seeds)
     best = table.mean(2).argmax(0)
     arms: dict[str, tuple[float, list[Schedule]]] = {
         "never": (never_lr, [NEVER] * len(HELD_OUT)),
@@ -120,11 +121,12 @@ def measure(family: Family, cells: Cells) -> dict[str, Any]:
             HostSpec(family=family.name, task=task, seed=seed, lr=rate) for task in HELD_OUT for seed in FRESH_SEEDS
         ]
         scripts = [plan for plan in chosen for _ in FRESH_SEEDS]
-        runs = cells.get(f"{family.name}/fresh/{name}", specs, scripts)
+        runs = cells.get(f"{family.name}/fresh/{name}/{rate:g}/{hash_of(chosen)}", specs, scripts)
         fresh[name] = rewards(runs, family, HELD_OUT)
-        strict[name] = rewards(runs, family, HELD_OUT, any_shape=True)
+        if set(HELD_OUT) <= set(tasks_of(family.name, any_shape=True)):
+            strict[name] = rewards(runs, family, HELD_OUT, any_shape=True)
         costs[name] = float(np.mean([run["flops"] for run in runs]))
-    return {
+    found = {
         "family": family.name, "purpose": family.purpose, "never_lr": never_lr, "lr": lr,
         "even": [vars(growth) for growth in even], "oracle_schedules": [int(number) for number in best],
         "selection_mean": round(float(table.mean()), 4),
@@ -134,10 +136,14 @@ def measure(family: Family, cells: Cells) -> dict[str, Any]:
         "oracle_minus_even": interval_of((fresh["oracle"] - fresh["even"]).mean(1)),
         "oracle_minus_never": interval_of((fresh["oracle"] - fresh["never"]).mean(1)),
         "even_minus_never": interval_of((fresh["even"] - fresh["never"]).mean(1)),
-        "reward_any_shape": {name: interval_of(values.mean(1)) for name, values in strict.items()},
-        "oracle_minus_even_any_shape": interval_of((strict["oracle"] - strict["even"]).mean(1)),
-        "oracle_minus_never_any_shape": interval_of((strict["oracle"] - strict["never"]).mean(1)),
     }  # fmt: skip
+    if strict:
+        found |= {
+            "reward_any_shape": {name: interval_of(values.mean(1)) for name, values in strict.items()},
+            "oracle_minus_even_any_shape": interval_of((strict["oracle"] - strict["even"]).mean(1)),
+            "oracle_minus_never_any_shape": interval_of((strict["oracle"] - strict["never"]).mean(1)),
+        }
+    return found
 
 
 def cell(
@@ -149,7 +155,7 @@ def cell(
 
 def tune(family: Family, cells: Cells) -> tuple[float, Schedule, float]:
     """Learning rate of no growth, the best even schedule and its learning rate, on training tasks."""
-    evens = even_schedules(family.config.interval, family.steps)
+    evens = tuned_schedules(family.config.interval, family.steps)
     scores = {
         (number, lr): rewards(
             cells.get(f"{family.name}/tune/{number}/{lr:g}", *cell(family, TUNING, (0,), lr, plan)), family, TUNING
@@ -160,6 +166,11 @@ def tune(family: Family, cells: Cells) -> tuple[float, Schedule, float]:
     never = max((key for key in scores if key[0] == 0), key=lambda key: scores[key])
     best = max((key for key in scores if key[0] > 0), key=lambda key: scores[key])
     return never[1], evens[best[0] - 1], best[1]
+
+
+def hash_of(plans: Sequence[Schedule]) -> str:
+    """What tells cells of other schedules apart."""
+    return hashlib.sha256(repr(plans).encode()).hexdigest()[:8]
 
 
 def interval_of(values: np.ndarray) -> dict[str, float]:

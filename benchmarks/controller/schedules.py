@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from esper.greenhouse.hosts import Hosts
@@ -39,8 +39,16 @@ def even_schedules(interval: int, steps: int) -> list[Schedule]:
     return found
 
 
+def tuned_schedules(interval: int, steps: int) -> list[Schedule]:
+    """The even schedules, each with either start: what the best even one is chosen from."""
+    found = even_schedules(interval, steps)
+    other = {STARTS[0]: STARTS[1], STARTS[1]: STARTS[0]}
+    return found + [tuple(replace(growth, start=other[growth.start]) for growth in schedule) for schedule in found]
+
+
 def schedules(interval: int, steps: int, sites: int, num: int = 64) -> list[Schedule]:
-    """Never, the even ones, and drawn ones: sizes, sites, times and starts differ. Always the same list."""
+    """Never, the even ones, and drawn ones: sizes, sites, times and starts differ. Always the same list (one is in it
+    twice)."""
     drawn = random.Random(7)
     found = [NEVER, *even_schedules(interval, steps)]
     last = int(0.75 * steps / interval)

@@ -32,12 +32,12 @@ _LEAST_SHARE = 0.25
 """A task's deviation counts as at least this share of its family's median one: it is itself an estimate."""
 
 
-def shapes_of(family: Family, task: int) -> list[tuple[int, ...]]:
-    """Static shapes to try on a task, the host's own first."""
+def shapes_of(family: Family, task: int, *, own: bool = False) -> list[tuple[int, ...]]:
+    """Static shapes to try on a task, the host's ``own`` at several scales first."""
     start = data_of(family, task).widths
     scaled = [tuple(_scaled(start, factor)) for factor in FACTORS]
     even = [(width,) * family.num_sites for width in EVEN]
-    return list(dict.fromkeys(scaled + even))
+    return list(dict.fromkeys(scaled if own else scaled + even))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,10 @@ def _measured(family: str, any_shape: bool) -> dict[int, Frontier]:
     usual = float(np.median([task["deviation"] for task in tasks.values()]))
     found: dict[int, Frontier] = {}
     for number, task in tasks.items():
-        points = [row for row, shape in enumerate(task["shapes"]) if any_shape or _is_scaled(shape, task["shapes"][0])]
+        own = [row for row, shape in enumerate(task["shapes"]) if _is_scaled(shape, task["shapes"][0])]
+        if any_shape and len(own) == len(task["shapes"]):
+            continue  # no other shape was measured
+        points = range(len(task["shapes"])) if any_shape else own
         flops, losses = ([task[name][row] for row in points] for name in ("flops", "losses"))
         found[int(number)] = Frontier.of(flops, losses, max(task["deviation"], _LEAST_SHARE * usual))
     return found
@@ -100,9 +103,9 @@ def _scaled(start: Sequence[int], factor: float) -> list[int]:
     return [round(factor * width) for width in start]
 
 
-def tasks_of(family: str) -> tuple[int, ...]:
+def tasks_of(family: str, *, any_shape: bool = False) -> tuple[int, ...]:
     """Tasks of a family whose frontier is known."""
-    return tuple(sorted(_measured(family, False)))
+    return tuple(sorted(_measured(family, any_shape)))
 
 
 def frontier_of(family: str, task: int, *, any_shape: bool = False) -> Frontier:
@@ -116,7 +119,7 @@ def frontier_of(family: str, task: int, *, any_shape: bool = False) -> Frontier:
     known = _measured(family, any_shape)
     if task not in known:
         raise ConfigError(
-            f"the frontier of task {task} of family {family!r} was not measured; measured: {len(known)} tasks from "
-            f"{min(known)} to {max(known)}"
+            f"the frontier of task {task} of family {family!r} was not measured; measured: "
+            f"{', '.join(map(str, known)) or 'none'}"
         )
     return known[task]
