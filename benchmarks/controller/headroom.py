@@ -2,10 +2,10 @@
 
     python benchmarks/controller/headroom.py --out benchmarks/results/controller_headroom.json
 
-For each family: even schedules and learning rates are tuned on its training tasks; then 64 schedules run on each of 16
-further tasks with two seeds, the best one of each task runs again on eight fresh seeds beside the best even schedule
-and no growth (paired: same tasks, same seeds). Rewards are seed deviations below the static frontier, everything
-counted. Cells are kept as they are done: run again, it goes on.
+For each family: a learning rate and then an even schedule are tuned on its training tasks; then 64 schedules run on
+each of some further tasks with two seeds, the best one of each task runs again on eight fresh seeds beside the best
+even schedule and no growth (paired: same tasks, same seeds). Rewards are seed deviations below the static frontier,
+everything counted. Cells are kept as they are done: run again, it goes on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own f
 from benchmarks.controller.schedules import NEVER, Schedule, controller, schedules, tuned_schedules
 
 from esper.greenhouse.episodes import outcome
-from esper.greenhouse.family import FAMILIES, Family, HostSpec
+from esper.greenhouse.family import FAMILIES, FIRST_HELD_OUT, Family, HostSpec
 from esper.greenhouse.frontier import LEARNING_RATES, frontier_of, tasks_of
 from esper.greenhouse.germination import apply
 from esper.greenhouse.hosts import Hosts
@@ -36,7 +36,10 @@ from esper.greenhouse.observing import observe
 from esper.greenhouse.stages import finish
 
 TUNING = range(12)
-HELD_OUT = range(1000, 1016)
+HELD_OUT = range(FIRST_HELD_OUT, FIRST_HELD_OUT + 16)
+"""Most tasks; ``--tasks`` takes fewer."""
+SCOUTS = (0, 2, 6)
+"""Even schedules that the learning rate is chosen with."""
 SELECTION_SEEDS = (0, 1)
 FRESH_SEEDS = tuple(range(10, 18))
 
@@ -93,24 +96,27 @@ def rewards(
     return np.array(values).reshape(len(tasks), num)
 
 
-def measure(family: Family, cells: Cells) -> dict[str, Any]:
+def measure(family: Family, cells: Cells, num_tasks: int) -> dict[str, Any]:
     """Everything for one family."""
     interval, steps = family.config.interval, family.steps
-    never_lr, even, lr = tune(family, cells)
+    held_out, tuning = HELD_OUT[:num_tasks], TUNING[:num_tasks]
+    never_lr, even, lr = tune(family, cells, tuning)
     plans = schedules(interval, steps, family.num_sites)
     selected = [
         rewards(
-            cells.get(f"{family.name}/select/{number}/{lr:g}", *cell(family, HELD_OUT, SELECTION_SEEDS, lr, plan)),
+            cells.get(
+                f"{family.name}/select/{number}/{lr:g}/{num_tasks}", *cell(family, held_out, SELECTION_SEEDS, lr, plan)
+            ),
             family,
-            HELD_OUT,
+            held_out,
         )
         for number, plan in enumerate(plans)
     ]
     table = np.stack(selected)  # (64, tasks, seeds)
     best = table.mean(2).argmax(0)
     arms: dict[str, tuple[float, list[Schedule]]] = {
-        "never": (never_lr, [NEVER] * len(HELD_OUT)),
-        "even": (lr, [even] * len(HELD_OUT)),
+        "never": (never_lr, [NEVER] * len(held_out)),
+        "even": (lr, [even] * len(held_out)),
         "oracle": (lr, [plans[number] for number in best]),
     }
     fresh: dict[str, np.ndarray] = {}
@@ -118,16 +124,16 @@ def measure(family: Family, cells: Cells) -> dict[str, Any]:
     costs: dict[str, float] = {}
     for name, (rate, chosen) in arms.items():
         specs = [
-            HostSpec(family=family.name, task=task, seed=seed, lr=rate) for task in HELD_OUT for seed in FRESH_SEEDS
+            HostSpec(family=family.name, task=task, seed=seed, lr=rate) for task in held_out for seed in FRESH_SEEDS
         ]
         scripts = [plan for plan in chosen for _ in FRESH_SEEDS]
         runs = cells.get(f"{family.name}/fresh/{name}/{rate:g}/{hash_of(chosen)}", specs, scripts)
-        fresh[name] = rewards(runs, family, HELD_OUT)
-        if set(HELD_OUT) <= set(tasks_of(family.name, any_shape=True)):
-            strict[name] = rewards(runs, family, HELD_OUT, any_shape=True)
+        fresh[name] = rewards(runs, family, held_out)
+        if set(held_out) <= set(tasks_of(family.name, any_shape=True)):
+            strict[name] = rewards(runs, family, held_out, any_shape=True)
         costs[name] = float(np.mean([run["flops"] for run in runs]))
     found = {
-        "family": family.name, "purpose": family.purpose, "never_lr": never_lr, "lr": lr,
+        "family": family.name, "purpose": family.purpose, "tasks": num_tasks, "never_lr": never_lr, "lr": lr,
         "even": [vars(growth) for growth in even], "oracle_schedules": [int(number) for number in best],
         "selection_mean": round(float(table.mean()), 4),
         "oracle_at_selection": round(float(table.mean(2).max(0).mean()), 4),
@@ -153,19 +159,20 @@ def cell(
     return specs, [plan] * len(specs)
 
 
-def tune(family: Family, cells: Cells) -> tuple[float, Schedule, float]:
+def tune(family: Family, cells: Cells, tasks: Sequence[int]) -> tuple[float, Schedule, float]:
     """Learning rate of no growth, the best even schedule and its learning rate, on training tasks."""
     evens = tuned_schedules(family.config.interval, family.steps)
-    scores = {
-        (number, lr): rewards(
-            cells.get(f"{family.name}/tune/{number}/{lr:g}", *cell(family, TUNING, (0,), lr, plan)), family, TUNING
-        ).mean()
-        for number, plan in enumerate([NEVER, *evens])
-        for lr in LEARNING_RATES
-    }
-    never = max((key for key in scores if key[0] == 0), key=lambda key: scores[key])
-    best = max((key for key in scores if key[0] > 0), key=lambda key: scores[key])
-    return never[1], evens[best[0] - 1], best[1]
+
+    def score(number: int, lr: float) -> float:
+        """Mean reward of an even schedule; -1 is no growth."""
+        plan = NEVER if number < 0 else evens[number]
+        name = f"{family.name}/tune/{number + 1}/{lr:g}/{len(tasks)}"
+        return float(rewards(cells.get(name, *cell(family, tasks, (0,), lr, plan)), family, tasks).mean())
+
+    never_lr = max(LEARNING_RATES, key=lambda lr: score(-1, lr))
+    lr = max(LEARNING_RATES, key=lambda lr: max(score(number, lr) for number in SCOUTS))
+    best = max(range(len(evens)), key=lambda number: score(number, lr))
+    return never_lr, evens[best], lr
 
 
 def hash_of(plans: Sequence[Schedule]) -> str:
@@ -184,13 +191,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cells", type=Path, help="default: beside the result")
     parser.add_argument("--family", action="append", choices=list(FAMILIES), help="default: all but probes")
+    parser.add_argument("--tasks", type=int, default=len(HELD_OUT), help="held-out tasks, and as many to tune on")
     given = parser.parse_args()
     torch.set_num_threads(1)
     cells = Cells(given.cells or given.out.with_suffix(".cells.json"))
     names = given.family or [name for name, family in FAMILIES.items() if family.purpose != "probe"]
     result: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
     for name in names:
-        result[name] = measure(FAMILIES[name], cells)
+        result[name] = measure(FAMILIES[name], cells, given.tasks)
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(result[name]["oracle_minus_even"]), file=sys.stderr, flush=True)
 
