@@ -17,6 +17,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,18 @@ from esper.greenhouse.stages import finish
 TUNING = range(12)
 HELD_OUT = range(FIRST_HELD_OUT, FIRST_HELD_OUT + 16)
 """Most tasks; ``--tasks`` takes fewer."""
-SCOUTS = (0, 2, 6)
+SCOUTS = (1, 3, 7)
 """Even schedules that the learning rate is chosen with."""
 SELECTION_SEEDS = (0, 1)
 FRESH_SEEDS = tuple(range(10, 18))
 
 
-def play(specs: Sequence[HostSpec], plans: Sequence[Schedule]) -> list[dict[str, float]]:
-    """Each host under its schedule: reward, loss and FLOPs."""
-    hosts = Hosts(specs)
+def play(specs: Sequence[HostSpec], plans: Sequence[Schedule], *, keep_all: bool = False) -> list[dict[str, float]]:
+    """Each host under its schedule: reward, loss and FLOPs; ``keep_all`` leaves out the judgement of cohorts."""
+    config = FAMILIES[specs[0].family].config
+    if keep_all:
+        config = replace(config, evidence=replace(config.evidence, accept="always"))
+    hosts = Hosts(specs, replace(config, total_steps=specs[0].steps or config.total_steps))
     players = [controller(plan, hosts, number) for number, plan in enumerate(plans)]
     while not hosts.done:
         hosts.advance(hosts.config.interval)
@@ -66,6 +70,11 @@ def play(specs: Sequence[HostSpec], plans: Sequence[Schedule]) -> list[dict[str,
     ]
 
 
+Cell = tuple[list[HostSpec], list[Schedule]]
+TOGETHER = 4
+"""Cells played as one stack."""
+
+
 class Cells:
     """Finished cells of one run, in one file."""
 
@@ -73,17 +82,22 @@ class Cells:
         self.path = path
         self.known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    def get(self, name: str, specs: Sequence[HostSpec], plans: Sequence[Schedule]) -> list[dict[str, float]]:
-        """The cell called ``name``, played if it is not there yet."""
-        if name not in self.known:
-            self.known[name] = play(specs, plans)
+    def fill(self, wanted: dict[str, Cell], *, keep_all: bool = False) -> None:
+        """Play what is missing, some cells side by side."""
+        missing = [name for name in wanted if name not in self.known]
+        for first in range(0, len(missing), TOGETHER):
+            group = missing[first : first + TOGETHER]
+            specs = [spec for name in group for spec in wanted[name][0]]
+            plans = [plan for name in group for plan in wanted[name][1]]
+            runs = play(specs, plans, keep_all=keep_all)
+            for name in group:
+                num = len(wanted[name][0])
+                self.known[name], runs = runs[:num], runs[num:]
+                mean = float(np.mean([run["reward"] for run in self.known[name]]))
+                print(name, round(mean, 3), file=sys.stderr, flush=True)
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text(json.dumps(self.known), encoding="utf-8")
             os.replace(temporary, self.path)
-            print(
-                name, round(float(np.mean([run["reward"] for run in self.known[name]])), 3), file=sys.stderr, flush=True
-            )
-        return self.known[name]
 
 
 def rewards(
@@ -96,22 +110,17 @@ def rewards(
     return np.array(values).reshape(len(tasks), num)
 
 
-def measure(family: Family, cells: Cells, num_tasks: int) -> dict[str, Any]:
+def measure(family: Family, cells: Cells, num_tasks: int, *, keep_all: bool = False) -> dict[str, Any]:
     """Everything for one family."""
     interval, steps = family.config.interval, family.steps
     held_out, tuning = HELD_OUT[:num_tasks], TUNING[:num_tasks]
-    never_lr, even, lr = tune(family, cells, tuning)
+    prefix = f"{family.name}{'/all-kept' if keep_all else ''}"
+    never_lr, even, lr = tune(family, cells, tuning, prefix, keep_all=keep_all)
     plans = schedules(interval, steps, family.num_sites)
-    selected = [
-        rewards(
-            cells.get(
-                f"{family.name}/select/{number}/{lr:g}/{num_tasks}", *cell(family, held_out, SELECTION_SEEDS, lr, plan)
-            ),
-            family,
-            held_out,
-        )
-        for number, plan in enumerate(plans)
-    ]
+    names = {f"{prefix}/select/{number}/{lr:g}/{num_tasks}": plan for number, plan in enumerate(plans)}
+    wanted = {name: cell(family, held_out, SELECTION_SEEDS, lr, plan) for name, plan in names.items()}
+    cells.fill(wanted, keep_all=keep_all)
+    selected = [rewards(cells.known[name], family, held_out) for name in names]
     table = np.stack(selected)  # (64, tasks, seeds)
     best = table.mean(2).argmax(0)
     arms: dict[str, tuple[float, list[Schedule]]] = {
@@ -127,13 +136,16 @@ def measure(family: Family, cells: Cells, num_tasks: int) -> dict[str, Any]:
             HostSpec(family=family.name, task=task, seed=seed, lr=rate) for task in held_out for seed in FRESH_SEEDS
         ]
         scripts = [plan for plan in chosen for _ in FRESH_SEEDS]
-        runs = cells.get(f"{family.name}/fresh/{name}/{rate:g}/{hash_of(chosen)}", specs, scripts)
+        place = f"{prefix}/fresh/{name}/{rate:g}/{hash_of(chosen)}"
+        cells.fill({place: (specs, scripts)}, keep_all=keep_all)
+        runs = cells.known[place]
         fresh[name] = rewards(runs, family, held_out)
         if set(held_out) <= set(tasks_of(family.name, any_shape=True)):
             strict[name] = rewards(runs, family, held_out, any_shape=True)
         costs[name] = float(np.mean([run["flops"] for run in runs]))
     found = {
-        "family": family.name, "purpose": family.purpose, "tasks": num_tasks, "never_lr": never_lr, "lr": lr,
+        "family": family.name, "purpose": family.purpose, "tasks": num_tasks, "keep_all": keep_all,
+        "never_lr": never_lr, "lr": lr,
         "even": [vars(growth) for growth in even], "oracle_schedules": [int(number) for number in best],
         "selection_mean": round(float(table.mean()), 4),
         "oracle_at_selection": round(float(table.mean(2).max(0).mean()), 4),
@@ -152,27 +164,32 @@ def measure(family: Family, cells: Cells, num_tasks: int) -> dict[str, Any]:
     return found
 
 
-def cell(
-    family: Family, tasks: Sequence[int], seeds: Sequence[int], lr: float, plan: Schedule
-) -> tuple[list[HostSpec], list[Schedule]]:
+def cell(family: Family, tasks: Sequence[int], seeds: Sequence[int], lr: float, plan: Schedule) -> Cell:
+    """Every task with every seed under one schedule."""
     specs = [HostSpec(family=family.name, task=task, seed=seed, lr=lr) for task in tasks for seed in seeds]
     return specs, [plan] * len(specs)
 
 
-def tune(family: Family, cells: Cells, tasks: Sequence[int]) -> tuple[float, Schedule, float]:
+def tune(
+    family: Family, cells: Cells, tasks: Sequence[int], prefix: str, *, keep_all: bool
+) -> tuple[float, Schedule, float]:
     """Learning rate of no growth, the best even schedule and its learning rate, on training tasks."""
-    evens = tuned_schedules(family.config.interval, family.steps)
+    plans = [NEVER, *tuned_schedules(family.config.interval, family.steps)]
 
-    def score(number: int, lr: float) -> float:
-        """Mean reward of an even schedule; -1 is no growth."""
-        plan = NEVER if number < 0 else evens[number]
-        name = f"{family.name}/tune/{number + 1}/{lr:g}/{len(tasks)}"
-        return float(rewards(cells.get(name, *cell(family, tasks, (0,), lr, plan)), family, tasks).mean())
+    def scores(asked: Sequence[tuple[int, float]]) -> dict[tuple[int, float], float]:
+        """Mean reward of schedules (0 is no growth) at learning rates."""
+        names = {(number, lr): f"{prefix}/tune/{number}/{lr:g}/{len(tasks)}" for number, lr in asked}
+        cells.fill(
+            {name: cell(family, tasks, (0,), lr, plans[number]) for (number, lr), name in names.items()},
+            keep_all=keep_all,
+        )
+        return {key: float(rewards(cells.known[name], family, tasks).mean()) for key, name in names.items()}
 
-    never_lr = max(LEARNING_RATES, key=lambda lr: score(-1, lr))
-    lr = max(LEARNING_RATES, key=lambda lr: max(score(number, lr) for number in SCOUTS))
-    best = max(range(len(evens)), key=lambda number: score(number, lr))
-    return never_lr, evens[best], lr
+    first = scores([(number, lr) for number in (0, *SCOUTS) for lr in LEARNING_RATES])
+    never_lr = max(LEARNING_RATES, key=lambda lr: first[0, lr])
+    lr = max(LEARNING_RATES, key=lambda lr: max(first[number, lr] for number in SCOUTS))
+    all_even = scores([(number, lr) for number in range(1, len(plans))])
+    return never_lr, plans[max(all_even, key=lambda key: all_even[key])[0]], lr
 
 
 def hash_of(plans: Sequence[Schedule]) -> str:
@@ -192,15 +209,17 @@ def main() -> None:
     parser.add_argument("--cells", type=Path, help="default: beside the result")
     parser.add_argument("--family", action="append", choices=list(FAMILIES), help="default: all but probes")
     parser.add_argument("--tasks", type=int, default=len(HELD_OUT), help="held-out tasks, and as many to tune on")
+    parser.add_argument("--keep-all", action="store_true", help="keep whatever reaches judgement (a diagnosis)")
     given = parser.parse_args()
     torch.set_num_threads(1)
     cells = Cells(given.cells or given.out.with_suffix(".cells.json"))
     names = given.family or [name for name, family in FAMILIES.items() if family.purpose != "probe"]
     result: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
     for name in names:
-        result[name] = measure(FAMILIES[name], cells, given.tasks)
+        key = f"{name}, all kept" if given.keep_all else name
+        result[key] = measure(FAMILIES[name], cells, given.tasks, keep_all=given.keep_all)
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(result[name]["oracle_minus_even"]), file=sys.stderr, flush=True)
+        print(json.dumps(result[key]["oracle_minus_even"]), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -42,15 +42,35 @@ def test_a_schedule_asks_for_multiples_of_the_hosts_own_widths() -> None:
 def test_cells_are_kept_and_not_played_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     played: list[int] = []
 
-    def play(specs: Any, plans: Any) -> list[dict[str, float]]:
+    def play(specs: Any, plans: Any, *, keep_all: bool) -> list[dict[str, float]]:
         played.append(len(specs))
-        return [{"reward": 1.0, "loss": 0.1, "flops": 1e7}] * len(specs)
+        return [{"reward": float(n), "loss": 0.1, "flops": 1e7} for n in range(len(specs))]
 
     monkeypatch.setattr(headroom, "play", play)
-    specs, plans = headroom.cell(FAMILIES["teacher"], [0, 1], [0, 1], 1e-2, NEVER)
+    wanted = {name: headroom.cell(FAMILIES["teacher"], [0, 1], [0, 1], 1e-2, NEVER) for name in "abcde"}
     for _ in range(2):
-        runs = headroom.Cells(tmp_path / "cells.json").get("a", specs, plans)
-    assert played == [4] and headroom.rewards(runs, FAMILIES["teacher"], [0, 1]).shape == (2, 2)
+        cells = headroom.Cells(tmp_path / "cells.json")
+        cells.fill(wanted)
+    assert played == [16, 4] and [run["reward"] for run in cells.known["b"]] == [4.0, 5.0, 6.0, 7.0]
+    assert headroom.rewards(cells.known["a"], FAMILIES["teacher"], [0, 1]).shape == (2, 2)
+
+
+def test_everything_of_a_family_is_measured_from_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards are made up: the schedule with more growth is better, one learning rate is best."""
+
+    def play(specs: Any, plans: Any, *, keep_all: bool) -> list[dict[str, float]]:
+        return [
+            {"reward": 0.0, "loss": 0.5 - 0.01 * len(plan) - (spec.lr == 2e-2) * 0.1 + 1e-3 * spec.seed, "flops": 3e7}
+            for spec, plan in zip(specs, plans, strict=True)
+        ]
+
+    monkeypatch.setattr(headroom, "play", play)
+    found = headroom.measure(FAMILIES["teacher"], headroom.Cells(tmp_path / "cells.json"), 4)
+    assert found["lr"] == found["never_lr"] == 2e-2 and len(found["even"]) == 3 and found["tasks"] == 4
+    most = max(map(len, schedules(20, 400, 2)))
+    assert {len(schedules(20, 400, 2)[number]) for number in found["oracle_schedules"]} == {most}
+    assert found["oracle_minus_even"]["mean"] > 0 < found["even_minus_never"]["mean"]
+    assert "reward_any_shape" in found
 
 
 def test_a_schedule_on_real_hosts_and_its_reward() -> None:
