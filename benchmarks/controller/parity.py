@@ -2,9 +2,10 @@
 
     python benchmarks/controller/parity.py --out benchmarks/results/controller_parity.json
 
-On each host every schedule runs twice: in a stack, and under a real grower with its default settings (its own draws of
-units, its projected control). Spearman's correlation over schedules, host by host; the mean over hosts must reach 0.8.
-How well a grower agrees with itself under other draws of units is measured beside it: no simulator can do better.
+On each host every schedule runs in a stack and under a real grower with its default settings (its own draws of units,
+its projected control), each with a few seeds of which the mean counts: whether one cohort is accepted is often a matter
+of luck. Spearman's correlation over schedules, host by host; the mean over hosts must reach 0.8. How well a grower agrees
+with itself under other draws of units is measured beside it: no simulator can do better.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,14 @@ def real(spec: HostSpec, plan: Schedule, draw: int = 0) -> dict[str, float]:
     config = replace(judged_as_ever(FAMILIES[spec.family].config), seed=draw)
     end = RealHost(spec, controller(plan, Hosts([spec]), 0), config).run()
     return {"reward": end.reward, "loss": end.loss, "flops": end.flops, "params": end.params}
+
+
+def means(runs: Sequence[dict[str, float]], num: int) -> list[dict[str, float]]:
+    """Every ``num`` runs of a schedule as one."""
+    return [
+        {name: round(float(np.mean([run[name] for run in runs[at : at + num]])), 6) for name in (*QUANTITIES, "params")}
+        for at in range(0, len(runs), num)
+    ]
 
 
 def spearman(first: list[float], second: list[float]) -> float:
@@ -86,6 +96,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--family", action="append", choices=list(FAMILIES))
     parser.add_argument("--hosts", type=int, default=3, help="of each family")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--again", type=int, default=1, help="of these, so many also under other draws of units")
     parser.add_argument("--schedules", type=int, default=16)
     given = parser.parse_args()
@@ -99,14 +110,15 @@ def main() -> None:
             key = f"{name}/{task}"
             if key in known["runs"]:
                 continue
-            spec = HostSpec(family=name, task=task, seed=20, lr=family.lr)
-            known["runs"][key] = {
-                "lr": family.lr,
-                "stack": play([spec] * len(plans), plans),
-                "real": [real(spec, plan) for plan in plans],
-            }
+            specs = [HostSpec(family=name, task=task, seed=20 + n, lr=family.lr) for n in range(given.seeds)]
+            pairs = [(spec, plan) for plan in plans for spec in specs]
+            found: dict[str, Any] = {"lr": family.lr, "seeds": given.seeds}
+            stacked = play([spec for spec, _ in pairs], [plan for _, plan in pairs])
+            found["stack"] = means(stacked, given.seeds)
+            found["real"] = means([real(spec, plan) for spec, plan in pairs], given.seeds)
             if task < 1000 + given.again:
-                known["runs"][key]["real again"] = [real(spec, plan, draw=1) for plan in plans]
+                found["real again"] = means([real(spec, plan, draw=1) for spec, plan in pairs], given.seeds)
+            known["runs"][key] = found
             temporary = given.out.with_suffix(".tmp")
             temporary.write_text(json.dumps({"summary": summary(known["runs"]), **known}, indent=1) + "\n", "utf-8")
             os.replace(temporary, given.out)
