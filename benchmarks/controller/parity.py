@@ -4,8 +4,8 @@
 
 On each host every schedule runs in a stack and under a real grower with its default settings (its own draws of units,
 its projected control), each with a few seeds of which the mean counts: whether one cohort is accepted is often a matter
-of luck. Spearman's correlation over schedules, host by host; the mean over hosts must reach 0.8. How well a grower agrees
-with itself under other draws of units is measured beside it: no simulator can do better.
+of luck. Spearman's correlation over schedules, host by host; the mean over hosts must reach 0.8. How a grower agrees
+with itself under other draws of units is measured beside it; no simulator can do better.
 """
 
 from __future__ import annotations
