@@ -6,17 +6,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from esper.cli.command import Context, Outcome, UsageError, unknown_name
 from esper.cli.parsing import JsonPath, Option
 from esper.cli.terminal import columns, labelled, table, write_lines
 from esper.learning.options import TrainOptions
 
+if TYPE_CHECKING:
+    from esper.learning import contest
+
 
 @dataclass(frozen=True, kw_only=True)
 class Controller:
-    """Train a policy that decides where and when to grow, and measure it against other controllers.
+    """Train and compare what decides where and when to grow.
 
     train: learn by PPO in an environment; the same command goes on where it was interrupted. evaluate: play episodes
     with one controller or policy. compare: several of them on the same episodes, differences paired.
@@ -55,7 +58,7 @@ class Controller:
         tuple[str, ...],
         Option(metavar="PLAYER", help="evaluate, compare: who plays.", default="never random heuristic"),
     ] = ("never", "random", "heuristic")
-    episodes: Annotated[int, Option(metavar="N", help="evaluate, compare: episodes each.")] = 200
+    episodes: Annotated[int, Option(metavar="N", help="Episodes to score each player on.")] = 200
     sampled: Annotated[bool, Option(help="Policies draw their actions instead of the likeliest.", default="no")] = False
     seed: Annotated[int, Option(metavar="N", help="Of everything that is drawn.")] = 0
     json: JsonPath = None
@@ -71,7 +74,7 @@ def _train(command: Controller, context: Context) -> Outcome:
     options = TrainOptions(
         environment=command.environment, run_dir=command.run_dir, updates=command.updates, steps=command.steps,
         episodes=command.side_by_side, size=command.size, seed=command.seed, lr=command.lr, clone=command.clone,
-        checkpoint_every=command.checkpoint_every, fresh=command.fresh,
+        checkpoint_every=command.checkpoint_every, fresh=command.fresh, test_episodes=command.episodes,
     )  # fmt: skip
     from esper.learning.job import train  # imports torch
     from esper.runs.interrupt import obey, remembered
@@ -115,13 +118,13 @@ def _compare(command: Controller, context: Context) -> Outcome:
     return Outcome(result=result, lines=_contest_lines(result))
 
 
-def _player(name: str, *, sampled: bool) -> Any:
+def _player(name: str, *, sampled: bool) -> contest.Player:
     """A policy's folder, or a name."""
     from esper.learning import contest
     from esper.tamiyo.neural import policy_file
 
     if (Path(name) / policy_file.CARD).is_file():
-        return contest.following(policy_file.load(name)[0], sampled=sampled)
+        return contest.Following(policy_file.load(name)[0], sampled=sampled)
     return contest.named(name)
 
 

@@ -71,7 +71,7 @@ def clone(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += float(loss) * len(rows)
+            total += loss.item() * len(rows)
         curve.append(total / len(taught))
     return curve
 

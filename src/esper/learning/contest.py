@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,50 +19,89 @@ from esper.tamiyo.neural.policy import Policy
 from esper.tamiyo.registry import Controller, make_controller
 from esper.tamiyo.sight import Sight
 
-Player = Callable[[Sight, Observation], Action]
+Decide = Callable[[Sight, Observation], Action]
 """Plays one episode."""
-MakePlayer = Callable[[int], Player]
-"""Builds a player for a new episode, from its number."""
 
 
-def never(number: int) -> Player:
-    """Grows nothing."""
-    return lambda sight, observation: WAIT
+class Player(Protocol):
+    """Plays any number of episodes side by side."""
+
+    def begin(self, row: int, number: int) -> None:
+        """The episode ``number`` begins in place ``row``."""
+        ...
+
+    def act(self, sights: Sequence[Sight], observations: Sequence[Observation]) -> list[Action]:
+        """One action for each place."""
+        ...
 
 
-def uniform(number: int) -> Player:
-    """Each factor uniformly among its valid values."""
-    rng = np.random.default_rng([7, number])
-    return lambda sight, observation: draw(sight.masks, rng)
+class EachAlone:
+    """A player that knows how to play one episode.
+
+    Parameters
+    ----------
+    make:
+        Builds what plays an episode, from its number.
+    """
+
+    def __init__(self, make: Callable[[int], Decide]) -> None:
+        self._make = make
+        self._places: dict[int, Decide] = {}
+
+    def begin(self, row: int, number: int) -> None:
+        """Somebody new plays there."""
+        self._places[row] = self._make(number)
+
+    def act(self, sights: Sequence[Sight], observations: Sequence[Observation]) -> list[Action]:
+        """Each looks for itself."""
+        pairs = enumerate(zip(sights, observations, strict=True))
+        return [self._places[row](sight, observation) for row, (sight, observation) in pairs]
 
 
-def following(policy: Policy, *, sampled: bool = False) -> MakePlayer:
+class Following:
     """A policy: its likeliest action, or one drawn from it."""
 
-    def make(number: int) -> Player:
-        generator = torch.Generator().manual_seed(number) if sampled else None
+    def __init__(self, policy: Policy, *, sampled: bool = False) -> None:
+        self._policy = policy
+        self._generator = torch.Generator().manual_seed(0) if sampled else None
 
-        def play(sight: Sight, observation: Observation) -> Action:
-            with torch.inference_mode():
-                return Action(*policy(policy.collate([sight]), generator=generator).actions[0].tolist())
+    def begin(self, row: int, number: int) -> None:
+        """A policy remembers nothing."""
 
-        return play
+    def act(self, sights: Sequence[Sight], observations: Sequence[Observation]) -> list[Action]:
+        """All at once."""
+        with torch.inference_mode():
+            found = self._policy(self._policy.collate(sights), generator=self._generator)
+        return [Action(*row) for row in found.actions.tolist()]
 
-    return make
+
+def never() -> Player:
+    """Grows nothing."""
+    return EachAlone(lambda number: lambda sight, observation: WAIT)
 
 
-def obeying(make_one: Callable[[int], Controller]) -> MakePlayer:
-    """Any controller, as nearly as actions can say what it asks for."""
+def uniform() -> Player:
+    """Each factor uniformly among its valid values."""
 
-    def make(number: int) -> Player:
-        controller = make_one(number)
+    def make(number: int) -> Decide:
+        rng = np.random.default_rng([7, number])
+        return lambda sight, observation: draw(sight.masks, rng)
+
+    return EachAlone(make)
+
+
+def obeying(make: Callable[[int], Controller]) -> Player:
+    """Any controller, as nearly as actions can say what it asks for; ``make`` builds one for an episode."""
+
+    def make_one(number: int) -> Decide:
+        controller = make(number)
         return lambda sight, observation: nearest(controller.decide(observation), observation, sight.masks)
 
-    return make
+    return EachAlone(make_one)
 
 
-def named(name: str, config: TamiyoConfig | None = None) -> MakePlayer:
-    """``never``, ``random``, or a registered controller with its default settings.
+def named(name: str, config: TamiyoConfig | None = None) -> Player:
+    """``never``, ``random``, or a registered controller with its default settings (from the first step on).
 
     Raises
     ------
@@ -70,37 +109,37 @@ def named(name: str, config: TamiyoConfig | None = None) -> MakePlayer:
         No controller of that name.
     """
     if name in _SIMPLE:
-        return _SIMPLE[name]
+        return _SIMPLE[name]()
     settings = config or TamiyoConfig(first=0)
     make_controller(name, settings)  # an unknown name is an error before anything is played
     return obeying(lambda number: make_controller(name, settings, seed=number))
 
 
-_SIMPLE: dict[str, MakePlayer] = {"never": never, "random": uniform}
-SIMPLE_NAMES = tuple(_SIMPLE)
+_SIMPLE: dict[str, Callable[[], Player]] = {"never": never, "random": uniform}
 
 
-def play(environment: HostEnvironment, make: MakePlayer, num_episodes: int, *, seed: int) -> list[float]:
+def play(environment: HostEnvironment, player: Player, num_episodes: int, *, seed: int) -> list[float]:
     """Returns of the first ``num_episodes`` episodes to begin, in the order in which they begin.
 
     With a fixed horizon that order, and every episode, follows from the seed alone: players can be paired.
     """
     environment.reset(seed)
     numbers = list(range(environment.num))
-    players = [make(number) for number in numbers]
+    for row in numbers:
+        player.begin(row, row)
     earned: dict[int, float] = dict.fromkeys(numbers, 0.0)
     returns: dict[int, float] = {}
-    following_number = environment.num
+    upcoming = environment.num
     while not all(number in returns for number in range(num_episodes)):
-        pairs = zip(players, environment.look(), environment.observations(), strict=True)
-        actions = [player(sight, observation) for player, sight, observation in pairs]
+        actions = player.act(environment.look(), environment.observations())
         stepped = environment.step(np.array(actions, dtype=np.int64))
         for row, number in enumerate(numbers):
             earned[number] += float(stepped.rewards[row])
             if stepped.terminated[row] or stepped.truncated[row]:
                 returns[number] = earned.pop(number)
-                numbers[row], following_number = following_number, following_number + 1
-                players[row], earned[numbers[row]] = make(numbers[row]), 0.0
+                numbers[row], earned[upcoming] = upcoming, 0.0
+                player.begin(row, upcoming)
+                upcoming += 1
     return [returns[number] for number in range(num_episodes)]
 
 
@@ -112,9 +151,7 @@ class Entry:
     returns: list[float]
 
 
-def contest(
-    environment: HostEnvironment, players: dict[str, MakePlayer], num_episodes: int, *, seed: int
-) -> list[Entry]:
+def contest(environment: HostEnvironment, players: dict[str, Player], num_episodes: int, *, seed: int) -> list[Entry]:
     """Let every player play the same episodes.
 
     Raises
@@ -124,7 +161,7 @@ def contest(
     """
     if num_episodes < 2:
         raise ConfigError(f"a contest takes at least 2 episodes, got {num_episodes}; use 200")
-    return [Entry(name, play(environment, make, num_episodes, seed=seed)) for name, make in players.items()]
+    return [Entry(name, play(environment, player, num_episodes, seed=seed)) for name, player in players.items()]
 
 
 def summary(entries: Sequence[Entry], best: float | None) -> dict[str, Any]:

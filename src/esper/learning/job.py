@@ -22,7 +22,7 @@ from esper.config import TamiyoConfig
 from esper.errors import ConfigError
 from esper.files import replace_text
 from esper.learning.cloning import agreement, clone, demonstrate
-from esper.learning.contest import following, play
+from esper.learning.contest import Following, play
 from esper.learning.environment import HostEnvironment, make_environment
 from esper.learning.options import TrainOptions
 from esper.learning.ppo import PPOConfig
@@ -42,7 +42,6 @@ OnLine = Callable[[dict[str, Any]], None]
 _FLOORS = {"operation": 0.2, "site": 0.1, "size": 0.1}
 _TEST_SEED = 1_000_000
 """Added to the seed: episodes that are scored on are never those of the training."""
-_TEST_EPISODES = 200
 
 
 def ppo_config(options: TrainOptions) -> PPOConfig:
@@ -135,7 +134,7 @@ def _lines_until(path: Path, updates: int) -> list[dict[str, Any]]:
 def _finish(training: Training, options: TrainOptions, cloned: dict[str, Any] | None) -> dict[str, Any]:
     environment, history = training.environment, training.history
     scores = {
-        mode: _mean_return(training.policy, environment, options.seed, sampled=mode == "sampled")
+        mode: _mean_return(training.policy, environment, options, sampled=mode == "sampled")
         for mode in ("greedy", "sampled")
     }
     problems = history.problems()
@@ -155,9 +154,9 @@ def _finish(training: Training, options: TrainOptions, cloned: dict[str, Any] | 
     }  # fmt: skip
 
 
-def _mean_return(policy: Policy, environment: HostEnvironment, seed: int, *, sampled: bool) -> float:
-    player = following(policy, sampled=sampled)
-    returns = play(environment, player, _TEST_EPISODES, seed=_TEST_SEED + seed)
+def _mean_return(policy: Policy, environment: HostEnvironment, options: TrainOptions, *, sampled: bool) -> float:
+    player = Following(policy, sampled=sampled)
+    returns = play(environment, player, options.test_episodes, seed=_TEST_SEED + options.seed)
     return sum(returns) / len(returns)
 
 

@@ -26,11 +26,13 @@ class TrainOptions:
     """Controller whose decisions the policy learns first; ``None`` starts from nothing."""
     clone_steps: int = 24
     """Decision points of each episode that are shown to it."""
+    test_episodes: int = 200
+    """What the policy is scored on in the end."""
     checkpoint_every: int = 5
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("updates", "episodes", "steps", "clone_steps", "checkpoint_every"):
+        for name in ("updates", "episodes", "steps", "clone_steps", "test_episodes", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}; leave it out for the default")
         if not self.lr > 0:

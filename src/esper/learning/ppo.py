@@ -189,13 +189,13 @@ class Collector(Generic[X]):
             rewards[t], ended[t] = stepped.rewards, stepped.terminated | stepped.truncated
             cut: list[int] = np.flatnonzero(stepped.truncated & ~stepped.terminated).tolist()
             if cut:
-                following[t, cut] = self._decide(actor, [stepped.last[row] for row in cut]).value.double().numpy()
+                following[t, cut] = _values(self._decide(actor, [stepped.last[row] for row in cut]))
             self.running += stepped.rewards
             finished += self.running[ended[t]].tolist()
             self.running[ended[t]] = 0.0
             seen = self.environment.look()
-        values = np.stack([found.value.double().numpy() for found in decided])
-        after = np.concatenate([values[1:], self._decide(actor, seen).value.double().numpy()[None]])
+        values = np.stack([_values(found) for found in decided])
+        after = np.concatenate([values[1:], _values(self._decide(actor, seen))[None]])
         following = np.where(ended, following, after)
         advantages = gae(rewards, values, following, ended, config.gamma, config.lam)
         flat = [torch.from_numpy(part.reshape(config.steps * num)).float() for part in (values, advantages)]
@@ -209,6 +209,10 @@ class Collector(Generic[X]):
     def _decide(self, actor: Actor[X], seen: Sequence[X]) -> Decided:
         with torch.no_grad():
             return actor(actor.collate(seen), generator=self.generator)
+
+
+def _values(decided: Decided) -> Floats:
+    return decided.value.detach().double().numpy()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
