@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
 
 import numpy as np
@@ -105,6 +107,13 @@ def test_wrong_settings_of_the_environment() -> None:
         Growth(tasks=[999])
     with pytest.raises(ConfigError, match="options may name task, seed and lr"):
         Growth().reset(options={"colour": 1})
+
+
+def test_without_gymnasium_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    monkeypatch.delitem(sys.modules, "esper.greenhouse.environment")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'esper-morph\[rl\]'"):
+        importlib.import_module("esper.greenhouse.environment")
 
 
 def test_factors_that_are_not_asked_for_are_dropped() -> None:

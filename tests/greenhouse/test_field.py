@@ -29,8 +29,9 @@ def waiting(sights: Sequence[Sight], observations: Sequence[Observation]) -> lis
 def test_every_family_is_an_environment_that_can_be_named() -> None:
     names = {"greenhouse", *(f"greenhouse/{name}" for name in FAMILIES)}
     assert names <= set(known_environments())
-    field = make_environment("greenhouse/shells", 2)
-    assert isinstance(field, Field) and field.families == ("shells",) and field.num == len(field.look()) == 2
+    field = make_environment("greenhouse/checkers", 2)
+    assert isinstance(field, Field) and field.families == ("checkers",) and field.num == len(field.look()) == 2
+    assert [seen.step for seen in field.observations()] == [20, 20]
     assert all(spec[1] >= FIRST_HELD_OUT for spec in field.state()["hosts"])
 
 
