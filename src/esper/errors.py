@@ -58,6 +58,14 @@ class EvidenceError(EsperError, ValueError):
     """A measurement that a test needs is missing, not finite or out of order."""
 
 
+class BusError(EsperError, ConnectionError):
+    """The message broker cannot be reached, or does not take what it is given."""
+
+
+class EnvelopeError(EsperError, ValueError):
+    """A message that is not what its sender should have sent; it goes to the dead letters."""
+
+
 CONTAINED = (
     ArithmeticError, AttributeError, LookupError, MemoryError, NameError, OSError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
