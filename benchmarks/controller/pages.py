@@ -13,23 +13,24 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def shown(value: dict[str, float]) -> str:
-    """A mean and its standard error."""
-    return f"{value['mean']:+.2f} ± {value['standard_error']:.2f}"
+def shown(value: dict[str, Any]) -> str:
+    """A mean and its standard error, where there is one."""
+    error = value["standard_error"]
+    return f"{value['mean']:+.2f}" + ("" if error is None else f" ± {error:.2f}")
 
 
 def headroom_table(measured: dict[str, dict[str, Any]]) -> str:
     lines = [
         "`python benchmarks/controller/headroom.py --out benchmarks/results/controller_headroom.json`, mean ± standard "
-        "error over 16 tasks:",
+        "error over tasks:",
         "",
-        "| family | never | even | oracle | oracle − even | oracle − never | anything to win? |",
-        "|---|---|---|---|---|---|---|",
+        "| family | tasks | never | even | oracle | oracle − even | oracle − never | anything to win? |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in measured.items():
         reward = found["reward"]
         lines.append(
-            f"| {name} ({found['purpose']}) | {shown(reward['never'])} | {shown(reward['even'])} | "
+            f"| {name} ({found['purpose']}) | {found['tasks']} | {shown(reward['never'])} | {shown(reward['even'])} | "
             f"{shown(reward['oracle'])} | {shown(found['oracle_minus_even'])} | {shown(found['oracle_minus_never'])} | "
             f"{verdict(found)} |"
         )
@@ -69,8 +70,8 @@ def parity_text(measured: dict[str, Any]) -> str:
     stack, again = found["stack and real"], found["real and real again"]
     text = (
         f"`python benchmarks/controller/parity.py --out benchmarks/results/controller_parity.json`: {found['hosts']} "
-        f"hosts, rank correlation over schedules between a stack and a real grower with its own draws and default "
-        f"control: reward {shown(stack['reward'])}, loss {shown(stack['loss'])}, FLOPs {shown(stack['flops'])} (mean "
+        f"hosts, means of three seeds, rank correlation over schedules between a stack and a real grower with its own "
+        f"draws and default control: reward {shown(stack['reward'])}, loss {shown(stack['loss'])}, FLOPs {shown(stack['flops'])} (mean "
         f"over hosts; bar {found['bar']:g}: {'reached' if found['passes'] else 'not reached'})."
     )
     if "reward" in again:

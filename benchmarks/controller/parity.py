@@ -76,9 +76,10 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
             ]
             known = [value for value in values if not math.isnan(value)]
             if known:
-                error = float(np.std(known, ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+                error = float(np.std(known, ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else None
                 found[name][quantity] = {
-                    "mean": round(float(np.mean(known)), 4), "standard_error": round(error, 4),
+                    "mean": round(float(np.mean(known)), 4),
+                    "standard_error": None if error is None else round(error, 4),
                     "by_host": [round(value, 3) for value in known],
                 }  # fmt: skip
     gaps = [
