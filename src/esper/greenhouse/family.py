@@ -81,8 +81,24 @@ _SMALL = (4, 6, 8, 12)
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family(name="teacher", task=tasks.teacher, inputs=10, outputs=3, widths=(_SMALL, _SMALL), purpose="training"),
-        Family(name="spirals", task=tasks.spirals, inputs=2, outputs=4, widths=(_SMALL, _SMALL), purpose="training"),
+        Family(
+            name="teacher",
+            task=tasks.teacher,
+            inputs=10,
+            outputs=3,
+            widths=(_SMALL, _SMALL),
+            purpose="training",
+            lr=4e-2,
+        ),
+        Family(
+            name="spirals",
+            task=tasks.spirals,
+            inputs=2,
+            outputs=4,
+            widths=(_SMALL, _SMALL),
+            purpose="training",
+            lr=4e-2,
+        ),
         Family(name="tabular", task=tasks.tabular, inputs=16, outputs=4, widths=(_SMALL, _SMALL), purpose="training"),
         Family(
             name="checkers", task=tasks.checkers, inputs=3, outputs=2, widths=(_SMALL, _SMALL), purpose="evaluation"
