@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own f
 from benchmarks.controller.schedules import NEVER, Schedule, controller, schedules, tuned_schedules
 
 from esper.greenhouse.episodes import outcome
-from esper.greenhouse.family import FAMILIES, FIRST_HELD_OUT, Family, HostSpec
+from esper.greenhouse.family import FAMILIES, FIRST_HELD_OUT, Family, HostSpec, all_kept
 from esper.greenhouse.frontier import LEARNING_RATES, frontier_of, tasks_of
 from esper.greenhouse.germination import apply
 from esper.greenhouse.hosts import Hosts
@@ -49,7 +49,7 @@ def play(specs: Sequence[HostSpec], plans: Sequence[Schedule], *, keep_all: bool
     """Each host under its schedule: reward, loss and FLOPs; ``keep_all`` leaves out the judgement of cohorts."""
     config = FAMILIES[specs[0].family].config
     if keep_all:
-        config = replace(config, evidence=replace(config.evidence, accept="always"))
+        config = all_kept(config)
     hosts = Hosts(specs, replace(config, total_steps=specs[0].steps or config.total_steps))
     players = [controller(plan, hosts, number) for number, plan in enumerate(plans)]
     while not hosts.done:

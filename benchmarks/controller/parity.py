@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own f
 from benchmarks.controller.headroom import play
 from benchmarks.controller.schedules import Schedule, controller, schedules
 
-from esper.greenhouse.family import FAMILIES, HostSpec
+from esper.greenhouse.family import FAMILIES, HostSpec, all_kept
 from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.real import RealHost, judged_as_ever
 
@@ -36,9 +36,11 @@ BAR = 0.8
 QUANTITIES = ("reward", "loss", "flops")
 
 
-def real(spec: HostSpec, plan: Schedule, draw: int = 0) -> dict[str, float]:
+def real(spec: HostSpec, plan: Schedule, draw: int = 0, *, keep_all: bool = False) -> dict[str, float]:
     """One schedule under a grower; ``draw`` changes what the grower draws, and nothing else."""
     config = replace(judged_as_ever(FAMILIES[spec.family].config), seed=draw)
+    if keep_all:
+        config = all_kept(config)
     end = RealHost(spec, controller(plan, Hosts([spec]), 0), config).run()
     return {"reward": end.reward, "loss": end.loss, "flops": end.flops, "params": end.params}
 
@@ -98,6 +100,7 @@ def main() -> None:
     parser.add_argument("--family", action="append", choices=list(FAMILIES))
     parser.add_argument("--hosts", type=int, default=3, help="of each family")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep-all", action="store_true", help="keep whatever reaches judgement (a diagnosis)")
     parser.add_argument("--again", type=int, default=1, help="of these, so many also under other draws of units")
     parser.add_argument("--schedules", type=int, default=16)
     given = parser.parse_args()
@@ -114,11 +117,13 @@ def main() -> None:
             specs = [HostSpec(family=name, task=task, seed=20 + n, lr=family.lr) for n in range(given.seeds)]
             pairs = [(spec, plan) for plan in plans for spec in specs]
             found: dict[str, Any] = {"lr": family.lr, "seeds": given.seeds}
-            stacked = play([spec for spec, _ in pairs], [plan for _, plan in pairs])
+            stacked = play([spec for spec, _ in pairs], [plan for _, plan in pairs], keep_all=given.keep_all)
             found["stack"] = means(stacked, given.seeds)
-            found["real"] = means([real(spec, plan) for spec, plan in pairs], given.seeds)
+            found["real"] = means([real(spec, plan, keep_all=given.keep_all) for spec, plan in pairs], given.seeds)
             if task < 1000 + given.again:
-                found["real again"] = means([real(spec, plan, draw=1) for spec, plan in pairs], given.seeds)
+                found["real again"] = means(
+                    [real(spec, plan, draw=1, keep_all=given.keep_all) for spec, plan in pairs], given.seeds
+                )
             known["runs"][key] = found
             temporary = given.out.with_suffix(".tmp")
             temporary.write_text(json.dumps({"summary": summary(known["runs"]), **known}, indent=1) + "\n", "utf-8")

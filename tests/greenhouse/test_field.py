@@ -75,3 +75,15 @@ def test_branches_leave_the_field_where_it_is() -> None:
     np.testing.assert_array_equal(field.look()[1].features.world, before)
     with pytest.raises(ConfigError, match="no row 3"):
         field.branches(3, [WAIT], waiting)
+
+
+def test_without_judgement_what_germinates_in_time_stays() -> None:
+    """Where everything is kept, the same actions end in at least as many parameters."""
+    ends = []
+    for keep_all in (False, True):
+        field = Field(2, families=("null",), keep_all=keep_all)
+        grow = Action(Operation.GERMINATE, 1, 1, 0, 0)
+        for turn in range(19):
+            field.step(np.array([grow if turn == 0 else WAIT] * 2))
+        ends.append([end.params for end in field.outcomes])
+    assert all(kept > judged for judged, kept in zip(*ends, strict=True))

@@ -42,6 +42,11 @@ def short_run(steps: int) -> Config:
     )  # fmt: skip
 
 
+def all_kept(config: Config) -> Config:
+    """The same without judgement: whatever reaches it becomes permanent, and a controller must cull what harms."""
+    return replace(config, evidence=replace(config.evidence, accept="always"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Hosts of one kind.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from esper.errors import ConfigError
 from esper.greenhouse.episodes import SCOPE, Episodes, Outcome
-from esper.greenhouse.family import FAMILIES, FIRST_HELD_OUT, HostSpec
+from esper.greenhouse.family import FAMILIES, FIRST_HELD_OUT, HostSpec, all_kept
 from esper.greenhouse.frontier import LEARNING_RATES, tasks_of
 from esper.learning.environment import Stepped, register_environment
 from esper.protocol import Observation
@@ -39,13 +39,17 @@ class Field:
     ----------
     held_out:
         Tasks that nothing is trained on, at the families' own learning rates; else training tasks at drawn ones.
+    keep_all:
+        No judgement: whatever reaches it becomes permanent, and culling is up to the controller.
     """
 
     scope = SCOPE
     best: float | None = None
 
-    def __init__(self, num: int, *, families: Sequence[str] = TRAINING, held_out: bool = False) -> None:
-        self.num, self._held_out = num, held_out
+    def __init__(
+        self, num: int, *, families: Sequence[str] = TRAINING, held_out: bool = False, keep_all: bool = False
+    ) -> None:
+        self.num, self._held_out, self._keep_all = num, held_out, keep_all
         shares = [num // len(families) + (row < num % len(families)) for row in range(len(families))]
         self._shares = {name: share for name, share in zip(families, shares, strict=True) if share}
         self.families = tuple(self._shares)
@@ -110,7 +114,10 @@ class Field:
 
     def _begin(self, specs: list[HostSpec]) -> None:
         self._specs = specs
-        self._stacks = [Episodes([s for s in specs if s.family == name]) for name in self.families]
+        configs = {name: FAMILIES[name].config for name in self.families}
+        if self._keep_all:
+            configs = {name: all_kept(config) for name, config in configs.items()}
+        self._stacks = [Episodes([s for s in specs if s.family == name], configs[name]) for name in self.families]
         self._done: list[list[tuple[int, ...]]] = []
 
     def _draw(self, name: str, num: int) -> list[HostSpec]:
