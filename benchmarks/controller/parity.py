@@ -98,15 +98,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--family", action="append", choices=list(FAMILIES))
-    parser.add_argument("--hosts", type=int, default=3, help="of each family")
+    parser.add_argument("--hosts", type=int, default=2, help="of each family")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--keep-all", action="store_true", help="keep whatever reaches judgement (a diagnosis)")
     parser.add_argument("--again", type=int, default=1, help="of these, so many also under other draws of units")
-    parser.add_argument("--schedules", type=int, default=16)
+    parser.add_argument("--schedules", type=int, default=10)
     given = parser.parse_args()
     torch.set_num_threads(1)
     known: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {"runs": {}}
-    for name in given.family or ["teacher", "spirals", "checkers"]:
+    for name in given.family or ["spirals", "teacher"]:
         family = FAMILIES[name]
         every = schedules(family.config.interval, family.steps, family.num_sites)
         plans = [every[row] for row in np.linspace(0, len(every) - 1, given.schedules).round().astype(int)]
