@@ -55,14 +55,14 @@ def told(schedule: list[dict[str, Any]]) -> str:
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """Whether the oracle beats even *and* never by two standard errors."""
+    """Whether the oracle is above even by two standard errors, and above no growth as well."""
     clear = {
         name: found[f"oracle_minus_{name}"]["mean"] > 2 * found[f"oracle_minus_{name}"]["standard_error"]
         for name in ("even", "never")
     }
-    if all(clear.values()):
-        return "yes"
-    return "no: not above even" if not clear["even"] else "no: not above no growth"
+    if not clear["even"]:
+        return "no"
+    return "yes" if clear["never"] else "over even; not clearly over never"
 
 
 def parity_text(measured: dict[str, Any]) -> str:
