@@ -13,7 +13,7 @@ from tests.greenhouse.twins import Scripted, Twin, without_snapshots
 from torch import nn
 
 from esper.greenhouse.episodes import Episodes
-from esper.greenhouse.family import HostSpec, family_named
+from esper.greenhouse.family import HostSpec, all_kept, family_named
 from esper.greenhouse.germination import apply
 from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.isolated import drawn, fit
@@ -55,11 +55,12 @@ def play(real: Twin, dtype: torch.dtype) -> tuple[Hosts, list[float], list[Obser
     return hosts, losses, seen
 
 
-@pytest.mark.parametrize("family", ["teacher", "spirals"])
-def test_lockstep(family: str) -> None:
-    """float64: losses, gates, verdicts and costs agree over a whole run."""
+@pytest.mark.parametrize(("family", "keeps_all"), [("teacher", False), ("spirals", False), ("teacher", True)])
+def test_lockstep(family: str, keeps_all: bool) -> None:
+    """float64: losses, gates, verdicts and costs agree over a whole run; where all is kept, annexes grow twice."""
     spec = HostSpec(family=family, task=2, seed=1, lr=1e-2)
-    real = Twin(spec, without_snapshots(family_named(family).config), script, torch.float64)
+    config = without_snapshots(family_named(family).config)
+    real = Twin(spec, all_kept(config) if keeps_all else config, script, torch.float64)
     end = real.run()
     hosts, losses, seen = play(real, torch.float64)
     # grown units are float32 in a grower: what is left of rounding grows with the steps
