@@ -22,6 +22,9 @@ EXTRAS = {
     "triton": ("triton", "triton"),
     "redis": ("redis", "redis"),
     "confluent_kafka": ("confluent-kafka", "kafka"),
+    "fsspec": ("fsspec", "claims"),
+    "ribs": ("ribs", "karn"),
+    "gymnasium": ("gymnasium", "rl"),
     "gromo": ("gromo", "bench"),
 }
 """Module to (distribution, extra of esper-morph that brings it)."""

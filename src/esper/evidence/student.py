@@ -7,6 +7,7 @@ section 6.4, evaluated with Lentz's method (absolute error under 1e-12 in the te
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 _TINY = 1e-300
 _EPSILON = 1e-15
@@ -59,6 +60,7 @@ def survival(t: float, dof: float) -> float:
     return tail if t >= 0 else 1.0 - tail
 
 
+@lru_cache(maxsize=1024)  # asked again and again for the same few degrees of freedom
 def quantile(probability: float, dof: float) -> float:
     """Return the t with ``P(T <= t) = probability``, for ``0.5 <= probability < 1``, by bisection to full precision."""
     upper_tail = 1.0 - probability

@@ -104,7 +104,11 @@ class EnvironmentFactory(Protocol):
     def __call__(self, num: int) -> HostEnvironment: ...
 
 
-_HOMES = {"planted": "esper.learning.planted"}
+_HOSTS = ("", "/teacher", "/spirals", "/tabular", "/checkers", "/waves", "/shells", "/planted", "/null")
+_HOMES = {
+    "planted": "esper.learning.planted",
+    **{f"greenhouse{family}": "esper.greenhouse.field" for family in _HOSTS},
+}
 """Modules that register an environment of that name, imported when it is first asked for."""
 _FACTORIES: dict[str, EnvironmentFactory] = {}
 

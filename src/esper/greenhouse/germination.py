@@ -1,0 +1,119 @@
+"""Commands on one host of a stack: the same ones, and the same refusals in kind, as :mod:`esper.commands`."""
+
+from __future__ import annotations
+
+from esper.errors import EsperError
+from esper.greenhouse.hosts import Hosts
+from esper.greenhouse.life import Capture, Cohort, Seed
+from esper.greenhouse.stages import end
+from esper.kasmina.defaults import default_start
+from esper.kasmina.lifecycle import is_active
+from esper.protocol import Cancel, Command, Cull, Germinate, Lifecycle, SeedPlan, SiteKind, Stop
+
+STARTS = ("negative_gradient", "random_zero")
+BLUEPRINT = "bottleneck"
+STRATEGY = "fixed_ramp"
+
+
+def apply(hosts: Hosts, host: int, command: Command) -> str | None:
+    """Apply ``command`` at a decision point; returns why it was refused, or ``None``.
+
+    Raises
+    ------
+    EsperError
+        A command, blueprint, start, strategy or site that stacks do not have.
+    """
+    life = hosts.lives[host]
+    if isinstance(command, Stop):
+        life.stopped = life.stopped or command.reason
+        return None
+    if isinstance(command, Germinate):
+        reason = _germinate(hosts, host, command)
+        if reason is not None:
+            life.refused.append(reason)
+        return reason
+    if not isinstance(command, Cull | Cancel):
+        raise EsperError(f"stacked hosts obey germinate, cull, cancel and stop, got {type(command).__name__}")
+    cohort = life.cohorts.get(command.cohort)
+    if cohort is None or not bool(is_active(int(cohort.state))):
+        life.refused.append(f"no active cohort has the number {command.cohort}")
+        return life.refused[-1]
+    target = Lifecycle.CULLED if isinstance(command, Cull) else Lifecycle.CANCELLED
+    end(hosts, host, cohort, target, command.reason)
+    return None
+
+
+def eligible(hosts: Hosts, host: int, site: int) -> bool:
+    """Whether a site has no seed and rests no longer, and there is room for the largest germination."""
+    life = hosts.lives[host]
+    room = hosts.family.max_width - life.widths[site] - life.grown[site]
+    free = life.seed_on(site) is None and life.embargo[site] <= hosts.step_count
+    return free and room >= max(4, 2 * life.widths[site])
+
+
+def _germinate(hosts: Hosts, host: int, command: Germinate) -> str | None:
+    life = hosts.lives[host]
+    if life.stopped is not None:
+        return f"growth has stopped: {life.stopped}"
+    sites = [_site(hosts, plan) for plan in command.seeds]
+    if not sites or len(set(sites)) < len(sites):
+        return "a cohort needs at least one seed, and each site once"
+    for site, plan in zip(sites, command.seeds, strict=True):
+        _check(plan)
+        if life.seed_on(site) is not None or life.embargo[site] > hosts.step_count:
+            return f"{plan.site}: the site has a seed or rests"
+        if life.widths[site] + life.grown[site] + _units(hosts, host, site, plan) > hosts.family.max_width:
+            return f"{plan.site}: a layer may have at most {hosts.family.max_width} units"
+    _create(hosts, host, sites, command)
+    return None
+
+
+def _create(hosts: Hosts, host: int, sites: list[int], command: Germinate) -> None:
+    life, batch = hosts.lives[host], hosts.family.batch_rows
+    before = hosts.host_flops(host, batch) + hosts.added_flops(host, batch, waiting=True)
+    seeds: dict[int, Seed] = {}
+    for site, plan in zip(sites, command.seeds, strict=True):
+        places = hosts.network.seat(host, site, _units(hosts, host, site, plan))
+        seed = Seed(places, _start(hosts, plan), hosts.inputs_of(host, site), hosts.outputs_of(host, site))
+        seeds[site] = seed
+        if seed.start == "negative_gradient":
+            life.captures[site] = Capture()
+    for seed in seeds.values():
+        seed.flops_share = batch * seed.flops_per_row / before
+    number, life.next_cohort = life.next_cohort, life.next_cohort + 1
+    life.cohorts[number] = Cohort(
+        number, seeds, hosts.step_count, sum(seed.params for seed in seeds.values()),
+        sum(seed.flops_share for seed in seeds.values()),
+    )  # fmt: skip
+    hosts.network.refresh(host)
+
+
+def _units(hosts: Hosts, host: int, site: int, plan: SeedPlan) -> int:
+    return hosts.lives[host].widths[site] if plan.width is None else plan.width
+
+
+def _start(hosts: Hosts, plan: SeedPlan) -> str:
+    rows = hosts.family.batch_rows * hosts.config.capture.batches
+    asked = plan.start or hosts.config.fit.start
+    return asked or default_start(SiteKind.LINEAR_SPAN, adaptive=True, expected_rows=rows)
+
+
+def _site(hosts: Hosts, plan: SeedPlan) -> int:
+    if plan.site not in hosts.site_names:
+        raise EsperError(f"no site is called {plan.site!r}; known: {', '.join(hosts.site_names)}")
+    return hosts.site_names.index(plan.site)
+
+
+def _check(plan: SeedPlan) -> None:
+    for what, got, known in (
+        ("blueprint", plan.blueprint, (None, BLUEPRINT)),
+        ("start", plan.start, (None, *STARTS)),
+        ("strategy", plan.strategy, (None, STRATEGY)),
+    ):
+        if got not in known:
+            names = ", ".join(str(name) for name in known[1:])
+            raise EsperError(f"stacked hosts know the {what} {names}, got {got!r}; use a grower for others")
+    if plan.chunks or plan.seeds != 1 or plan.keep is not None:
+        raise EsperError(f"a seed of stacked hosts takes a whole site, got a share of {plan.site!r}; leave chunks out")
+    if plan.width is not None and plan.width < 1:
+        raise EsperError(f"a seed's width must be at least 1, got {plan.width} on {plan.site!r}; leave it None")

@@ -1,0 +1,169 @@
+"""The weights of a stack of MLPs, their optimizer's state, and which units are whose: what growth changes.
+
+Shapes: N hosts, P numbers a host, C places in a hidden layer, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esper.greenhouse.isolated import Units
+from esper.greenhouse.layout import HOST, VOID, Layout, annex, live, num_groups, owners
+from esper.greenhouse.stack import BETAS, Moments, Weights, initial
+
+
+class Network:
+    """N hosts side by side.
+
+    Parameters
+    ----------
+    inputs, outputs:
+        Of every host.
+    widths:
+        Hidden widths of each host.
+    streams:
+        What each host's first weights are drawn from.
+
+    Attributes
+    ----------
+    values, gradients, moments:
+        ``(N, P)`` each, laid out as ``layout`` says.
+    groups, alphas:
+        For each hidden layer ``(N, C)``: the group of each unit, and how much of it is blended in.
+    owner:
+        ``(N, P)`` int64: the group of each weight.
+    steps, learns:
+        ``(N, G)``: optimizer steps of each group, and whether it learns (1.0 or 0.0).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        widths: Sequence[tuple[int, ...]],
+        outputs: int,
+        streams: Sequence[torch.Generator],
+        dtype: torch.dtype,
+    ) -> None:
+        num, sites = len(widths), len(widths[0])
+        self.inputs, self.outputs, self.dtype = inputs, outputs, dtype
+        self.layout = Layout.of(inputs, [max(width[site] for width in widths) for site in range(sites)], outputs)
+        pairs = zip(widths, streams, strict=True)
+        self.values = torch.stack([initial(self.layout, width, stream, dtype) for width, stream in pairs])
+        self.gradients = torch.zeros_like(self.values)
+        self.moments = Moments(torch.zeros_like(self.values), torch.zeros_like(self.values))
+        self.groups = [torch.full((num, room), VOID) for room in self.layout.hidden]
+        self.alphas = [torch.zeros(num, room, dtype=dtype) for room in self.layout.hidden]
+        for number, width in enumerate(widths):
+            for site, units in enumerate(width):
+                self.groups[site][number, :units] = HOST
+                self.alphas[site][number, :units] = 1.0
+        self.owner = torch.stack([owners(self.layout, [g[n] for g in self.groups]) for n in range(num)])
+        self.steps = np.zeros((num, num_groups(sites)))
+        self.learns = np.zeros((num, num_groups(sites)))
+        self.learns[:, HOST] = 1.0
+
+    @property
+    def weights(self) -> Weights:
+        """Weight and bias of each layer, as views."""
+        return self.layout.views(self.values)
+
+    def select(self, index: Tensor) -> Network:
+        """Copies of some hosts, ``index (n,)``."""
+        twin = object.__new__(Network)
+        twin.__dict__.update(self.__dict__)
+        twin.values, twin.gradients = self.values[index].clone(), self.gradients[index].clone()
+        twin.moments = Moments(self.moments.first[index].clone(), self.moments.second[index].clone())
+        twin.groups = [part[index].clone() for part in self.groups]
+        twin.alphas = [part[index].clone() for part in self.alphas]
+        twin.owner = self.owner[index].clone()
+        twin.steps, twin.learns = self.steps[index.numpy()].copy(), self.learns[index.numpy()].copy()
+        return twin
+
+    # ---------------------------------------------------------------------------------------------- units
+
+    def read_places(self, host: int, site: int) -> Tensor:
+        """Rows of the layer before that a site's new units read: the host's, then what is grown there for good."""
+        if site == 0:
+            return torch.arange(self.inputs)
+        groups = self.groups[site - 1][host]
+        return torch.cat([torch.nonzero(groups == kind)[:, 0] for kind in (HOST, annex(site - 1))])
+
+    def seat(self, host: int, site: int, units: int) -> Tensor:
+        """Places ``(U,)`` for new units, in the live group; the layout is widened where there is no room."""
+        free = torch.nonzero(self.groups[site][host] == VOID)[:, 0]
+        if free.numel() < units:
+            self._widen(site, units - free.numel())
+            free = torch.nonzero(self.groups[site][host] == VOID)[:, 0]
+        places = free[:units]
+        self.groups[site][host, places] = live(site)
+        self.steps[host, live(site)] = self.learns[host, live(site)] = 0.0
+        return places
+
+    def _widen(self, site: int, extra: int) -> None:
+        old = self.layout
+        hidden = list(old.hidden)
+        hidden[site] += extra
+        wider = Layout.of(self.inputs, hidden, self.outputs)
+        self.values, self.gradients = old.moved(self.values, wider), old.moved(self.gradients, wider)
+        self.moments = Moments(old.moved(self.moments.first, wider), old.moved(self.moments.second, wider))
+        self.owner = old.moved(self.owner, wider)
+        added = wider.hidden[site] - old.hidden[site]
+        pad = torch.nn.functional.pad
+        self.groups[site] = pad(self.groups[site], (0, added), value=VOID)
+        self.alphas[site] = pad(self.alphas[site], (0, added))
+        self.layout = wider
+
+    def refresh(self, host: int) -> None:
+        """After a change of groups: who owns which weight."""
+        self.owner[host] = owners(self.layout, [groups[host] for groups in self.groups])
+
+    def write(self, host: int, site: int, places: Tensor, units: Units) -> None:
+        """Set first weights of units at ``places``; they read and write as many features as they have."""
+        weights = self.weights
+        reads = self.read_places(host, site)[: units.w1.shape[1]]
+        columns = torch.arange(units.w2.shape[0])
+        weights[site][0][host][places[:, None], reads[None, :]] = units.w1.to(self.dtype)
+        weights[site][1][host][places] = units.b1.to(self.dtype)
+        weights[site + 1][0][host][columns[:, None], places[None, :]] = units.w2.to(self.dtype)
+
+    def scale_output(self, host: int, site: int, places: Tensor, factor: float) -> None:
+        """Multiply what units write."""
+        self.weights[site + 1][0][host][:, places] *= factor
+
+    def set_alpha(self, host: int, site: int, places: Tensor, alpha: float) -> None:
+        self.alphas[site][host, places] = alpha
+
+    def uproot(self, host: int, site: int, places: Tensor) -> None:
+        """Take units out: weights and moments are zero, places are free again."""
+        for flat in (self.values, self.moments.first, self.moments.second):
+            views = self.layout.views(flat)
+            views[site][0][host, places] = 0.0
+            views[site][1][host, places] = 0.0
+            views[site + 1][0][host][:, places] = 0.0
+        self.groups[site][host, places] = VOID
+        self.alphas[site][host, places] = 0.0
+        self.refresh(host)
+
+    def keep(self, host: int, site: int, places: Tensor) -> None:
+        """Move live units into the site's annex; moments are rescaled to the count of the longest-serving part.
+
+        Call :meth:`refresh` when all sites of a cohort are through.
+        """
+        kept, young, steps = annex(site), live(site), self.steps[host]
+        most = float(max(steps[kept], steps[young]))
+        for group in (kept, young):
+            self._rescale(host, group, taken=float(steps[group]), steps=most)
+        self.groups[site][host, places] = kept
+        self.steps[host, kept], self.learns[host, kept] = most, 1.0
+        self.steps[host, young] = self.learns[host, young] = 0.0
+
+    def _rescale(self, host: int, group: int, *, taken: float, steps: float) -> None:
+        if taken <= 0 or taken == steps:
+            return
+        mine = self.owner[host] == group
+        for moment, beta in zip((self.moments.first, self.moments.second), BETAS, strict=True):
+            moment[host] = torch.where(mine, moment[host] * ((1 - beta**steps) / (1 - beta**taken)), moment[host])

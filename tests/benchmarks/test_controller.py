@@ -1,0 +1,140 @@
+"""The controller benchmarks: fixed schedules, cells that are kept, pages that show what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from benchmarks.controller import frontier, headroom, pages, parity
+from benchmarks.controller.schedules import NEVER, controller, even_schedules, schedules, tuned_schedules
+
+from esper.greenhouse.family import FAMILIES, FIRST_HELD_OUT, HostSpec
+from esper.greenhouse.frontier import shapes_of, tasks_of
+from esper.greenhouse.hosts import Hosts
+
+pytestmark = pytest.mark.unit
+
+
+def test_schedules_are_distinct_and_always_the_same() -> None:
+    first = schedules(20, 400, 2)
+    assert first == schedules(20, 400, 2) and len(first) == 64 and len(set(first)) >= 63 and first[0] == NEVER
+    assert set(even_schedules(20, 400)) <= set(first)
+    tuned = tuned_schedules(20, 400)
+    assert len(set(tuned)) == len(tuned) == 24 and tuned[:12] == even_schedules(20, 400)
+    for schedule in first:
+        steps = [growth.step for growth in schedule]
+        assert steps == sorted(steps) and all(step % 20 == 0 and 20 <= step < 400 for step in steps)
+        assert all(-1 <= growth.site < 2 for growth in schedule)
+    assert any(growth.site == 2 for schedule in schedules(20, 400, 3) for growth in schedule)
+
+
+def test_a_schedule_asks_for_multiples_of_the_hosts_own_widths() -> None:
+    hosts = Hosts([HostSpec(family="teacher", task=0, seed=0, lr=1e-2)])
+    entries = controller(even_schedules(20, 400)[3], hosts, 0).entries
+    widths = hosts.lives[0].widths
+    assert [plan.width for plan in entries[0].seeds] == [max(4, 2 * width) for width in widths]
+
+
+def test_cells_are_kept_and_not_played_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    played: list[int] = []
+
+    def play(specs: Any, plans: Any, *, keep_all: bool) -> list[dict[str, float]]:
+        played.append(len(specs))
+        return [{"reward": float(n), "loss": 0.1, "flops": 1e7} for n in range(len(specs))]
+
+    monkeypatch.setattr(headroom, "play", play)
+    wanted = {name: headroom.cell(FAMILIES["teacher"], [0, 1], [0, 1], 1e-2, NEVER) for name in "abcde"}
+    for _ in range(2):
+        cells = headroom.Cells(tmp_path / "cells.json")
+        cells.fill(wanted)
+    assert played == [16, 4] and [run["reward"] for run in cells.known["b"]] == [4.0, 5.0, 6.0, 7.0]
+    assert headroom.rewards(cells.known["a"], FAMILIES["teacher"], [0, 1]).shape == (2, 2)
+
+
+def test_everything_of_a_family_is_measured_from_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards are made up: the schedule with more growth is better, one learning rate is best."""
+
+    def play(specs: Any, plans: Any, *, keep_all: bool) -> list[dict[str, float]]:
+        return [
+            {"reward": 0.0, "loss": 0.5 - 0.01 * len(plan) - (spec.lr == 2e-2) * 0.1 + 1e-3 * spec.seed, "flops": 3e7}
+            for spec, plan in zip(specs, plans, strict=True)
+        ]
+
+    monkeypatch.setattr(headroom, "play", play)
+    found = headroom.measure(FAMILIES["teacher"], headroom.Cells(tmp_path / "cells.json"), 4)
+    assert found["lr"] == found["never_lr"] == 2e-2 and len(found["even"]) == 3 and found["tasks"] == 4
+    most = max(map(len, schedules(20, 400, 2)))
+    assert {len(schedules(20, 400, 2)[number]) for number in found["oracle_schedules"]} == {most}
+    assert found["oracle_minus_even"]["mean"] > 0 < found["even_minus_never"]["mean"]
+    assert "reward_any_shape" in found
+
+
+def test_a_schedule_on_real_hosts_and_its_reward() -> None:
+    specs, plans = headroom.cell(FAMILIES["teacher"], [0], [0], 2e-2, even_schedules(20, 400)[0])
+    short = [HostSpec(family=s.family, task=s.task, seed=s.seed, lr=s.lr, steps=80) for s in specs]
+    (run,) = headroom.play(short, plans)
+    assert math.isfinite(run["reward"]) and run["flops"] > 0
+    again = headroom.rewards([run], FAMILIES["teacher"], [0])
+    assert again[0, 0] == pytest.approx(run["reward"], abs=1e-2)
+
+
+def test_evaluation_tasks_are_no_training_tasks() -> None:
+    assert min(headroom.HELD_OUT) >= FIRST_HELD_OUT > max(headroom.TUNING)
+    assert not set(headroom.SELECTION_SEEDS) & set(headroom.FRESH_SEEDS)
+    assert not {*headroom.SELECTION_SEEDS, *headroom.FRESH_SEEDS} & {frontier.FIRST_SEED + n for n in range(3)}
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_every_family_has_frontiers_for_training_and_evaluation(name: str) -> None:
+    tasks = tasks_of(name)
+    assert any(task < FIRST_HELD_OUT for task in tasks)
+    if FAMILIES[name].purpose != "probe":
+        assert set(headroom.HELD_OUT[:8]) <= set(tasks) and set(headroom.TUNING[:8]) <= set(tasks)
+
+
+def test_static_networks_are_measured_and_written_task_by_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontier, "FOLDER", tmp_path)
+    monkeypatch.setattr(frontier, "LEARNING_RATES", (1e-2,))
+    monkeypatch.setattr(frontier, "shapes_of", lambda family, task, own: shapes_of(family, task, own=own)[:2])
+    family = FAMILIES["null"]
+    frontier.run(family, [3, 0], 2, own=True)
+    frontier.run(family, [0], 2, own=True)
+    known = json.loads((tmp_path / "null.json").read_text(encoding="utf-8"))
+    assert list(known["tasks"]) == ["0", "3"] and known["steps"] == family.steps
+    for task in known["tasks"].values():
+        assert len(task["losses"]) == len(task["flops"]) == 2 and task["deviation"] > 0
+
+
+def test_ranks_and_their_correlation() -> None:
+    assert parity.spearman([1.0, 2.0, 3.0, 10.0], [0.1, 0.2, 0.3, 0.4]) == pytest.approx(1.0)
+    assert parity.spearman([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1.0)
+    assert parity.spearman([1.0, 1.0, 2.0], [1.0, 2.0, 3.0]) == pytest.approx(math.sqrt(0.75))
+    assert math.isnan(parity.spearman([1.0, 1.0], [1.0, 2.0]))
+
+
+def test_a_summary_of_hosts() -> None:
+    def host(rewards: list[float]) -> list[dict[str, float]]:
+        return [{"reward": value, "loss": -value, "flops": 1.0 + value} for value in rewards]
+
+    runs = {
+        "a": {"stack": host([1.0, 2.0, 3.0]), "real": host([1.0, 2.0, 3.0]), "real again": host([1.0, 3.0, 2.0])},
+        "b": {"stack": host([1.0, 2.0, 3.0]), "real": host([2.0, 1.0, 3.0])},
+    }
+    found = parity.summary(runs)
+    assert found["stack and real"]["reward"]["mean"] == 0.75 and not found["passes"] and found["hosts"] == 2
+    assert found["real and real again"]["loss"]["by_host"] == [0.5] and found["mean_reward_gap"] == 0.0
+
+
+@pytest.mark.integration
+def test_pages_show_what_was_measured() -> None:
+    for path, text in pages.pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"run benchmarks/controller/pages.py: {path.name} is behind"
+
+
+def test_intervals() -> None:
+    found = headroom.interval_of(np.array([1.0, 2.0, 3.0]))
+    assert found == {"mean": 2.0, "standard_error": round(1 / math.sqrt(3), 4)}
