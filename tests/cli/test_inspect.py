@@ -17,7 +17,7 @@ from esper.observe.event_log import EventLog
 from esper.protocol import HeldOut
 from esper.safety.command_log import CommandLog
 from esper.safety.disk import LocalDisk
-from esper.safety.manifest import manifest_name, tensors_name
+from esper.safety.manifest import SCHEMA_VERSION, manifest_name, tensors_name
 
 pytestmark = pytest.mark.integration
 
@@ -34,7 +34,7 @@ def test_a_folder_of_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[s
     status, told, result = inspect(folder, capsys)
     assert status == 0 and result["ok"] and "all intact" in told
     newest = result["checkpoints"][str(folder)][0]
-    assert (newest["number"], newest["step"], newest["kind"], newest["schema"]) == (2, 2, "test", 1)
+    assert (newest["number"], newest["step"], newest["kind"], newest["schema"]) == (2, 2, "test", SCHEMA_VERSION)
     paths = list(folder.glob("checkpoint-00000002*"))
     assert newest["num_bytes"] == sum(path.stat().st_size for path in paths) and newest["files"] == len(paths)
     assert set(newest["written_by"]) == {"esper", "torch", "python"} and newest["growth"] is None
