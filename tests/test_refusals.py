@@ -64,7 +64,7 @@ ALWAYS_REFUSED: list[tuple[Command, str]] = [
     (SetBudget(params=3), "at least the host's"),
     (SetBudget(flops=0.5), "at least 1"),
     (Germinate(seeds=()), "at least one seed"),
-    (plan("fc9-fc2"), "no site is called 'fc9-fc2'; known: fc1-fc2"),
+    (plan("fc9-fc2"), "no site is called 'fc9-fc2'; did you mean 'fc1-fc2'? known: fc1-fc2"),
     (plan(blueprint="bottelneck"), "did you mean 'bottleneck'"),
     (plan(blueprint="low_rank"), "sits on"),
     (plan(start="random"), "known: copy, gradient_svd, gradmax, negative_gradient, random_zero, reconstruction, tiny"),

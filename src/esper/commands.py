@@ -227,6 +227,8 @@ def _pause_growth(run: Run, paused: bool, reason: str, step: int) -> Gate:
         reason = reason or "by command"
         run.loop.paused = reason if paused else None
         run.journal.emit(GrowthPaused(step=step, paused=paused, reason=reason))
+    elif paused and reason:
+        run.loop.paused = reason  # the newest reason stands: it says who may lift it
     return Gate("command", True, "")
 
 

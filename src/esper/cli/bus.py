@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ _COMMANDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Bus:
-    """Look at a message bus, send a training a command, read what could not be understood.
+    """Look at a message bus, command a training, read the dead letters.
 
     tail shows messages as they come. send COMMAND steers one training and waits for its answer: esper bus send stop
     --run digits-01 --job grown-seed0-lr0.003 --reason "enough". dead-letters lists what nobody could read, and with
@@ -71,6 +70,7 @@ class Bus:
     flops: Annotated[
         float | None, Option(metavar="X", help="set-budget: FLOPs as a multiple of the host's.", default="no ceiling")
     ] = None
+    no_ceiling: Annotated[bool, Option(help="set-budget: remove the ceilings.", default="no")] = False
     reason: Annotated[str, Option(metavar="TEXT", help="Why; it is kept in the run's log.", default="")] = ""
     exact: Annotated[bool, Option(help="roll-back: take the whole training back.", default="no")] = False
     emergency: Annotated[bool, Option(help="stop: remove everything alive at once.", default="no")] = False
@@ -84,6 +84,8 @@ class Bus:
             raise unknown_name("action", self.action, _ACTIONS)
         self._check()
         act = {"tail": self._tail, "send": self._send, "dead-letters": self._letters, "forget": self._forget}
+        import asyncio  # a tenth of a second of imports, which help and completion do without
+
         return asyncio.run(self._on_bus(act[self.action]))
 
     def _check(self) -> None:
@@ -209,8 +211,10 @@ class Bus:
         fields: dict[str, object] = {
             name: value
             for name in ("cohort", "params", "flops", "strategy", "reason", "exact", "emergency")
-            if (value := getattr(self, name)) not in (None, "", False)
+            if (value := getattr(self, name)) is not None and value is not False and value != ""
         }
+        if kind.replace("_", "-") == "set-budget" and self.no_ceiling == bool({"params", "flops"} & set(fields)):
+            raise UsageError("set-budget needs --params N or --flops X, or --no-ceiling, and not both")
         if kind == "germinate":
             if self.site is None:
                 raise UsageError("germinate needs a site; say --site NAME (esper sites lists them)")

@@ -23,10 +23,14 @@ COMMANDS = {
     "sites": ("esper.cli.sites", "Sites", "List where a model can grow, and why not elsewhere."),
     "trials": ("esper.cli.trials", "Trials", "Grow many small hosts and count what growth does to them."),
     "soak": ("esper.cli.soak", "Soak", "Train and grow small hosts without a rest and watch for what leaks."),
-    "bus": ("esper.cli.bus", "Bus", "Look at a message bus, command a training, read the dead letters."),
+    "bus": (
+        "esper.cli.bus",
+        "Bus",
+        "Look at a message bus, command a training, read the dead letters.",
+    ),
     "karn": ("esper.cli.karn", "Karn", "Look into what has grown so far, and carry it from place to place."),
     "bench": ("esper.cli.bench", "Bench", "Measure what Esper costs on this machine."),
-    "controller": ("esper.cli.controller", "Controller", "Train and compare what decides where and when to grow."),
+    "controller": ("esper.cli.controller", "Controller", "Serve, train and compare what decides where and when to grow."),
     "doctor": ("esper.cli.doctor", "Doctor", "Check that this installation works."),
 }
 SHELLS = ("bash", "zsh", "tcsh", "fish")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Sequence
 
 from esper.errors import BusError, EnvelopeError
@@ -40,8 +41,10 @@ class Intake:
         self.group = f"training {self._address}"
         self._open: dict[str, Delivery] = {}
         """Deliveries by order, whose answers are still to come."""
-        self.forget = False
-        """Whether the training is over: nothing needs to be kept for it when :meth:`run` ends."""
+        self.last_call = False
+        """Set when the training is over: what is there is taken once more (and refused), the group is forgotten."""
+        self.done = threading.Event()
+        """Set when the last call is over."""
 
     async def run(self, stop: asyncio.Event) -> None:
         """Take orders until ``stop`` is set.
@@ -54,16 +57,20 @@ class Intake:
         self._open.clear()  # they come again
         subscription = await self._bus.subscribe([COMMANDS], group=self.group, consumer="desk", begin="oldest")
         try:
-            while not stop.is_set():
+            while not stop.is_set() and not self.last_call:
                 wait_s = _LOOK_CLOSELY_S if self._open else _LOOK_S
                 deliveries = await subscription.receive(most=200, wait_s=wait_s)
+                await self._take(subscription, deliveries)
+            while self.last_call and (deliveries := await subscription.receive(most=200, wait_s=0.0)):
                 await self._take(subscription, deliveries)
             await self._take(subscription, [])
         finally:
             with contextlib.suppress(BusError):  # it is what failed
                 await subscription.close()
-                if stop.is_set() and self.forget:
-                    await self._bus.forget([COMMANDS], self.group)
+        if self.last_call:
+            with contextlib.suppress(BusError):
+                await self._bus.forget([COMMANDS], self.group)
+            self.done.set()
 
     async def _take(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> None:
         done: list[Delivery] = []

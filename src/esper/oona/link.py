@@ -15,13 +15,13 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from esper.errors import BusError
+from esper.errors import BusError, StateError
 from esper.kasmina.execution import Kasmina
 from esper.oona import envelope as wire
 from esper.oona import health, observations, outbox
@@ -55,6 +55,13 @@ class Journal(Protocol):
     def warn(self, key: str, message: str, step: int) -> None: ...
 
 
+class Loop(Protocol):
+    """What a training remembers from step to step."""
+
+    @property
+    def paused(self) -> str | None: ...
+
+
 class Training(Protocol):
     """A grower, seen from here."""
 
@@ -65,6 +72,9 @@ class Training(Protocol):
 
     @property
     def journal(self) -> Journal: ...
+
+    @property
+    def loop(self) -> Loop: ...
 
     def serve(self, desk: Desk | None, *, checkpoints: bool = False) -> None: ...
 
@@ -97,6 +107,11 @@ class Link:
         Take unsigned commands although others can reach the bus. Without a key (``ESPER_BUS_KEY``) and without this, a
         remote bus brings none.
 
+    run_logs:
+        Further logs, each with its cursor, that another link sends: they count for the bound too.
+    keyring:
+        Keys that were read before; by default they come from the environment.
+
     Raises
     ------
     ConfigError
@@ -112,11 +127,13 @@ class Link:
         folder: str | Path,
         allow_unsigned: bool = False,
         limits: LinkLimits | None = None,
+        run_logs: Sequence[tuple[Path, Path]] = (),
+        keyring: Keyring | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
         given = os.environ if environ is None else environ
         self._bus = open_bus(url, given)
-        self._keyring = Keyring.from_environment(given)
+        self._keyring = keyring or Keyring.from_environment(given)
         self._claims = open_claims(url, given)
         self._folder, self.limits = Path(folder), limits or LinkLimits()
         self._allow_unsigned = allow_unsigned
@@ -128,7 +145,10 @@ class Link:
         self._ears: Ears | None = None
         self._desk: Desk | None = None
         self._grower: Training | None = None
-        self._is_paused = False
+        self._run_logs = tuple(run_logs)
+        self._run_behind, self._looked_at = 0, float("-inf")
+        self._asked: str | None = None
+        """The order with which growth was paused or resumed last."""
         self._beaten = float("-inf")
         self._step: int | None = None
 
@@ -172,7 +192,7 @@ class Link:
             commands, run=self._sender.run, job=self._sender.subject, verify=self._guarded(self._verify()),
             on_written=sending.nudge,
         )  # fmt: skip
-        self._desk, self._grower = desk, grower
+        self._desk = desk
         intake = Intake(self._bus, self._sender, desk)
         self._publisher = TelemetryPublisher(
             self._bus, self._sender, make_spool=self._spool, breaker=self._breaker, backoff=self._backoff
@@ -181,18 +201,35 @@ class Link:
         errands = {"telemetry": self._publisher.run, "orders": intake.run, "ears": self._ears.run}
         for name, errand in (errands | {"claims": self._sweep}).items():
             self._courier.add(name, errand)
+        self._desk, self._grower = desk, grower
         grower.serve(desk, checkpoints=checkpoints)
         grower.watcher = self.look
-        self._courier.start()
         try:
+            self._courier.start()
             yield self
             desk.end("the training is over")
-            intake.forget = True
+            self._last_call(intake)
         finally:
             grower.watcher = None
             self.stop()
             grower.serve(None)
             desk.close()
+
+    def _last_call(self, intake: Intake) -> None:
+        """In order: what is on its way in is refused, the refusals and all other answers go out; for a bounded time."""
+        end = time.monotonic() + self.limits.stop_s
+        intake.last_call = True
+        intake.done.wait(self.limits.stop_s / 2)
+        while self.bytes_behind and time.monotonic() < end:
+            time.sleep(0.02)
+
+    def follow_answers(self, commands: str | Path, cursor: str | Path) -> Outbox:
+        """Send what an earlier life of a training has answered and could not tell."""
+        sending = self._send_log(
+            f"answers in {commands}", Follower(Path(commands), Path(cursor)), outbox.acknowledgement
+        )
+        self._courier.start()
+        return sending
 
     def stop(self) -> bool:
         """Send what can be sent in a bounded time and end; whether the thread has ended. Stopping twice is fine."""
@@ -221,7 +258,8 @@ class Link:
 
     def observe(self, observation: Observation) -> None:
         """Send an observation to whoever steers."""
-        assert self._publisher is not None
+        if self._publisher is None:  # outside of serving(): nobody is to be told
+            return
         size = 200 * len(observation.site_names) + 200 * len(observation.verdicts) + 4096
         build = functools.partial(self._observed, observation)
         self._publisher.offer(OBSERVATIONS, build, num_bytes=size, valid_s=OBSERVATION_VALID_S)
@@ -246,8 +284,9 @@ class Link:
         self._publisher.offer(HEALTH, build, num_bytes=snapshot.num_bytes)
 
     def _heartbeat(self, counts: Mapping[str, int]) -> Envelope:
+        paused = self._grower is not None and self._grower.loop.paused is not None
         beat = Heartbeat(
-            role=JOB, every_s=HEARTBEAT_S, step=self._step, state="paused" if self._is_paused else "training",
+            role=JOB, every_s=HEARTBEAT_S, step=self._step, state="paused" if paused else "training",
             counts=dict(counts),
         )  # fmt: skip
         return self._sender.envelope(HEARTBEAT_SCHEMA, wire.write_json(beat))
@@ -257,23 +296,37 @@ class Link:
 
     @property
     def bytes_behind(self) -> int:
-        """How far the run's logs are ahead of the bus."""
+        """How far the logs that this link sends are ahead of the bus."""
         return sum(each.behind()[0] for each in self._outboxes)
 
+    def _behind(self) -> int:
+        """How far this training's logs and its run's are ahead of the bus; looked up once a second."""
+        if time.monotonic() - self._looked_at >= 1.0:
+            self._looked_at = time.monotonic()
+            self._run_behind = sum(_bytes_left(*log) for log in self._run_logs)
+        return self.bytes_behind + self._run_behind
+
     def _is_behind(self) -> bool:
-        return self.bytes_behind > self.limits.behind_bytes
+        return self._behind() > self.limits.behind_bytes
 
     def _hold_back(self) -> None:
-        """Past the bound growth pauses, so that what has to be told stays bounded; below half of it it goes on."""
-        assert self._desk is not None
-        behind = self.bytes_behind
-        if not self._is_paused and self._is_behind():
-            self._is_paused = True
-            reason = f"the bus is {behind:,} bytes behind the run's logs, more than {self.limits.behind_bytes:,}"
-            self._desk.submit(Order(id=wire.fresh_id(), command=Pause(reason=reason), issuer="oona"))
-        elif self._is_paused and behind <= self.limits.behind_bytes // 2:
-            self._is_paused = False
-            self._desk.submit(Order(id=wire.fresh_id(), command=Resume(reason="the bus is there"), issuer="oona"))
+        """Past the bound growth pauses, so that what has to be told stays bounded; below half of it it goes on.
+
+        What a person has paused is not ours to resume: whose pause it is stands in its reason, and checkpoints keep it.
+        """
+        assert self._desk is not None and self._grower is not None
+        if self._asked is not None and self._desk.is_open(self._asked):
+            return
+        behind, paused = self._behind(), self._grower.loop.paused
+        command: Pause | Resume | None = None
+        if paused is None and behind > self.limits.behind_bytes:
+            reason = f"{_HELD} {behind:,} bytes behind the run's logs, more than {self.limits.behind_bytes:,}"
+            command = Pause(reason=reason)
+        elif paused is not None and paused.startswith(_HELD) and behind <= self.limits.behind_bytes // 2:
+            command = Resume(reason="the bus has caught up")
+        if command is not None:
+            self._asked = wire.fresh_id()
+            self._desk.submit(Order(id=self._asked, command=command, issuer="oona"))
 
     def _verify(self) -> Verify:
         if self._keyring is not None:
@@ -320,6 +373,8 @@ class Link:
                 await self._claims.store.close()
 
 
+_HELD = "the bus is"
+"""How the reason of a pause begins that is not a person's."""
 _ALWAYS = (".stop", ".cull", ".cancel", ".roll_back", ".pause")
 
 
@@ -330,3 +385,11 @@ class _Behind:
 
     def __str__(self) -> str:
         return "the run's logs are too far ahead of the bus; send it again when it has caught up"
+
+
+def _bytes_left(log: Path, cursor: Path) -> int:
+    """How much of a log its own link has not sent, as the two files say; 0 where they cannot be read."""
+    try:
+        return Follower(log, cursor).num_bytes_left
+    except (StateError, OSError):
+        return 0

@@ -9,14 +9,18 @@ import contextlib
 import json
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esper.errors import ConfigError
+from esper.oona.desk import Desk
+from esper.oona.incoming import nobody
 from esper.oona.link import Link
 from esper.oona.remote import RemoteController
+from esper.oona.signing import Keyring
 from esper.runs.artifacts import write_json
 from esper.runs.cell_store import CellStore, folder_name
 from esper.runs.options import RunOptions
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 FOLDER = "bus"
 """Below the run directory: what has been sent, telemetry that waits, the run's name."""
 _NAME = "name.json"
+_LEFT, _LEFT_CURSOR = "answers-left.jsonl", "answers-left.cursor"
+"""Answers of a training that has ended while the bus was away."""
 _UNUSUAL = re.compile(r"[^A-Za-z0-9._-]")
 
 
@@ -56,7 +62,7 @@ def name_on_bus(run_dir: Path) -> str:
 
 @contextmanager
 def events_followed(options: RunOptions, run_dir: Path, on_note: Callable[[str], None]) -> Generator[None]:
-    """While this lasts the run's events go out; nothing where there is no bus.
+    """While this lasts the run's events go out, and what earlier trainings could not tell; nothing without a bus.
 
     Raises
     ------
@@ -69,31 +75,73 @@ def events_followed(options: RunOptions, run_dir: Path, on_note: Callable[[str],
     run = name_on_bus(run_dir)
     link = Link(options.bus, run=run, folder=run_dir / FOLDER, allow_unsigned=options.unsigned_commands)
     link.follow(run_dir / "events.jsonl")
+    left = sorted((run_dir / FOLDER).glob(f"*/{_LEFT}"))
+    outboxes = {log: link.follow_answers(log, log.with_name(_LEFT_CURSOR)) for log in left}
     taken = "takes commands" if link.takes_commands else "takes no commands: set ESPER_BUS_KEY"
     on_note(f"bus {link.address} as {run} ({taken})")
     try:
         yield
     finally:
-        if not link.stop() or link.bytes_behind:
-            on_note(f"the bus has not had all of the events: {link.bytes_behind:,} bytes are left in the run's log")
+        link.stop()
+        for log, sending in outboxes.items():
+            if not sending.behind()[0]:
+                log.unlink()
+                log.with_name(_LEFT_CURSOR).unlink(missing_ok=True)
+        waiting = sorted((run_dir / FOLDER).glob(f"*/{_LEFT}"))
+        if link.bytes_behind or waiting:
+            on_note(
+                f"the bus has not had all of it: {link.bytes_behind:,} bytes of events and the answers of "
+                f"{len(waiting)} trainings wait in {run_dir / FOLDER}; the same command sends them"
+            )
 
 
-def attaching(options: RunOptions, run_dir: Path) -> Attach | None:
-    """What links each growing training of a run to the bus; ``None`` without one."""
-    if options.bus is None:
-        return None
-    url = options.bus
+def attaching(options: RunOptions, run_dir: Path) -> Attach:
+    """What links each growing training of a run to the bus; its keys are read once.
+
+    Without a bus a training that has taken orders before still has its log read: they are part of what it is.
+    """
+    keyring = None if options.bus is None else Keyring.from_environment()
 
     def attach(cell: Cell, grower: Grower, store: CellStore | None) -> contextlib.AbstractContextManager[Any]:
         if cell.arm != "grown" or store is None:  # a control that somebody steers is none
             return contextlib.nullcontext()
-        job = folder_name(cell)
-        link = Link(
-            url, run=name_on_bus(run_dir), job=job, folder=run_dir / FOLDER / job,
-            allow_unsigned=options.unsigned_commands,
-        )  # fmt: skip
-        if isinstance(grower.controller, RemoteController):
-            grower.controller.line = link
-        return link.serving(grower, store.commands_path, checkpoints=True)
+        if options.bus is None:
+            return _served(grower, store, run_dir, folder_name(cell))
+        return _linked(options, keyring, grower, store, run_dir, folder_name(cell))
 
     return attach
+
+
+@contextmanager
+def _linked(
+    options: RunOptions, keyring: Keyring | None, grower: Grower, store: CellStore, run_dir: Path, job: str
+) -> Generator[None]:
+    assert options.bus is not None
+    folder = run_dir / FOLDER / job
+    link = Link(
+        options.bus, run=name_on_bus(run_dir), job=job, folder=folder, allow_unsigned=options.unsigned_commands,
+        keyring=keyring, run_logs=[(run_dir / "events.jsonl", run_dir / FOLDER / "events.cursor")],
+    )  # fmt: skip
+    if isinstance(grower.controller, RemoteController):
+        grower.controller.line = link
+    with link.serving(grower, store.commands_path, checkpoints=True):
+        yield
+    if link.bytes_behind:  # the log goes with the training's checkpoints; what was answered has to be told all the same
+        if (folder / "answers.cursor").exists():
+            shutil.copyfile(folder / "answers.cursor", folder / _LEFT_CURSOR)
+        shutil.copyfile(store.commands_path, folder / _LEFT)
+
+
+@contextmanager
+def _served(grower: Grower, store: CellStore, run_dir: Path, job: str) -> Generator[None]:
+    """No bus this time: nobody commands, but what was ordered before is applied again."""
+    if not store.commands_path.exists():
+        yield
+        return
+    desk = Desk(store.commands_path, run=name_on_bus(run_dir), job=job, verify=nobody)
+    grower.serve(desk, checkpoints=True)
+    try:
+        yield
+    finally:
+        grower.serve(None)
+        desk.close()
