@@ -223,6 +223,23 @@ def test_at_the_end_what_waits_is_refused(fix: Fixture) -> None:
         assert (told.outcome, told.gate, told.reason) == ("refused", "ended", "training has ended")
 
 
+def test_a_closed_desk_leaves_the_log_to_the_next_life(fix: Fixture) -> None:
+    fix.send("a")
+    fix.train()
+    size = fix.desk.num_bytes
+    fix.desk.close()
+    fix.send("late")
+    fix.desk.end("over")
+    assert fix.train() == [] and fix.desk.answer_to("late") is None, "what is not on the disk is not told"
+    after = Fixture(disk=fix.disk)
+    assert size > 0 and fix.desk.num_bytes == size
+    fix.now += 2
+    assert fix.train() == []
+    after.send("b")
+    assert after.train() == ["a"] and after.train() == ["b"]
+    after.desk.close()
+
+
 def test_who_follows_the_log_is_told_when_it_grows() -> None:
     calls: list[int] = []
     fix = Fixture(on_written=lambda: calls.append(1))

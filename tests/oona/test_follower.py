@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -221,6 +222,41 @@ def test_a_disk_that_refuses_keeps_the_earlier_place(log: Path) -> None:
     assert took(a_follower(log, disk)) == [b"two"]
     with pytest.raises(StateError, match="needs a place"):
         a_follower(log, FaultyDisk(disk, {0: "EIO", 1: "EIO", 2: "EIO", 3: "EIO"}))
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "denied"), OSError(5, "EIO"), NotADirectoryError(20, "x")])
+def test_a_disk_that_does_not_tell_the_size_hurts_nobody_who_asks(
+    log: Path, error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.write_bytes(b"one\ntwo\n")
+    follower = a_follower(log)
+    took(follower, most=1)
+
+    def refuse(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(following, "os", SimpleNamespace(stat=refuse))
+    assert a_follower(log).num_bytes_left == 0
+    assert follower.num_bytes_left == 4
+    assert took(follower) == [b"two"]
+    assert follower.num_bytes_left == 0
+
+
+def test_how_far_it_is_can_be_asked_while_marks_are_taken_away(log: Path) -> None:
+    """Between a look at the list of marks and a look at its last one, the reader's thread may have emptied it."""
+    disk = SimulatedDisk()
+    log.write_bytes(b"one\ntwo\n")
+    follower = a_follower(log, disk)
+    took(follower)
+    follower.save()
+
+    class Emptied(list[Any]):
+        def __bool__(self) -> bool:
+            return True
+
+    follower._marks = Emptied()
+    assert (follower.offset, follower.num_bytes_left) == (8, 0)
+    assert a_follower(log, disk).offset == 8
 
 
 def test_a_cursor_is_small(log: Path) -> None:

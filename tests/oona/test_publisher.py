@@ -451,6 +451,65 @@ def test_offers_of_several_threads_all_arrive() -> None:
     publisher.offer(HEALTH, builder(0, HEALTH), num_bytes=1)  # after the end: harmless
 
 
+def test_after_a_contained_failure_it_goes_on_with_what_waits_in_memory_and_on_the_disk() -> None:
+    disk = SimulatedDisk()
+    rig = Rig(disk=disk)
+    rig.broker.is_away = True
+
+    def fail(counts: Mapping[str, int]) -> Envelope:
+        raise RuntimeError("nobody foresaw this")
+
+    async def failed_and_run_again() -> None:
+        stop = asyncio.Event()
+        rig.offer()
+        await rig.settle()
+        assert rig.counts()["spooled"] == 1
+        rig.publisher.offer(HEARTBEATS, fail, num_bytes=1)
+        rig.clock.now += 60
+        with pytest.raises(RuntimeError, match="foresaw"):
+            await rig.publisher.run(stop)
+        assert rig.offer()
+        rig.broker.is_away = False
+        running = asyncio.create_task(rig.publisher.run(stop))
+        for _ in range(500):
+            if len(rig.broker.ids()) == 2:
+                break
+            rig.clock.now += 10
+            rig.publisher._bell.ring()
+            await asyncio.sleep(0.001)
+        rig.broker.is_away = True
+        rig.offer()
+        await asyncio.sleep(0.01)
+        stop.set()
+        await running
+
+    asyncio.run(failed_and_run_again())
+    assert rig.broker.ids() == ["kasmina.health.layer-0", "kasmina.health.layer-1"]
+    found = rig.publisher.counts()
+    assert (found["spooled"], found["delivered"]) == (1, 2) and "dropped_closed" not in found
+    assert Spool(Path("/simulated/spool"), disk=disk).num_records == 1, "it has let go of the folder"
+
+
+@pytest.mark.parametrize("error", [AssertionError, RuntimeError])
+def test_at_the_end_and_after_what_nobody_contains_the_spool_is_let_go_of(error: type[Exception]) -> None:
+    disk = SimulatedDisk()
+    rig = Rig(disk=disk)
+
+    def fail(counts: Mapping[str, int]) -> Envelope:
+        raise error
+
+    async def over() -> None:
+        stop = asyncio.Event()
+        if error is RuntimeError:
+            stop.set()
+        rig.publisher.offer(HEALTH, fail, num_bytes=1)
+        with pytest.raises(error):
+            await rig.publisher.run(stop)
+
+    asyncio.run(over())
+    Spool(Path("/simulated/spool"), disk=disk).close()
+
+
 def test_a_cancelled_batch_is_pending_again() -> None:
     rig = Rig()
     rig.broker.hangs = True

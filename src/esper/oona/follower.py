@@ -78,6 +78,8 @@ class Follower:
         self.rewrites = 0
         """How often the log was found written anew."""
         self._marks: list[_Mark] = []
+        self._offset = self._found_bytes = 0
+        """Where the last mark ends, and how large the log was when last seen: numbers that any thread may read."""
         self._level: tuple[int, int, int] | None = None
         """Size, time and number of the file when there was nothing more to read in it."""
         self._saved: tuple[list[_Mark], int] = ([], 0)
@@ -90,12 +92,12 @@ class Follower:
 
     @property
     def offset(self) -> int:
-        """Bytes of the log that are done."""
-        return self._marks[-1].end if self._marks else 0
+        """Bytes of the log that are done. Safe from any thread."""
+        return self._offset
 
     @property
     def num_bytes_left(self) -> int:
-        """Bytes of the log that are not done. Safe from any thread."""
+        """Bytes of the log that are not done, as far as the disk tells. Safe from any thread."""
         return max(0, self._size() - self.offset)
 
     def read(self, most: int, most_bytes: int) -> list[Line]:
@@ -139,6 +141,7 @@ class Follower:
         self._marks.append(_Mark(line.start, line.end, _seal(line.data)))
         if len(self._marks) > MOST_MARKS:
             self._marks = _thinned(self._marks)
+        self._offset = line.end
 
     def save(self) -> None:
         """Keep the place; after a power cut it is this one or an earlier one.
@@ -157,16 +160,20 @@ class Follower:
         self._saved = (list(self._marks), self.rewrites)
 
     def _size(self) -> int:
+        """Never an error: who asks may be the training, and who reads the log meets the disk itself."""
         try:
-            size = os.stat(self.path).st_size
+            self._found_bytes = os.stat(self.path).st_size
         except FileNotFoundError:
-            return 0
+            self._found_bytes = 0
+        except OSError:
+            pass  # as it was when last seen
+        size = self._found_bytes
         return size if self._end is None else min(size, self._end())
 
     def _state(self) -> tuple[int, int, int] | None:
         try:
             found = os.stat(self.path)
-        except FileNotFoundError:
+        except OSError:
             return None
         return found.st_size, found.st_mtime_ns, found.st_ino
 
@@ -177,6 +184,7 @@ class Follower:
             kept -= 1
         if kept < len(self._marks):
             del self._marks[kept:]
+            self._offset = self._marks[-1].end if self._marks else 0
             self.rewrites += 1
 
     def _load(self, data: bytes) -> None:
@@ -185,6 +193,7 @@ class Follower:
             cursor = msgspec.json.decode(data, type=_Cursor)
             if cursor.check == _check(msgspec.structs.replace(cursor, check="")):
                 self._marks, self.rewrites = cursor.marks, cursor.rewrites
+                self._offset = self._marks[-1].end if self._marks else 0
                 self._saved = (list(self._marks), self.rewrites)
 
 

@@ -117,5 +117,6 @@ class Pad:
         return True
 
     def close(self) -> None:
-        """Let the next writer in."""
+        """Let the next writer in: from now on nothing is written, and the log is not opened again."""
+        self.lost = self.lost or "the log of commands is closed; start the training again"
         self._log.close()

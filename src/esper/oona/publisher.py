@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from esper.errors import BusError, ConfigError, EnvelopeError, StateError
+from esper.errors import CONTAINED, BusError, ConfigError, EnvelopeError, EsperError, StateError
 from esper.oona import envelope as wire
 from esper.oona.aside import within
 from esper.oona.backoff import Backoff, CircuitBreaker
@@ -148,7 +148,11 @@ class TelemetryPublisher:
     # ---------------------------------------------------------------------------------------------- the courier's
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Send until ``stop`` is set and what could be sent is sent; the rest goes to the spool."""
+        """Send until ``stop`` is set and what could be sent is sent; the rest goes to the spool.
+
+        After an error that is contained it may be run again, and goes on with what waits.
+        """
+        is_over = True
         last = asyncio.create_task(self._bell.ring_at(stop))
         try:
             while True:
@@ -159,9 +163,13 @@ class TelemetryPublisher:
                     return
                 else:
                     await self._bell.wait(turn.wait_s)
+        except (EsperError, *CONTAINED):
+            is_over = stop.is_set()
+            raise
         finally:
             last.cancel()
-            self.close()
+            if is_over:
+                self.close()
 
     async def turn(self) -> Turn:
         """Send one batch of what is fleeting and one of what can wait."""
@@ -184,8 +192,10 @@ class TelemetryPublisher:
         """What is left in memory goes to the disk, or is dropped and counted. Closing twice is harmless."""
         spool, self._spool, self._make_spool = self._spool, None, None
         if spool is not None:
-            self._spool_queued(spool)
-            spool.close()
+            try:
+                self._spool_queued(spool)
+            finally:
+                spool.close()
         self._waiting.give_up("closed")
 
     def _open_spool(self, make: Callable[[], Spool]) -> None:
