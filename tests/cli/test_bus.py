@@ -80,6 +80,18 @@ def test_send_applies_and_tells(url: str, tmp_path: Path, capsys: pytest.Capture
     assert training.life.grower.stopped == "enough" and not training.life.grower.kasmina.cohorts
 
 
+def test_zero_is_not_nothing(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A ceiling of 0 is refused, not removed; cohort 0 is a cohort, not growth as a whole."""
+    to = ["--bus", url, "--run", "run", "--job", "job"]
+    with Trained(url, tmp_path) as training:
+        assert main(["bus", "send", "set-budget", *to, "--params", "0"]) == 1
+        assert "must be at least" in capsys.readouterr().out
+        assert main(["bus", "send", "pause", *to, "--cohort", "0"]) == 1
+        assert "no active cohort has the number 0" in capsys.readouterr().out
+        assert main(["bus", "send", "set-budget", *to, "--unlimited"]) == 0
+    assert training.life.grower.loop.paused is None
+
+
 def test_send_to_nobody_says_so(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["bus", "send", "stop", "--bus", url, "--run", "a", "--job", "b", "--reason", "x", "--wait", "0.2"]) == 1
@@ -132,6 +144,7 @@ def test_a_group_is_forgotten(url: str, capsys: pytest.CaptureFixture[str]) -> N
         (["bus", "send", "stop", "--run", "a", "--job", "b"], "a stop must have its fields"),
         (["bus", "send", "pause", "--run", "a", "--job", "b", "--params", "3"], "pause has the fields cohort, reason"),
         (["bus", "send", "germinate", "--run", "a", "--job", "b"], "germinate needs a site"),
+        (["bus", "send", "set-budget", "--run", "a", "--job", "b"], "--params N or --flops X, or --unlimited"),
         (["bus", "tail", "--topic", "kasmina.helth"], "no topic is called 'kasmina.helth'"),
         (["bus", "tail", "x"], "takes no further word"),
         (["bus", "tail", "--count", "0"], "--count must be at least 1"),

@@ -23,7 +23,7 @@ from esper.oona.schemas import decode_payload
 from esper.oona.sender import Sender
 from esper.oona.signing import Keyring
 from esper.oona.topics import ACKNOWLEDGEMENTS, COMMANDS, DEAD_LETTERS, HEALTH, HEARTBEATS, OBSERVATIONS, Topic
-from esper.protocol import Acknowledgement, Cancel, Command, GrowthPaused, Pause, Resume, Stop
+from esper.protocol import Acknowledgement, Cancel, Command, GrowthPaused, Pause, SetBudget, Stop
 from esper.safety.tree import digest
 
 pytestmark = pytest.mark.integration
@@ -189,24 +189,80 @@ def test_a_broker_that_is_not_there_costs_the_training_nothing(tmp_path: Path) -
 
 
 def test_far_behind_growth_pauses_and_only_endings_are_taken(life: Served) -> None:
+    """The run's own log counts, which another link sends: here nobody does."""
     url = f"memory://{life.folder.name[-60:]}"
     operator = Operator(url, KEY)
-    link = link_to(url, life.folder, limits=LinkLimits(behind_bytes=1000))
+    events = life.folder / "events.jsonl"
+    logs = [(events, life.folder / "events.cursor")]
+    link = link_to(url, life.folder, limits=LinkLimits(behind_bytes=1000), run_logs=logs)
     with link.serving(life.grower, life.folder / "commands.jsonl"):
-        outbox = link._outboxes[0]
-        outbox.behind = lambda: (5000, 1.0)  # type: ignore[method-assign]  # a broker that takes nothing any more
-        life.train(20)
-        told = operator.ask(life.step, Resume(reason="go on"))
+        events.write_bytes(b"x" * 4999 + b"\n")
+        until(life.step, lambda: life.grower.loop.paused is not None)
+        assert "5,000 bytes behind" in str(life.grower.loop.paused)
+        told = operator.ask(life.step, SetBudget(params=10_000))
         assert told is not None and told.outcome == "refused" and "too far ahead" in told.reason
-        assert life.grower.loop.paused is not None and "5,000 bytes behind" in life.grower.loop.paused
-        told = operator.ask(life.step, Pause(reason="as you are"))
+        told = operator.ask(life.step, Stop(reason="enough"))
         assert told is not None and told.outcome == "applied"
-        outbox.behind = lambda: (0, 0.0)  # type: ignore[method-assign]
-        for _ in range(40):
-            life.step()
-        assert life.grower.loop.paused is None
+        events.unlink()
+        until(life.step, lambda: life.grower.loop.paused is None)
     paused = [event.paused for event in life.events if isinstance(event, GrowthPaused)]
     assert paused == [True, False]
+
+
+def test_what_a_person_has_paused_stays_paused(life: Served) -> None:
+    url = f"memory://{life.folder.name[-60:]}"
+    operator = Operator(url, KEY)
+    events = life.folder / "events.jsonl"
+    logs = [(events, life.folder / "events.cursor")]
+    link = link_to(url, life.folder, limits=LinkLimits(behind_bytes=1000), run_logs=logs)
+    with link.serving(life.grower, life.folder / "commands.jsonl"):
+        events.write_bytes(b"x" * 4999 + b"\n")
+        until(life.step, lambda: life.grower.loop.paused is not None)
+        told = operator.ask(life.step, Pause(reason="I am looking at it"))
+        assert told is not None and told.outcome == "applied"
+        events.unlink()
+        end = time.monotonic() + 1.5
+        until(life.step, lambda: time.monotonic() > end)
+        assert life.grower.loop.paused == "I am looking at it"
+
+
+def test_a_pause_of_the_bus_ends_in_the_next_life(life: Served) -> None:
+    """It stands in the checkpoint; whose it is too."""
+    url = f"memory://{life.folder.name[-60:]}"
+    life.grower.loop.paused = "the bus is 9 bytes behind the run's logs, more than 8"
+    with link_to(url, life.folder).serving(life.grower, life.folder / "commands.jsonl"):
+        until(life.step, lambda: life.grower.loop.paused is None)
+
+
+def test_what_comes_at_the_end_is_answered(url: str, life: Served) -> None:
+    """Between the last step and the end of the link somebody commands: it is refused, and that is told."""
+    operator = Operator(url, KEY)
+    told: list[Acknowledgement | None] = []
+    link = link_to(url, life.folder)
+    with link.serving(life.grower, life.folder / "commands.jsonl"):
+        operator.until(life.step, HEALTH)
+        late = threading.Thread(
+            target=lambda: told.append(operator.ask(lambda: None, Stop(reason="too late"), wait_s=5.0))
+        )
+        late.start()
+        time.sleep(0.3)
+    late.join()
+    assert told[0] is None or told[0].gate == "ended"
+    assert told[0] is not None
+
+
+def test_a_controller_outside_of_serving_costs_nothing(life: Served) -> None:
+    life.grower.controller = RemoteController(life.grower.controller, line=link_to("memory://idle", life.folder))
+    with pytest.warns(RuntimeWarning, match="no remote controller"):
+        life.train(10)
+
+
+def until(training: Callable[[], None], holds: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        training()
+        time.sleep(0.005)
 
 
 def test_events_are_followed_and_nothing_is_sent_twice_after_a_second_life(url: str, life: Served) -> None:

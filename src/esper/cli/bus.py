@@ -70,7 +70,7 @@ class Bus:
     flops: Annotated[
         float | None, Option(metavar="X", help="set-budget: FLOPs as a multiple of the host's.", default="no ceiling")
     ] = None
-    no_ceiling: Annotated[bool, Option(help="set-budget: remove the ceilings.", default="no")] = False
+    unlimited: Annotated[bool, Option(help="set-budget: remove the ceilings.", default="no")] = False
     reason: Annotated[str, Option(metavar="TEXT", help="Why; it is kept in the run's log.", default="")] = ""
     exact: Annotated[bool, Option(help="roll-back: take the whole training back.", default="no")] = False
     emergency: Annotated[bool, Option(help="stop: remove everything alive at once.", default="no")] = False
@@ -213,8 +213,8 @@ class Bus:
             for name in ("cohort", "params", "flops", "strategy", "reason", "exact", "emergency")
             if (value := getattr(self, name)) is not None and value is not False and value != ""
         }
-        if kind.replace("_", "-") == "set-budget" and self.no_ceiling == bool({"params", "flops"} & set(fields)):
-            raise UsageError("set-budget needs --params N or --flops X, or --no-ceiling, and not both")
+        if kind.replace("_", "-") == "set-budget" and self.unlimited == bool({"params", "flops"} & set(fields)):
+            raise UsageError("set-budget needs --params N or --flops X, or --unlimited, and not both")
         if kind == "germinate":
             if self.site is None:
                 raise UsageError("germinate needs a site; say --site NAME (esper sites lists them)")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Controller:
-    """Serve, train and compare what decides where and when to grow.
+    """Serve, train and compare what decides where to grow.
 
     serve: steer every training on a bus that was started with esper run --bus URL --controller remote.
 

@@ -30,7 +30,11 @@ COMMANDS = {
     ),
     "karn": ("esper.cli.karn", "Karn", "Look into what has grown so far, and carry it from place to place."),
     "bench": ("esper.cli.bench", "Bench", "Measure what Esper costs on this machine."),
-    "controller": ("esper.cli.controller", "Controller", "Serve, train and compare what decides where and when to grow."),
+    "controller": (
+        "esper.cli.controller",
+        "Controller",
+        "Serve, train and compare what decides where to grow.",
+    ),
     "doctor": ("esper.cli.doctor", "Doctor", "Check that this installation works."),
 }
 SHELLS = ("bash", "zsh", "tcsh", "fish")
