@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.oona.served import JOB, RUN, Served
 from tests.oona.test_link import Operator
 from tests.servers import RedisServer, redis_server
 
@@ -18,13 +20,14 @@ from esper.errors import ConfigError
 from esper.observe.event_log import read_events
 from esper.oona import envelope as wire
 from esper.oona.address import open_bus
+from esper.oona.link import LinkLimits
 from esper.oona.schemas import decode_payload
 from esper.oona.signing import Keyring
 from esper.oona.steering import Steering
 from esper.oona.topics import ACKNOWLEDGEMENTS, COMMANDS, DECISIONS, EPOCHS, LIFECYCLE
-from esper.protocol import Commanded, Germinated, Warned
+from esper.protocol import Commanded, Germinated, Order, Stop, Warned
 from esper.runs import RunOptions, execute
-from esper.runs.bus import name_on_bus
+from esper.runs.bus import _linked, _served, events_followed, name_on_bus
 from esper.tamiyo import make_controller
 
 pytestmark = pytest.mark.integration
@@ -140,3 +143,54 @@ def test_a_run_keeps_its_name(tmp_path: Path) -> None:
     (tmp_path / "bus" / "name.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ConfigError, match="name on the bus"):
         name_on_bus(tmp_path)
+
+
+class Store:
+    """Where a training's log is."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.commands_path = folder / "commands.jsonl"
+
+
+def test_what_could_not_be_told_is_told_by_the_next_start(url: str, tmp_path: Path) -> None:
+    """The training ends while the broker is away, and its checkpoints and logs go with it."""
+    life = Served(tmp_path / "life", desk=False)
+    run_dir = tmp_path / "run"
+    (run_dir / "bus").mkdir(parents=True)
+    away = options(run_dir, "redis://127.0.0.1:1?timeout=0.2")
+    store: Any = Store(run_dir / "progress")
+    limits = LinkLimits(stop_s=0.5)
+    with _linked(away, Keyring({"default": KEY}), life.grower, store, run_dir, "job", limits=limits):
+        life.grower._desk.submit(Order(id="one", command=Stop(reason="enough"), issuer="ada"))
+        life.train(2)
+    life.grower.detach()
+    assert life.grower.stopped == "enough"
+    shutil.rmtree(run_dir / "progress")
+    (run_dir / "events.jsonl").touch()
+    notes: list[str] = []
+    with events_followed(options(run_dir, url), run_dir, notes.append):
+        told = Operator(url, KEY).until(lambda: None, ACKNOWLEDGEMENTS)
+    assert [decode_payload(wire.decode(d.value)).id for d in told] == ["one"]
+    assert not list((run_dir / "bus").glob("*/answers-left*")) and len(notes) == 1
+    with events_followed(away, run_dir, notes.append):
+        pass
+    assert len(notes) == 2
+
+
+def test_a_training_that_took_orders_is_resumed_without_a_bus(tmp_path: Path) -> None:
+    life = Served(tmp_path, desk=True)
+    life.desk.submit(Order(id="one", command=Stop(reason="enough"), issuer="ada"))
+    life.train(3)
+    life.save()
+    life.end()
+    again = Served(tmp_path, desk=False)
+    store: Any = Store(tmp_path / "progress")
+    shutil.move(tmp_path / "commands.jsonl", store.commands_path)
+    (tmp_path / "bus").mkdir()
+    (tmp_path / "bus" / "name.json").write_text(f'{{"run": "{RUN}"}}', encoding="utf-8")
+    with _served(again.grower, store, tmp_path, JOB):
+        again.resume()
+        again.train(1)
+    assert again.grower.stopped == "enough" and again.steps == 4
+    again.grower.detach()

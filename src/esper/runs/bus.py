@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from esper.errors import ConfigError
 from esper.oona.desk import Desk
 from esper.oona.incoming import nobody
-from esper.oona.link import Link
+from esper.oona.link import Link, LinkLimits
 from esper.oona.remote import RemoteController
 from esper.oona.signing import Keyring
 from esper.runs.artifacts import write_json
@@ -114,13 +114,14 @@ def attaching(options: RunOptions, run_dir: Path) -> Attach:
 
 @contextmanager
 def _linked(
-    options: RunOptions, keyring: Keyring | None, grower: Grower, store: CellStore, run_dir: Path, job: str
-) -> Generator[None]:
+    options: RunOptions, keyring: Keyring | None, grower: Grower, store: CellStore, run_dir: Path, job: str,
+    limits: LinkLimits | None = None,
+) -> Generator[None]:  # fmt: skip
     assert options.bus is not None
     folder = run_dir / FOLDER / job
     link = Link(
         options.bus, run=name_on_bus(run_dir), job=job, folder=folder, allow_unsigned=options.unsigned_commands,
-        keyring=keyring, run_logs=[(run_dir / "events.jsonl", run_dir / FOLDER / "events.cursor")],
+        keyring=keyring, limits=limits, run_logs=[(run_dir / "events.jsonl", run_dir / FOLDER / "events.cursor")],
     )  # fmt: skip
     if isinstance(grower.controller, RemoteController):
         grower.controller.line = link
