@@ -16,15 +16,16 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import msgspec
 
-from esper.errors import CONTAINED, BusError, EnvelopeError, contained
+from esper.errors import CONTAINED, BusError, EnvelopeError, EsperError
 from esper.oona import envelope as wire
+from esper.oona.aside import within
 from esper.oona.backoff import Backoff
 from esper.oona.bus import Bus, Delivery, Message, Subscription
 from esper.oona.claims import ClaimExpired, Claims
@@ -45,6 +46,12 @@ DEADLINE_S = 30.0
 """How long an order may take to its training."""
 FORGET_S = 3600.0
 """A training that has said nothing for so long is over."""
+OBSERVATION_MAX_AGE_S = 60.0
+"""An observation that is older, or as far ahead, by this server's clock is not decided on."""
+CLAIM_WAIT_S = 10.0
+"""How long the claim store may take for an observation."""
+MOST_UNTOLD = 100
+"""Decisions that wait for a bus that failed; then the oldest are not told."""
 
 
 @dataclass
@@ -64,6 +71,13 @@ class _Training:
         """Whether all its orders are answered or have run out."""
         self.open = {order: until for order, until in self.open.items() if until > now}
         return not self.open
+
+    def mind(self, at: float) -> None:
+        """Drop marks too far ahead of an observation's time: the training's clock was set back since."""
+        if self.decided - at > OBSERVATION_MAX_AGE_S:
+            self.decided = float("-inf")
+        if self.answered - at > OBSERVATION_MAX_AGE_S:
+            self.answered = float("-inf")
 
 
 class Steering:
@@ -101,8 +115,10 @@ class Steering:
         self._note = on_note or _silent
         self._sender = Sender(source="esper/tamiyo", keyring=keyring, claims=claims)
         self._trainings: dict[tuple[str, str], _Training] = {}
+        self._untold: deque[Message] = deque(maxlen=MOST_UNTOLD)
         self.counts: Counter[str] = Counter()
-        """What was done: observations, decided, orders, applied, refused, expired, superseded, waited, buried."""
+        """What was done: observations, decided, orders, applied, refused, expired, superseded, waited, stale,
+        failed, buried."""
 
     @property
     def num_trainings(self) -> int:
@@ -132,6 +148,7 @@ class Steering:
             while not until.is_set():
                 deliveries = await subscription.receive(most=500, wait_s=0.5)
                 backoff.reset()
+                await self._tell()
                 await self._take(subscription, deliveries)
         finally:
             with contextlib.suppress(BusError):  # it is what failed; the group gets what lies there either way
@@ -151,6 +168,8 @@ class Steering:
             if delivery.attempts > 1:  # nobody was there for it in time; the next one tells more
                 self.counts["late"] += 1
                 continue
+            if self._is_stale(envelope):
+                continue
             job = (envelope.esperrun, envelope.subject)
             known = newest.get(job)
             if known is not None:
@@ -168,12 +187,29 @@ class Steering:
         try:
             envelope = wire.decode(delivery.value)
             wire.seconds(envelope.time)
+            if envelope.esperexpires is not None:
+                wire.seconds(envelope.esperexpires)
             if self._keyring is not None and not self._keyring.is_signed(envelope):
                 raise EnvelopeError("a controller with a key listens to signed trainings only; give them the key")
             return envelope
         except EnvelopeError as error:
             await self._bury(delivery, error)
             return None
+
+    def _is_stale(self, envelope: Envelope) -> bool:
+        """Whether an observation is too old to be decided on, as one that somebody sends again is."""
+        now = self._clock()
+        ago = now - wire.seconds(envelope.time)
+        expired = envelope.esperexpires is not None and wire.seconds(envelope.esperexpires) < now
+        if abs(ago) <= OBSERVATION_MAX_AGE_S and not expired:
+            return False
+        self.counts["stale"] += 1
+        if self.counts["stale"] == 1:  # once: there may be many
+            self._note(
+                f"{envelope.esperrun} {envelope.subject}: an observation must be at most {OBSERVATION_MAX_AGE_S:g} s "
+                f"old, got one from {ago:,.0f} s ago by this clock; are the clocks right?"
+            )
+        return True
 
     async def _hear(self, delivery: Delivery, envelope: Envelope) -> None:
         """An answer to one of the orders."""
@@ -192,6 +228,8 @@ class Steering:
         """Decide on an observation, unless it is older than what is known or the last orders are under way."""
         training = self._trainings.get(job)
         at, now = wire.seconds(envelope.time), self._clock()
+        if training is not None:
+            training.mind(at)
         if training is not None and (at <= training.decided or at < training.answered or not training.is_free(now)):
             training.heard = now
             self.counts["waited"] += 1
@@ -205,14 +243,22 @@ class Steering:
             self.counts["claims expired"] += 1
             return
         if training is None:
-            training = self._trainings[job] = _Training(self._make(), now)
+            try:
+                controller = self._make()
+            except BusError:
+                raise
+            except (EsperError, *CONTAINED) as error:
+                self._failed(job, error)
+                return
+            training = self._trainings[job] = _Training(controller, now)
             self._note(f"{job[0]} {job[1]}: steering from step {observation.step}")
         training.heard = now
         await self._decide(job, training, envelope, observation)
-        training.decided = at
 
     async def _observation(self, envelope: Envelope) -> Observation | None:
-        whole = envelope if self._claims is None else await self._claims.redeem(envelope)
+        whole: Envelope | ClaimExpired = envelope
+        if self._claims is not None:
+            whole = await within(CLAIM_WAIT_S, self._claims.redeem(envelope), "the claim store")
         if isinstance(whole, ClaimExpired):
             return None
         observation = decode_payload(whole)
@@ -223,30 +269,53 @@ class Steering:
     async def _decide(
         self, job: tuple[str, str], training: _Training, envelope: Envelope, observation: Observation
     ) -> None:
-        before = training.controller.state()
-        commands: tuple[Command, ...] = ()
-        reason = ""
-        if observation.stopped is None:
-            try:
-                commands = training.controller.decide(observation)
-            except CONTAINED as error:  # a controller of the user's own; the others go on being steered
-                reason = f"the controller failed: {contained(error)}"
-                self._note(f"{job[0]} {job[1]}: {reason}")
-        orders = [self._order(job, envelope, number, command) for number, command in enumerate(commands)]
+        """Send the orders and tell of them. Once they may be out they are open, whatever becomes of the bus."""
+        try:
+            commands = () if observation.stopped is not None else tuple(training.controller.decide(observation))
+            orders = [self._order(job, envelope, number, command) for number, command in enumerate(commands)]
+            messages = [await self._message(job, order) for order in orders]
+            told = await self._told(job, envelope, observation, commands)
+        except BusError:
+            raise
+        except (EsperError, *CONTAINED) as error:  # a controller of the user's own; the others go on being steered
+            reason = self._failed(job, error)
+            orders, messages = [], []
+            told = await self._told(job, envelope, observation, (), reason)
+        training.decided = wire.seconds(envelope.time)
+        training.open |= {order.id: self._clock() + self._deadline_s for order in orders}
+        self._untold.append(told)
+        self.counts["decided"] += 1
+        self.counts["orders"] += len(orders)
+        if messages:
+            await self._bus.publish(COMMANDS, messages)
+        await self._tell()
+
+    async def _tell(self) -> None:
+        """Publish the decisions that nobody knows of yet, oldest first."""
+        while self._untold:
+            await self._bus.publish(DECISIONS, [self._untold[0]])
+            self._untold.popleft()
+
+    async def _told(
+        self,
+        job: tuple[str, str],
+        envelope: Envelope,
+        observation: Observation,
+        commands: tuple[Command, ...],
+        reason: str = "",
+    ) -> Message:
         decision = Decision(
             step=observation.step, observation=envelope.id, controller=self._name, commands=commands, reason=reason
         )
-        try:
-            if orders:
-                await self._bus.publish(COMMANDS, [await self._message(job, order) for order in orders])
-            told = self._sender.envelope(DECISION_SCHEMA, wire.write_json(decision), subject=job[1])
-            await self._bus.publish(DECISIONS, [await self._sender.message(_of_run(told, job[0]))])
-        except BusError:
-            training.controller.load(before)  # the observation comes again, and is decided on again
-            raise
-        training.open |= {order.id: self._clock() + self._deadline_s for order in orders}
-        self.counts["decided"] += 1
-        self.counts["orders"] += len(orders)
+        told = self._sender.envelope(DECISION_SCHEMA, wire.write_json(decision), subject=job[1])
+        return await self._sender.message(_of_run(told, job[0]))
+
+    def _failed(self, job: tuple[str, str], error: BaseException) -> str:
+        """Count and tell what a controller has raised."""
+        reason = f"the controller failed: {type(error).__name__}: {error}".encode(errors="replace").decode()[:2000]
+        self.counts["failed"] += 1
+        self._note(f"{job[0]} {job[1]}: {reason}")
+        return reason
 
     def _order(self, job: tuple[str, str], envelope: Envelope, number: int, command: Command) -> Order:
         """The same observation makes the same id: a decision that is sent again is applied once."""
