@@ -23,7 +23,7 @@ from esper.oona.operators import held
 from esper.oona.schemas import OBSERVATION_SCHEMA, decode_payload
 from esper.oona.sender import Sender
 from esper.oona.signing import Keyring
-from esper.oona.steering import GROUP, MOST_UNTOLD, OBSERVATION_MAX_AGE_S, Steering
+from esper.oona.steering import GROUP, LISTED_S, MOST_UNTOLD, OBSERVATION_MAX_AGE_S, Steering
 from esper.oona.topics import (
     ACKNOWLEDGEMENTS,
     COMMANDS,
@@ -398,6 +398,28 @@ def test_rubbish_is_buried(topic: Topic) -> None:
     field.hub.put(topic, [Message("run/x", b"rubbish"), asyncio.run(sender.message(wrong))])
     field.turn()
     assert len(field.on(DEAD_LETTERS)) == 2 and field.orders() == []
+
+
+def test_heartbeats_list_the_trainings_that_are_steered() -> None:
+    field = Field(lambda: Raising() if len(field.made) == 1 else Eager())
+    for job in "xyz":
+        field.observe(job, 10, at=1)
+    field.turn()
+    assert field.steering._listed() == ("run/x", "run/z")
+    field.now += LISTED_S + 1
+    assert field.steering._listed() == ()
+
+
+def test_very_many_trainings_are_listed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esper.oona.steering.MOST_LISTED", 2)
+    field = Field()
+    for job in "vwxyz":
+        field.observe(job, 10, at=1)
+    field.turn()
+    told = [field.steering._listed() for _ in range(4)]
+    assert told == [("run/v", "run/w"), ("run/x", "run/y"), ("run/z",), ("run/v", "run/w")]
+    monkeypatch.setattr("esper.oona.steering.MOST_LISTED_BYTES", 1)
+    assert field.steering._listed() == ("run/x",)
 
 
 def test_serving_beats_and_ends(tmp_path: Any) -> None:

@@ -50,6 +50,10 @@ OBSERVATION_MAX_AGE_S = 60.0
 """An observation that is older, or as far ahead, by this server's clock is not decided on."""
 CLAIM_WAIT_S = 10.0
 """How long the claim store may take for an observation."""
+LISTED_S = 600.0
+"""A training is listed in the heartbeats for so long after its last observation: some observe rarely."""
+MOST_LISTED, MOST_LISTED_BYTES = 2_000, 256 << 10
+"""Trainings in one heartbeat, and what their names may take."""
 MOST_UNTOLD = 100
 """Decisions that wait for a bus that failed; then the oldest are not told."""
 
@@ -60,6 +64,8 @@ class _Training:
 
     controller: Controller
     heard: float
+    is_steered: bool = False
+    """Whether its last observation could be read and decided on."""
     decided: float = float("-inf")
     """Time of the observation that was decided on last, by the training's clock."""
     answered: float = float("-inf")
@@ -115,6 +121,7 @@ class Steering:
         self._note = on_note or _silent
         self._sender = Sender(source="esper/tamiyo", keyring=keyring, claims=claims)
         self._trainings: dict[tuple[str, str], _Training] = {}
+        self._next_listed = 0
         self._untold: deque[Message] = deque(maxlen=MOST_UNTOLD)
         self.counts: Counter[str] = Counter()
         """What was done: observations, decided, orders, applied, refused, expired, superseded, waited, stale,
@@ -241,6 +248,8 @@ class Steering:
             return
         if observation is None:
             self.counts["claims expired"] += 1
+            if training is not None:
+                training.is_steered = False
             return
         if training is None:
             try:
@@ -270,6 +279,7 @@ class Steering:
         self, job: tuple[str, str], training: _Training, envelope: Envelope, observation: Observation
     ) -> None:
         """Send the orders and tell of them. Once they may be out they are open, whatever becomes of the bus."""
+        training.is_steered = observation.stopped is None
         try:
             commands = () if observation.stopped is not None else tuple(training.controller.decide(observation))
             orders = [self._order(job, envelope, number, command) for number, command in enumerate(commands)]
@@ -280,6 +290,7 @@ class Steering:
         except (EsperError, *CONTAINED) as error:  # a controller of the user's own; the others go on being steered
             reason = self._failed(job, error)
             orders, messages = [], []
+            training.is_steered = False
             told = await self._told(job, envelope, observation, (), reason)
         training.decided = wire.seconds(envelope.time)
         training.open |= {order.id: self._clock() + self._deadline_s for order in orders}
@@ -339,11 +350,28 @@ class Steering:
             del self._trainings[job]
             self._note(f"{job[0]} {job[1]}: silent for an hour, forgotten")
 
+    def _listed(self) -> tuple[str, ...]:
+        """The trainings for the next heartbeat: as many as fit, going on from where the last one ended."""
+        now, listed, size = self._clock(), list[str](), 0
+        steered = [job for job, one in self._trainings.items() if one.is_steered and now - one.heard <= LISTED_S]
+        if self._next_listed >= len(steered):
+            self._next_listed = 0
+        for job in steered[self._next_listed :][:MOST_LISTED]:
+            size += sum(map(len, job)) * 4
+            if size > MOST_LISTED_BYTES and listed:
+                break
+            listed.append("/".join(job))
+        self._next_listed += len(listed)
+        return tuple(listed)
+
     async def _beat(self, until: asyncio.Event) -> None:
         """Tell the trainings that somebody steers them."""
         backoff = Backoff()
         while not until.is_set():
-            beat = Heartbeat(role=CONTROLLER, every_s=HEARTBEAT_S, state=self._name, counts=dict(self.counts))
+            beat = Heartbeat(
+                role=CONTROLLER, every_s=HEARTBEAT_S, state=self._name, counts=dict(self.counts), name=self._consumer,
+                trainings=self._listed(),
+            )  # fmt: skip
             envelope = self._sender.envelope(HEARTBEAT_SCHEMA, wire.write_json(beat))
             try:
                 await self._bus.publish(HEARTBEATS, [await self._sender.message(envelope)])
