@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -420,6 +421,41 @@ def test_very_many_trainings_are_listed_in_turns(monkeypatch: pytest.MonkeyPatch
     assert told == [("run/v", "run/w"), ("run/x", "run/y"), ("run/z",), ("run/v", "run/w")]
     monkeypatch.setattr("esper.oona.steering.MOST_LISTED_BYTES", 1)
     assert field.steering._listed() == ("run/x",)
+
+
+def test_of_two_servers_one_steers_and_the_other_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esper.oona.steering.HEARTBEAT_S", 0.1)
+    hub, made, notes = Hub(), Counter[str](), list[str]()
+
+    def server(name: str) -> Steering:
+        def make() -> Eager:
+            made[name] += 1
+            return Eager()
+
+        return Steering(MemoryBus(hub=hub), make, name="eager", consumer=name, settle_s=0.15, on_note=notes.append)
+
+    async def look(job: str) -> None:
+        sender = Sender(source="esper/kasmina", run="run", subject=job)
+        sent = dataclasses.replace(full(), stopped=None)
+        hub.put(OBSERVATIONS, [await sender.message(sender.envelope(OBSERVATION_SCHEMA, observations.encode(sent)))])
+        await asyncio.sleep(0.05)
+
+    async def work() -> None:
+        ends = {name: asyncio.Event() for name in "ab"}
+        serving = {name: asyncio.create_task(server(name).serve(end)) for name, end in ends.items()}
+        await asyncio.sleep(0.4)
+        for number in range(10):
+            await look(f"x{number}")
+        assert made == {"a": 10} and notes[0] == "the server a steers this bus already; standing by"
+        ends["a"].set()
+        await serving["a"]
+        await asyncio.sleep(0.6)
+        await look("y")
+        assert made == {"a": 10, "b": 1} and any("taking over" in note for note in notes)
+        ends["b"].set()
+        await asyncio.wait_for(serving["b"], 5)
+
+    asyncio.run(work())
 
 
 def test_serving_beats_and_ends(tmp_path: Any) -> None:

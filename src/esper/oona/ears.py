@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from esper.errors import BusError, EnvelopeError
 from esper.oona import envelope as wire
+from esper.oona.backoff import Backoff
 from esper.oona.bus import Bus, Delivery
 from esper.oona.remote import PATIENCE_S
 from esper.oona.schemas import Heartbeat, decode_payload
@@ -22,6 +23,8 @@ JOB = "job"
 BEAT_MAX_AGE_S = 60.0
 """A heartbeat that is older, or as far ahead, by the receiver's clock is not heard: somebody may send it again."""
 MOST_NAMES = 100
+MISSED_BEATS = 3
+"""Heartbeats after which a server that is silent steers no longer."""
 
 
 class Ears:
@@ -72,6 +75,34 @@ class Ears:
         first = self._first.setdefault(beat.name, now)
         if f"{self._sender.run}/{self._sender.subject}" in beat.trainings or now - first <= self._patience_s:
             self.heard = now
+
+
+class Rivals:
+    """Listens for other servers of the same bus: of several the one with the smallest name steers."""
+
+    def __init__(
+        self, bus: Bus, keyring: Keyring | None, name: str, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._bus, self._keyring, self._name, self._clock = bus, keyring, name, clock
+        self._rival, self._until = "", float("-inf")
+
+    @property
+    def ahead(self) -> str | None:
+        """Who steers in this server's place; ``None``: nobody."""
+        return self._rival if self._clock() < self._until else None
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Listen until ``stop`` is set; a bus that fails is waited for."""
+        backoff = Backoff()
+        while not stop.is_set():
+            try:
+                await listen(self._bus, self._keyring, f"servers {self._name}", stop, self._hear)
+            except BusError:  # said by the loop that steers
+                await asyncio.sleep(backoff.next_s())
+
+    def _hear(self, beat: Heartbeat) -> None:
+        if "" < beat.name < self._name:
+            self._rival, self._until = beat.name, self._clock() + MISSED_BEATS * min(max(beat.every_s, 0.0), 60.0)
 
 
 async def listen(

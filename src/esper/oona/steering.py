@@ -18,7 +18,6 @@ import hashlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import msgspec
@@ -30,11 +29,12 @@ from esper.oona.backoff import Backoff
 from esper.oona.bus import Bus, Delivery, Message, Subscription
 from esper.oona.claims import ClaimExpired, Claims
 from esper.oona.dead_letters import bury
-from esper.oona.ears import CONTROLLER
+from esper.oona.ears import CONTROLLER, Rivals
 from esper.oona.envelope import Envelope
 from esper.oona.schemas import DECISION_SCHEMA, HEARTBEAT_SCHEMA, Decision, Heartbeat, decode_payload
 from esper.oona.sender import Sender
 from esper.oona.signing import Keyring
+from esper.oona.steered import OBSERVATION_MAX_AGE_S, Training
 from esper.oona.topics import ACKNOWLEDGEMENTS, COMMANDS, DECISIONS, HEARTBEATS, OBSERVATIONS
 from esper.protocol import ORDER_SCHEMA, Acknowledgement, Command, Observation, Order
 from esper.tamiyo import Controller
@@ -46,8 +46,6 @@ DEADLINE_S = 30.0
 """How long an order may take to its training."""
 FORGET_S = 3600.0
 """A training that has said nothing for so long is over."""
-OBSERVATION_MAX_AGE_S = 60.0
-"""An observation that is older, or as far ahead, by this server's clock is not decided on."""
 CLAIM_WAIT_S = 10.0
 """How long the claim store may take for an observation."""
 LISTED_S = 600.0
@@ -56,34 +54,6 @@ MOST_LISTED, MOST_LISTED_BYTES = 2_000, 256 << 10
 """Trainings in one heartbeat, and what their names may take."""
 MOST_UNTOLD = 100
 """Decisions that wait for a bus that failed; then the oldest are not told."""
-
-
-@dataclass
-class _Training:
-    """One training as it is steered."""
-
-    controller: Controller
-    heard: float
-    is_steered: bool = False
-    """Whether its last observation could be read and decided on."""
-    decided: float = float("-inf")
-    """Time of the observation that was decided on last, by the training's clock."""
-    answered: float = float("-inf")
-    """Time of its last acknowledgement, by the training's clock."""
-    open: dict[str, float] = field(default_factory=dict[str, float])
-    """Orders that are not answered, and when they run out."""
-
-    def is_free(self, now: float) -> bool:
-        """Whether all its orders are answered or have run out."""
-        self.open = {order: until for order, until in self.open.items() if until > now}
-        return not self.open
-
-    def mind(self, at: float) -> None:
-        """Drop marks too far ahead of an observation's time: the training's clock was set back since."""
-        if self.decided - at > OBSERVATION_MAX_AGE_S:
-            self.decided = float("-inf")
-        if self.answered - at > OBSERVATION_MAX_AGE_S:
-            self.answered = float("-inf")
 
 
 class Steering:
@@ -98,7 +68,9 @@ class Steering:
     keyring:
         Signs the orders; observations must be signed by one of its keys then. ``None``: nothing is signed.
     consumer:
-        This server's name in the group; each server has its own.
+        This server's name in the group; each server has its own. Of several the one with the smallest steers.
+    settle_s:
+        How long it listens for other servers before it steers.
     clock:
         Unix time.
     """
@@ -113,14 +85,16 @@ class Steering:
         claims: Claims | None = None,
         consumer: str = "server",
         deadline_s: float = DEADLINE_S,
+        settle_s: float = 0.0,
         clock: Callable[[], float] = time.time,
         on_note: Callable[[str], None] | None = None,
     ) -> None:
         self._bus, self._make, self._name, self._keyring, self._claims = bus, make, name, keyring, claims
         self._consumer, self._deadline_s, self._clock = consumer, deadline_s, clock
         self._note = on_note or _silent
+        self._settle_s, self._rivals = settle_s, Rivals(bus, keyring, consumer)
         self._sender = Sender(source="esper/tamiyo", keyring=keyring, claims=claims)
-        self._trainings: dict[tuple[str, str], _Training] = {}
+        self._trainings: dict[tuple[str, str], Training] = {}
         self._next_listed = 0
         self._untold: deque[Message] = deque(maxlen=MOST_UNTOLD)
         self.counts: Counter[str] = Counter()
@@ -134,25 +108,42 @@ class Steering:
 
     async def serve(self, until: asyncio.Event) -> None:
         """Steer until ``until`` is set; a bus that fails is waited for."""
-        heart = asyncio.create_task(self._beat(until))
+        others = [asyncio.create_task(work) for work in (self._beat(until), self._rivals.run(until))]
         backoff = Backoff()
         try:
+            await _pause(until, self._settle_s)
             while not until.is_set():
+                await self._stand_by(until)
                 try:
                     await self._serve(until, backoff)
                 except BusError as error:
                     self._note(f"the bus fails ({error}); trying again")
                     await _pause(until, backoff.next_s())
         finally:
-            heart.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await heart
+            for task in others:
+                task.cancel()
+            await asyncio.wait(others)
+            for task in others:
+                if not task.cancelled():
+                    task.result()  # or what it has raised
+
+    async def _stand_by(self, until: asyncio.Event) -> None:
+        """Wait while another server steers; what was known of the trainings is of no use afterwards."""
+        rival = self._rivals.ahead
+        if rival is None:
+            return
+        self._note(f"the server {rival} steers this bus already; standing by")
+        self._trainings.clear()
+        while self._rivals.ahead is not None and not until.is_set():
+            await _pause(until, HEARTBEAT_S / 4)
+        if not until.is_set():
+            self._note(f"the server {rival} has been silent; taking over")
 
     async def _serve(self, until: asyncio.Event, backoff: Backoff) -> None:
         topics = (ACKNOWLEDGEMENTS, OBSERVATIONS)
         subscription = await self._bus.subscribe(topics, group=GROUP, consumer=self._consumer, begin="newest")
         try:
-            while not until.is_set():
+            while not until.is_set() and self._rivals.ahead is None:
                 deliveries = await subscription.receive(most=500, wait_s=0.5)
                 backoff.reset()
                 await self._tell()
@@ -241,6 +232,8 @@ class Steering:
             training.heard = now
             self.counts["waited"] += 1
             return
+        if training is not None:
+            training.is_steered = False  # unless it can be read and decided on
         try:
             observation = await self._observation(envelope)
         except EnvelopeError as error:
@@ -248,8 +241,6 @@ class Steering:
             return
         if observation is None:
             self.counts["claims expired"] += 1
-            if training is not None:
-                training.is_steered = False
             return
         if training is None:
             try:
@@ -259,7 +250,7 @@ class Steering:
             except (EsperError, *CONTAINED) as error:
                 self._failed(job, error)
                 return
-            training = self._trainings[job] = _Training(controller, now)
+            training = self._trainings[job] = Training(controller, now)
             self._note(f"{job[0]} {job[1]}: steering from step {observation.step}")
         training.heard = now
         await self._decide(job, training, envelope, observation)
@@ -276,7 +267,7 @@ class Steering:
         return observation
 
     async def _decide(
-        self, job: tuple[str, str], training: _Training, envelope: Envelope, observation: Observation
+        self, job: tuple[str, str], training: Training, envelope: Envelope, observation: Observation
     ) -> None:
         """Send the orders and tell of them. Once they may be out they are open, whatever becomes of the bus."""
         training.is_steered = observation.stopped is None
@@ -368,6 +359,9 @@ class Steering:
         """Tell the trainings that somebody steers them."""
         backoff = Backoff()
         while not until.is_set():
+            if self._rivals.ahead is not None:  # the one that steers is heard
+                await _pause(until, HEARTBEAT_S / 4)
+                continue
             beat = Heartbeat(
                 role=CONTROLLER, every_s=HEARTBEAT_S, state=self._name, counts=dict(self.counts), name=self._consumer,
                 trainings=self._listed(),
