@@ -24,7 +24,7 @@ from esper.oona.operators import held
 from esper.oona.schemas import OBSERVATION_SCHEMA, decode_payload
 from esper.oona.sender import Sender
 from esper.oona.signing import Keyring
-from esper.oona.steering import GROUP, LISTED_S, MOST_UNTOLD, OBSERVATION_MAX_AGE_S, Steering
+from esper.oona.steering import GROUP, LISTED_S, MOST_ATTEMPTS, MOST_UNTOLD, OBSERVATION_MAX_AGE_S, Steering
 from esper.oona.topics import (
     ACKNOWLEDGEMENTS,
     COMMANDS,
@@ -260,7 +260,27 @@ def test_nothing_is_decided_while_orders_may_be_out_and_the_decision_is_told_lat
     assert [decode_payload(wire.decode(d.value)).step for d in field.on(DECISIONS)] == [10, 30]
 
 
-def test_decisions_that_cannot_be_told_do_not_pile_up() -> None:
+def test_a_decision_that_the_bus_never_takes_holds_up_nobody() -> None:
+    class Picky(MemoryBus):
+        async def publish(self, topic: Topic, messages: Sequence[Message]) -> None:
+            if topic is DECISIONS and messages[0].key == "run/x":
+                raise BusError("too large")
+            await super().publish(topic, messages)
+
+    field = Field(bus=lambda hub: Picky(hub=hub))
+    field.observe("x", 10, at=1)
+    with pytest.raises(BusError):
+        field.turn()
+    field.observe("y", 11, at=1)
+    for _ in range(MOST_ATTEMPTS - 2):
+        with pytest.raises(BusError):
+            asyncio.run(field.steering._tell())
+    field.turn()
+    assert [d.key for d in field.on(DECISIONS)] == ["run/y"] and field.steering.counts["untold"] == 1
+
+
+def test_decisions_that_cannot_be_told_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esper.oona.steering.MOST_ATTEMPTS", 1_000)
     field = Field(bus=lambda hub: Failing(hub=hub))
     field.bus.refused = DECISIONS
     for number in range(MOST_UNTOLD + 5):

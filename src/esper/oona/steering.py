@@ -54,6 +54,8 @@ MOST_LISTED, MOST_LISTED_BYTES = 2_000, 256 << 10
 """Trainings in one heartbeat, and what their names may take."""
 MOST_UNTOLD = 100
 """Decisions that wait for a bus that failed; then the oldest are not told."""
+MOST_ATTEMPTS = 5
+"""So often a decision is offered to the bus: one that it never takes does not hold up the others."""
 
 
 class Steering:
@@ -97,9 +99,10 @@ class Steering:
         self._trainings: dict[tuple[str, str], Training] = {}
         self._next_listed = 0
         self._untold: deque[Message] = deque(maxlen=MOST_UNTOLD)
+        self._attempts = 0
         self.counts: Counter[str] = Counter()
         """What was done: observations, decided, orders, applied, refused, expired, superseded, waited, stale,
-        failed, buried."""
+        failed, untold, buried."""
 
     @property
     def num_trainings(self) -> int:
@@ -295,8 +298,15 @@ class Steering:
     async def _tell(self) -> None:
         """Publish the decisions that nobody knows of yet, oldest first."""
         while self._untold:
-            await self._bus.publish(DECISIONS, [self._untold[0]])
+            self._attempts += 1
+            try:
+                await self._bus.publish(DECISIONS, [self._untold[0]])
+            except BusError:
+                if self._attempts < MOST_ATTEMPTS:
+                    raise
+                self.counts["untold"] += 1
             self._untold.popleft()
+            self._attempts = 0
 
     async def _told(
         self,
