@@ -427,6 +427,13 @@ def test_heartbeats_list_the_trainings_that_are_steered() -> None:
         field.observe(job, 10, at=1)
     field.turn()
     assert field.steering._listed() == ("run/x", "run/z")
+    sender = Sender(source="esper/kasmina", run="run", subject="z")
+    over = observations.encode(dataclasses.replace(full(), stopped="enough"))
+    envelope = sender.envelope(OBSERVATION_SCHEMA, over, time=TIMES.format(40))
+    field.now += 31  # the orders have run out
+    field.hub.put(OBSERVATIONS, [asyncio.run(sender.message(envelope))])
+    field.turn()
+    assert field.steering._listed() == ("run/x",), "one that has stopped needs nobody"
     field.now += LISTED_S + 1
     assert field.steering._listed() == ()
 
