@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,17 +12,19 @@ import msgspec
 import pytest
 from tests.oona.test_observations_wire import full
 
-from esper.errors import BusError
+from esper.errors import BusError, ConfigError
 from esper.oona import envelope as wire
 from esper.oona import observations
 from esper.oona.bus import Message
+from esper.oona.claim_stores import MemoryStore
+from esper.oona.claims import Claims
 from esper.oona.dead_letters import read_letter
 from esper.oona.memory import Hub, MemoryBus
 from esper.oona.operators import held
 from esper.oona.schemas import OBSERVATION_SCHEMA, decode_payload
 from esper.oona.sender import Sender
 from esper.oona.signing import Keyring
-from esper.oona.steering import GROUP, Steering
+from esper.oona.steering import GROUP, LISTED_S, MOST_ATTEMPTS, MOST_UNTOLD, OBSERVATION_MAX_AGE_S, Steering
 from esper.oona.topics import (
     ACKNOWLEDGEMENTS,
     COMMANDS,
@@ -44,6 +47,7 @@ from esper.protocol import (
 pytestmark = pytest.mark.component
 
 TIMES = "2026-01-01T00:00:{:06.3f}Z"
+START = wire.seconds(TIMES.format(0))
 
 
 class Eager:
@@ -72,7 +76,7 @@ class Field:
     """A hub with a steering that reads it, and trainings that are only words."""
 
     def __init__(self, make: Any = Eager, *, keyring: Keyring | None = None, bus: Any = None) -> None:
-        self.now = 1_000.0
+        self.now = START
         self.hub = Hub()
         self.bus = MemoryBus(hub=self.hub) if bus is None else bus(self.hub)
         self.made: list[Any] = []
@@ -88,16 +92,20 @@ class Field:
         )
         self.hub.join([ACKNOWLEDGEMENTS, OBSERVATIONS], GROUP, "newest")
 
-    def observe(self, job: str, step: int, *, at: float, run: str = "run", keyring: Keyring | None = None) -> None:
+    def observe(
+        self, job: str, step: int, *, at: float, run: str = "run", keyring: Keyring | None = None, **more: Any
+    ) -> None:
         sender = Sender(source="esper/kasmina", run=run, subject=job, keyring=keyring or self.keyring)
         sent = dataclasses.replace(full(), step=step, stopped=None, site_names=(f"{job}.a", "b", "c"))
-        envelope = sender.envelope(OBSERVATION_SCHEMA, observations.encode(sent), time=TIMES.format(at))
+        envelope = sender.envelope(
+            OBSERVATION_SCHEMA, observations.encode(sent), time=wire.timestamp(START + at), **more
+        )
         self.hub.put(OBSERVATIONS, [asyncio.run(sender.message(envelope))])
 
     def answer(self, order: Order, outcome: Any, *, at: float) -> None:
         sender = Sender(source="esper/kasmina", run=order.run, subject=order.job, keyring=self.keyring)
         told = Acknowledgement(id=order.id, outcome=outcome, run=order.run, job=order.job)
-        envelope = sender.envelope(ACKNOWLEDGEMENT_SCHEMA, wire.write_json(told), time=TIMES.format(at))
+        envelope = sender.envelope(ACKNOWLEDGEMENT_SCHEMA, wire.write_json(told), time=wire.timestamp(START + at))
         self.hub.put(ACKNOWLEDGEMENTS, [asyncio.run(sender.message(envelope))])
 
     def turn(self) -> None:
@@ -190,7 +198,9 @@ def test_the_same_observation_makes_the_same_order() -> None:
     """Whoever decides on it again, after a crash, says it under the same id: it is applied once."""
     one, two = Field(), Field()
     sender = Sender(source="esper/kasmina", run="run", subject="x")
-    envelope = sender.envelope(OBSERVATION_SCHEMA, observations.encode(dataclasses.replace(full(), stopped=None)))
+    envelope = sender.envelope(
+        OBSERVATION_SCHEMA, observations.encode(dataclasses.replace(full(), stopped=None)), time=TIMES.format(1)
+    )
     message = asyncio.run(sender.message(envelope))
     for field in (one, two):
         field.hub.put(OBSERVATIONS, [message])
@@ -218,24 +228,173 @@ def test_decisions_tell_what_they_rest_on() -> None:
     assert decision.step == 10 and decision.controller == "eager" and len(decision.commands) == 1
 
 
-def test_a_bus_that_fails_takes_the_decision_back() -> None:
-    class Failing(MemoryBus):
-        refusing = True
+class Failing(MemoryBus):
+    """Refuses to publish to one topic, before or after it has arrived."""
 
-        async def publish(self, topic: Topic, messages: Sequence[Message]) -> None:
-            if topic is COMMANDS and self.refusing:
-                raise BusError("away")
-            await super().publish(topic, messages)
+    refused: Topic | None = None
+    arrives = False
 
+    async def publish(self, topic: Topic, messages: Sequence[Message]) -> None:
+        if topic is self.refused and not self.arrives:
+            raise BusError("away")
+        await super().publish(topic, messages)
+        if topic is self.refused:
+            raise BusError("away")
+
+
+@pytest.mark.parametrize(("topic", "arrives"), [(COMMANDS, True), (COMMANDS, False), (DECISIONS, False)])
+def test_nothing_is_decided_while_orders_may_be_out_and_the_decision_is_told_later(topic: Topic, arrives: bool) -> None:
     field = Field(bus=lambda hub: Failing(hub=hub))
     field.observe("x", 10, at=1)
+    field.bus.refused, field.bus.arrives = topic, arrives
     with pytest.raises(BusError, match="away"):
         field.turn()
-    assert field.made[0].seen == []
-    field.bus.refusing = False
+    field.bus.refused = None
     field.observe("x", 20, at=2)
     field.turn()
-    assert [o.command.reason for o in field.orders()] == ["20"] and field.made[0].seen == [20]
+    assert field.made[0].seen == [10], "the first orders may be under way"
+    field.now += 31
+    field.observe("x", 30, at=30)
+    field.turn()
+    assert field.made[0].seen == [10, 30]
+    assert [decode_payload(wire.decode(d.value)).step for d in field.on(DECISIONS)] == [10, 30]
+
+
+def test_a_decision_that_the_bus_never_takes_holds_up_nobody() -> None:
+    class Picky(MemoryBus):
+        async def publish(self, topic: Topic, messages: Sequence[Message]) -> None:
+            if topic is DECISIONS and messages[0].key == "run/x":
+                raise BusError("too large")
+            await super().publish(topic, messages)
+
+    field = Field(bus=lambda hub: Picky(hub=hub))
+    field.observe("x", 10, at=1)
+    with pytest.raises(BusError):
+        field.turn()
+    field.observe("y", 11, at=1)
+    for _ in range(MOST_ATTEMPTS - 2):
+        with pytest.raises(BusError):
+            asyncio.run(field.steering._tell())
+    field.turn()
+    assert [d.key for d in field.on(DECISIONS)] == ["run/y"] and field.steering.counts["untold"] == 1
+
+
+def test_decisions_that_cannot_be_told_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esper.oona.steering.MOST_ATTEMPTS", 1_000)
+    field = Field(bus=lambda hub: Failing(hub=hub))
+    field.bus.refused = DECISIONS
+    for number in range(MOST_UNTOLD + 5):
+        field.observe(f"x{number}", 10, at=1)
+        with pytest.raises(BusError):
+            field.turn()
+    field.bus.refused = None
+    field.observe("last", 10, at=1)
+    field.turn()
+    assert len(field.on(DECISIONS)) == MOST_UNTOLD
+
+
+class Refusing(Eager):
+    def decide(self, observation: Observation) -> tuple[Command, ...]:
+        raise ConfigError("no such budget")
+
+
+class Garbled(Eager):
+    def decide(self, observation: Observation) -> Any:
+        return (object(),)
+
+
+class Endless(Eager):
+    def decide(self, observation: Observation) -> tuple[Command, ...]:
+        return (Germinate(seeds=(SeedPlan(site="a"),), reason="?" * (wire.MAX_MESSAGE_BYTES + 1)),)
+
+
+class Stateless(Eager):
+    def state(self) -> dict[str, Any]:
+        raise ConfigError("no state")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"), [(Refusing, "ConfigError: no such budget"), (Garbled, "failed"), (Endless, "EnvelopeError")]
+)
+def test_whatever_a_controller_does_the_server_goes_on(make: Any, said: str) -> None:
+    made = iter((make, Eager))
+    field = Field(lambda: next(made)())
+    field.observe("x", 10, at=1)
+    field.observe("y", 11, at=1)
+    field.turn()
+    assert [o.job for o in field.orders()] == ["y"] and field.steering.counts["failed"] == 1
+    told = [decode_payload(wire.decode(d.value)) for d in field.on(DECISIONS)]
+    assert said in told[0].reason and told[1].reason == "" and any(said in note for note in field.notes)
+
+
+def test_a_controller_that_tells_no_state_steers() -> None:
+    field = Field(Stateless)
+    field.observe("x", 10, at=1)
+    field.turn()
+    assert len(field.orders()) == 1
+
+
+def test_a_controller_that_cannot_be_made_ends_nothing() -> None:
+    def make() -> Any:
+        raise ConfigError("no weights")
+
+    field = Field(make)
+    field.observe("x", 10, at=1)
+    field.turn()
+    assert field.orders() == [] and any("no weights" in note for note in field.notes)
+
+
+@pytest.mark.parametrize("at", [-61.0, 61.0])
+def test_observations_of_another_time_are_not_decided_on(at: float) -> None:
+    field = Field()
+    field.observe("x", 10, at=at)
+    field.observe("x", 11, at=at)
+    field.turn()
+    assert field.orders() == [] and field.on(DEAD_LETTERS) == [] and field.steering.counts["stale"] == 2
+    assert len([note for note in field.notes if "clock" in note]) == 1
+    field.observe("x", 20, at=0)
+    field.turn()
+    assert [o.command.reason for o in field.orders()] == ["20"]
+
+
+def test_observations_run_out_when_they_say_so() -> None:
+    field = Field()
+    field.observe("x", 10, at=-2, expires=wire.timestamp(START - 1))
+    field.observe("y", 11, at=-2, expires=wire.timestamp(START + 1))
+    field.observe("z", 12, at=-2, expires="tomorrow")
+    field.turn()
+    assert [o.job for o in field.orders()] == ["y"] and field.steering.counts["stale"] == 1
+    assert len(field.on(DEAD_LETTERS)) == 1
+
+
+@pytest.mark.parametrize("back", [30.0, 115.0])
+def test_a_training_whose_clock_was_set_back_is_steered_again_within_the_window(back: float) -> None:
+    field = Field()
+    field.observe("x", 10, at=58)
+    field.turn()
+    field.answer(field.orders()[0], "applied", at=58)
+    field.turn()
+    for second in range(1, int(OBSERVATION_MAX_AGE_S) + 2):
+        field.now = START + second
+        field.observe("x", 10 + second, at=58 - back + second)
+        field.turn()
+    assert len(field.orders()) >= 2
+
+
+def test_a_claim_store_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(MemoryStore):
+        async def get(self, name: str, limit: int) -> bytes | None:
+            await asyncio.Event().wait()
+            return None
+
+    monkeypatch.setattr("esper.oona.steering.CLAIM_WAIT_S", 0.05)
+    field = Field()
+    field.steering._claims = Claims(Silent(), above=10)
+    sender = Sender(source="esper/kasmina", run="run", subject="x", claims=Claims(Silent(), above=10))
+    envelope = sender.envelope(OBSERVATION_SCHEMA, observations.encode(full()), time=TIMES.format(1))
+    field.hub.put(OBSERVATIONS, [asyncio.run(sender.message(envelope))])
+    with pytest.raises(BusError, match="claim store must answer within"):
+        field.turn()
 
 
 def test_with_a_key_unsigned_trainings_are_not_listened_to() -> None:
@@ -256,10 +415,74 @@ def test_with_a_key_unsigned_trainings_are_not_listened_to() -> None:
 def test_rubbish_is_buried(topic: Topic) -> None:
     field = Field()
     sender = Sender(source="somebody", run="run", subject="x")
-    wrong = sender.envelope("esper:observation:99", b"?")
+    wrong = sender.envelope("esper:observation:99", b"?", time=TIMES.format(1))
     field.hub.put(topic, [Message("run/x", b"rubbish"), asyncio.run(sender.message(wrong))])
     field.turn()
     assert len(field.on(DEAD_LETTERS)) == 2 and field.orders() == []
+
+
+def test_heartbeats_list_the_trainings_that_are_steered() -> None:
+    field = Field(lambda: Raising() if len(field.made) == 1 else Eager())
+    for job in "xyz":
+        field.observe(job, 10, at=1)
+    field.turn()
+    assert field.steering._listed() == ("run/x", "run/z")
+    sender = Sender(source="esper/kasmina", run="run", subject="z")
+    over = observations.encode(dataclasses.replace(full(), stopped="enough"))
+    envelope = sender.envelope(OBSERVATION_SCHEMA, over, time=TIMES.format(40))
+    field.now += 31  # the orders have run out
+    field.hub.put(OBSERVATIONS, [asyncio.run(sender.message(envelope))])
+    field.turn()
+    assert field.steering._listed() == ("run/x",), "one that has stopped needs nobody"
+    field.now += LISTED_S + 1
+    assert field.steering._listed() == ()
+
+
+def test_very_many_trainings_are_listed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esper.oona.steering.MOST_LISTED", 2)
+    field = Field()
+    for job in "vwxyz":
+        field.observe(job, 10, at=1)
+    field.turn()
+    told = [field.steering._listed() for _ in range(4)]
+    assert told == [("run/v", "run/w"), ("run/x", "run/y"), ("run/z",), ("run/v", "run/w")]
+    monkeypatch.setattr("esper.oona.steering.MOST_LISTED_BYTES", 1)
+    assert field.steering._listed() == ("run/x",)
+
+
+def test_of_two_servers_one_steers_and_the_other_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esper.oona.steering.HEARTBEAT_S", 0.1)
+    hub, made, notes = Hub(), Counter[str](), list[str]()
+
+    def server(name: str) -> Steering:
+        def make() -> Eager:
+            made[name] += 1
+            return Eager()
+
+        return Steering(MemoryBus(hub=hub), make, name="eager", consumer=name, settle_s=0.15, on_note=notes.append)
+
+    async def look(job: str) -> None:
+        sender = Sender(source="esper/kasmina", run="run", subject=job)
+        sent = dataclasses.replace(full(), stopped=None)
+        hub.put(OBSERVATIONS, [await sender.message(sender.envelope(OBSERVATION_SCHEMA, observations.encode(sent)))])
+        await asyncio.sleep(0.05)
+
+    async def work() -> None:
+        ends = {name: asyncio.Event() for name in "ab"}
+        serving = {name: asyncio.create_task(server(name).serve(end)) for name, end in ends.items()}
+        await asyncio.sleep(0.4)
+        for number in range(10):
+            await look(f"x{number}")
+        assert made == {"a": 10} and notes[0] == "the server a steers this bus already; standing by"
+        ends["a"].set()
+        await serving["a"]
+        await asyncio.sleep(0.6)
+        await look("y")
+        assert made == {"a": 10, "b": 1} and any("taking over" in note for note in notes)
+        ends["b"].set()
+        await asyncio.wait_for(serving["b"], 5)
+
+    asyncio.run(work())
 
 
 def test_serving_beats_and_ends(tmp_path: Any) -> None:

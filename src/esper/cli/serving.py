@@ -14,13 +14,16 @@ from esper.cli.terminal import labelled, write_lines
 from esper.config import TamiyoConfig
 from esper.errors import BusError
 from esper.oona.address import open_bus
+from esper.oona.aside import within
 from esper.oona.bus import Bus
+from esper.oona.claims import Claims
 from esper.oona.signing import Keyring
-from esper.oona.steering import Steering
+from esper.oona.steering import HEARTBEAT_S, Steering
 from esper.oona.stores import open_claims
 from esper.tamiyo import make_controller
 
 _TOLD_EVERY_S = 60.0
+_CLOSE_S = 5.0
 
 
 def serve(url: str, controller: str, temper: str | None, seconds: float | None, *, unsigned: bool) -> Outcome:
@@ -43,35 +46,47 @@ def serve(url: str, controller: str, temper: str | None, seconds: float | None, 
         )
     steering = Steering(
         bus, lambda: make_controller(controller, config), name=controller, keyring=keyring, claims=claims,
-        consumer=f"server-{secrets.token_hex(4)}", on_note=lambda text: write_lines([text], sys.stderr),
+        consumer=f"server-{secrets.token_hex(4)}", settle_s=1.5 * HEARTBEAT_S,
+        on_note=lambda text: write_lines([text], sys.stderr),
     )  # fmt: skip
     write_lines([f"steering by {controller} over {bus.address}; end it with Ctrl-C"], sys.stderr)
     began = time.monotonic()
-    asyncio.run(_serve(steering, bus, seconds))
+    asyncio.run(_serve(steering, bus, claims, seconds))
     result: dict[str, Any] = {"seconds": time.monotonic() - began, "trainings": steering.num_trainings}
     result["counts"] = dict(steering.counts)
     return Outcome(result=result, lines=[labelled("steered", _told(steering))])
 
 
-async def _serve(steering: Steering, bus: Bus, seconds: float | None) -> None:
-    """Serve until a signal or the time; a second Ctrl-C is not waited for."""
+async def _serve(steering: Steering, bus: Bus, claims: Claims | None, seconds: float | None) -> None:
+    """Serve until a signal or the time; with a second signal nothing that is under way is waited for."""
     until = asyncio.Event()
     loop = asyncio.get_running_loop()
+    serving = asyncio.create_task(steering.serve(until))
+
+    def end() -> None:
+        if until.is_set():
+            serving.cancel()
+        until.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, until.set)
+        loop.add_signal_handler(number, end)
     if seconds is not None:
         loop.call_later(seconds, until.set)
     telling = asyncio.create_task(_tell(steering, until))
     try:
-        await steering.serve(until)
+        await asyncio.wait({serving})
+        if not serving.cancelled():
+            serving.result()  # or what it has raised
     finally:
         telling.cancel()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-        try:
-            await bus.close()
-        except BusError as error:
-            write_lines([f"the bus could not be closed ({error})"], sys.stderr)
+        closing = [("the bus", bus.close())] + ([] if claims is None else [("the claim store", claims.store.close())])
+        for what, call in closing:
+            try:
+                await within(_CLOSE_S, call, what)
+            except BusError as error:
+                write_lines([f"{what} could not be closed ({error})"], sys.stderr)
 
 
 async def _tell(steering: Steering, until: asyncio.Event) -> None:

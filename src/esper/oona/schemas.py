@@ -37,7 +37,11 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
-    """Somebody is there: a job or a controller. ``counts`` are what its publisher has sent and dropped."""
+    """Somebody is there: a job or a controller. ``counts`` are what its publisher has sent and dropped.
+
+    ``name`` is one controller's own, ``trainings`` (``RUN/JOB``) are those that it steers: a part of them where there
+    are very many, another part each time.
+    """
 
     role: str
     every_s: float
@@ -45,6 +49,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     step: int | None = None
     state: str = ""
     counts: dict[str, int] = {}
+    name: str = ""
+    trainings: tuple[str, ...] = ()
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):

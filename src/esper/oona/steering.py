@@ -16,24 +16,25 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import msgspec
 
-from esper.errors import CONTAINED, BusError, EnvelopeError, contained
+from esper.errors import CONTAINED, BusError, EnvelopeError, EsperError
 from esper.oona import envelope as wire
+from esper.oona.aside import within
 from esper.oona.backoff import Backoff
 from esper.oona.bus import Bus, Delivery, Message, Subscription
 from esper.oona.claims import ClaimExpired, Claims
 from esper.oona.dead_letters import bury
-from esper.oona.ears import CONTROLLER
+from esper.oona.ears import CONTROLLER, Rivals
 from esper.oona.envelope import Envelope
 from esper.oona.schemas import DECISION_SCHEMA, HEARTBEAT_SCHEMA, Decision, Heartbeat, decode_payload
 from esper.oona.sender import Sender
 from esper.oona.signing import Keyring
+from esper.oona.steered import OBSERVATION_MAX_AGE_S, Training
 from esper.oona.topics import ACKNOWLEDGEMENTS, COMMANDS, DECISIONS, HEARTBEATS, OBSERVATIONS
 from esper.protocol import ORDER_SCHEMA, Acknowledgement, Command, Observation, Order
 from esper.tamiyo import Controller
@@ -45,25 +46,16 @@ DEADLINE_S = 30.0
 """How long an order may take to its training."""
 FORGET_S = 3600.0
 """A training that has said nothing for so long is over."""
-
-
-@dataclass
-class _Training:
-    """One training as it is steered."""
-
-    controller: Controller
-    heard: float
-    decided: float = float("-inf")
-    """Time of the observation that was decided on last, by the training's clock."""
-    answered: float = float("-inf")
-    """Time of its last acknowledgement, by the training's clock."""
-    open: dict[str, float] = field(default_factory=dict[str, float])
-    """Orders that are not answered, and when they run out."""
-
-    def is_free(self, now: float) -> bool:
-        """Whether all its orders are answered or have run out."""
-        self.open = {order: until for order, until in self.open.items() if until > now}
-        return not self.open
+CLAIM_WAIT_S = 10.0
+"""How long the claim store may take for an observation."""
+LISTED_S = 600.0
+"""A training is listed in the heartbeats for so long after its last observation: some observe rarely."""
+MOST_LISTED, MOST_LISTED_BYTES = 2_000, 256 << 10
+"""Trainings in one heartbeat, and what their names may take."""
+MOST_UNTOLD = 100
+"""Decisions that wait for a bus that failed; then the oldest are not told."""
+MOST_ATTEMPTS = 5
+"""So often a decision is offered to the bus: one that it never takes does not hold up the others."""
 
 
 class Steering:
@@ -78,7 +70,9 @@ class Steering:
     keyring:
         Signs the orders; observations must be signed by one of its keys then. ``None``: nothing is signed.
     consumer:
-        This server's name in the group; each server has its own.
+        This server's name in the group; each server has its own. Of several the one with the smallest steers.
+    settle_s:
+        How long it listens for other servers before it steers.
     clock:
         Unix time.
     """
@@ -93,16 +87,22 @@ class Steering:
         claims: Claims | None = None,
         consumer: str = "server",
         deadline_s: float = DEADLINE_S,
+        settle_s: float = 0.0,
         clock: Callable[[], float] = time.time,
         on_note: Callable[[str], None] | None = None,
     ) -> None:
         self._bus, self._make, self._name, self._keyring, self._claims = bus, make, name, keyring, claims
         self._consumer, self._deadline_s, self._clock = consumer, deadline_s, clock
         self._note = on_note or _silent
+        self._settle_s, self._rivals = settle_s, Rivals(bus, keyring, consumer)
         self._sender = Sender(source="esper/tamiyo", keyring=keyring, claims=claims)
-        self._trainings: dict[tuple[str, str], _Training] = {}
+        self._trainings: dict[tuple[str, str], Training] = {}
+        self._next_listed = 0
+        self._untold: deque[Message] = deque(maxlen=MOST_UNTOLD)
+        self._attempts = 0
         self.counts: Counter[str] = Counter()
-        """What was done: observations, decided, orders, applied, refused, expired, superseded, waited, buried."""
+        """What was done: observations, decided, orders, applied, refused, expired, superseded, waited, stale,
+        failed, untold, buried."""
 
     @property
     def num_trainings(self) -> int:
@@ -111,27 +111,45 @@ class Steering:
 
     async def serve(self, until: asyncio.Event) -> None:
         """Steer until ``until`` is set; a bus that fails is waited for."""
-        heart = asyncio.create_task(self._beat(until))
+        others = [asyncio.create_task(work) for work in (self._beat(until), self._rivals.run(until))]
         backoff = Backoff()
         try:
+            await _pause(until, self._settle_s)
             while not until.is_set():
+                await self._stand_by(until)
                 try:
                     await self._serve(until, backoff)
                 except BusError as error:
                     self._note(f"the bus fails ({error}); trying again")
                     await _pause(until, backoff.next_s())
         finally:
-            heart.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await heart
+            for task in others:
+                task.cancel()
+            await asyncio.wait(others)
+            for task in others:
+                if not task.cancelled():
+                    task.result()  # or what it has raised
+
+    async def _stand_by(self, until: asyncio.Event) -> None:
+        """Wait while another server steers; what was known of the trainings is of no use afterwards."""
+        rival = self._rivals.ahead
+        if rival is None:
+            return
+        self._note(f"the server {rival} steers this bus already; standing by")
+        self._trainings.clear()
+        while self._rivals.ahead is not None and not until.is_set():
+            await _pause(until, HEARTBEAT_S / 4)
+        if not until.is_set():
+            self._note(f"the server {rival} has been silent; taking over")
 
     async def _serve(self, until: asyncio.Event, backoff: Backoff) -> None:
         topics = (ACKNOWLEDGEMENTS, OBSERVATIONS)
         subscription = await self._bus.subscribe(topics, group=GROUP, consumer=self._consumer, begin="newest")
         try:
-            while not until.is_set():
+            while not until.is_set() and self._rivals.ahead is None:
                 deliveries = await subscription.receive(most=500, wait_s=0.5)
                 backoff.reset()
+                await self._tell()
                 await self._take(subscription, deliveries)
         finally:
             with contextlib.suppress(BusError):  # it is what failed; the group gets what lies there either way
@@ -151,6 +169,8 @@ class Steering:
             if delivery.attempts > 1:  # nobody was there for it in time; the next one tells more
                 self.counts["late"] += 1
                 continue
+            if self._is_stale(envelope):
+                continue
             job = (envelope.esperrun, envelope.subject)
             known = newest.get(job)
             if known is not None:
@@ -168,12 +188,29 @@ class Steering:
         try:
             envelope = wire.decode(delivery.value)
             wire.seconds(envelope.time)
+            if envelope.esperexpires is not None:
+                wire.seconds(envelope.esperexpires)
             if self._keyring is not None and not self._keyring.is_signed(envelope):
                 raise EnvelopeError("a controller with a key listens to signed trainings only; give them the key")
             return envelope
         except EnvelopeError as error:
             await self._bury(delivery, error)
             return None
+
+    def _is_stale(self, envelope: Envelope) -> bool:
+        """Whether an observation is too old to be decided on, as one that somebody sends again is."""
+        now = self._clock()
+        ago = now - wire.seconds(envelope.time)
+        expired = envelope.esperexpires is not None and wire.seconds(envelope.esperexpires) < now
+        if abs(ago) <= OBSERVATION_MAX_AGE_S and not expired:
+            return False
+        self.counts["stale"] += 1
+        if self.counts["stale"] == 1:  # once: there may be many
+            self._note(
+                f"{envelope.esperrun} {envelope.subject}: an observation must be at most {OBSERVATION_MAX_AGE_S:g} s "
+                f"old, got one from {ago:,.0f} s ago by this clock; are the clocks right?"
+            )
+        return True
 
     async def _hear(self, delivery: Delivery, envelope: Envelope) -> None:
         """An answer to one of the orders."""
@@ -192,10 +229,14 @@ class Steering:
         """Decide on an observation, unless it is older than what is known or the last orders are under way."""
         training = self._trainings.get(job)
         at, now = wire.seconds(envelope.time), self._clock()
+        if training is not None:
+            training.mind(at)
         if training is not None and (at <= training.decided or at < training.answered or not training.is_free(now)):
             training.heard = now
             self.counts["waited"] += 1
             return
+        if training is not None:
+            training.is_steered = False  # unless it can be read and decided on
         try:
             observation = await self._observation(envelope)
         except EnvelopeError as error:
@@ -205,14 +246,22 @@ class Steering:
             self.counts["claims expired"] += 1
             return
         if training is None:
-            training = self._trainings[job] = _Training(self._make(), now)
+            try:
+                controller = self._make()
+            except BusError:
+                raise
+            except (EsperError, *CONTAINED) as error:
+                self._failed(job, error)
+                return
+            training = self._trainings[job] = Training(controller, now)
             self._note(f"{job[0]} {job[1]}: steering from step {observation.step}")
         training.heard = now
         await self._decide(job, training, envelope, observation)
-        training.decided = at
 
     async def _observation(self, envelope: Envelope) -> Observation | None:
-        whole = envelope if self._claims is None else await self._claims.redeem(envelope)
+        whole: Envelope | ClaimExpired = envelope
+        if self._claims is not None:
+            whole = await within(CLAIM_WAIT_S, self._claims.redeem(envelope), "the claim store")
         if isinstance(whole, ClaimExpired):
             return None
         observation = decode_payload(whole)
@@ -221,32 +270,64 @@ class Steering:
         return observation
 
     async def _decide(
-        self, job: tuple[str, str], training: _Training, envelope: Envelope, observation: Observation
+        self, job: tuple[str, str], training: Training, envelope: Envelope, observation: Observation
     ) -> None:
-        before = training.controller.state()
-        commands: tuple[Command, ...] = ()
-        reason = ""
-        if observation.stopped is None:
+        """Send the orders and tell of them. Once they may be out they are open, whatever becomes of the bus."""
+        training.is_steered = observation.stopped is None
+        try:
+            commands = () if observation.stopped is not None else tuple(training.controller.decide(observation))
+            orders = [self._order(job, envelope, number, command) for number, command in enumerate(commands)]
+            messages = [await self._message(job, order) for order in orders]
+            told = await self._told(job, envelope, observation, commands)
+        except BusError:
+            raise
+        except (EsperError, *CONTAINED) as error:  # a controller of the user's own; the others go on being steered
+            reason = self._failed(job, error)
+            orders, messages = [], []
+            training.is_steered = False
+            told = await self._told(job, envelope, observation, (), reason)
+        training.decided = wire.seconds(envelope.time)
+        training.open |= {order.id: self._clock() + self._deadline_s for order in orders}
+        self._untold.append(told)
+        self.counts["decided"] += 1
+        self.counts["orders"] += len(orders)
+        if messages:
+            await self._bus.publish(COMMANDS, messages)
+        await self._tell()
+
+    async def _tell(self) -> None:
+        """Publish the decisions that nobody knows of yet, oldest first."""
+        while self._untold:
+            self._attempts += 1
             try:
-                commands = training.controller.decide(observation)
-            except CONTAINED as error:  # a controller of the user's own; the others go on being steered
-                reason = f"the controller failed: {contained(error)}"
-                self._note(f"{job[0]} {job[1]}: {reason}")
-        orders = [self._order(job, envelope, number, command) for number, command in enumerate(commands)]
+                await self._bus.publish(DECISIONS, [self._untold[0]])
+            except BusError:
+                if self._attempts < MOST_ATTEMPTS:
+                    raise
+                self.counts["untold"] += 1
+            self._untold.popleft()
+            self._attempts = 0
+
+    async def _told(
+        self,
+        job: tuple[str, str],
+        envelope: Envelope,
+        observation: Observation,
+        commands: tuple[Command, ...],
+        reason: str = "",
+    ) -> Message:
         decision = Decision(
             step=observation.step, observation=envelope.id, controller=self._name, commands=commands, reason=reason
         )
-        try:
-            if orders:
-                await self._bus.publish(COMMANDS, [await self._message(job, order) for order in orders])
-            told = self._sender.envelope(DECISION_SCHEMA, wire.write_json(decision), subject=job[1])
-            await self._bus.publish(DECISIONS, [await self._sender.message(_of_run(told, job[0]))])
-        except BusError:
-            training.controller.load(before)  # the observation comes again, and is decided on again
-            raise
-        training.open |= {order.id: self._clock() + self._deadline_s for order in orders}
-        self.counts["decided"] += 1
-        self.counts["orders"] += len(orders)
+        told = self._sender.envelope(DECISION_SCHEMA, wire.write_json(decision), subject=job[1])
+        return await self._sender.message(_of_run(told, job[0]))
+
+    def _failed(self, job: tuple[str, str], error: BaseException) -> str:
+        """Count and tell what a controller has raised."""
+        reason = f"the controller failed: {type(error).__name__}: {error}".encode(errors="replace").decode()[:2000]
+        self.counts["failed"] += 1
+        self._note(f"{job[0]} {job[1]}: {reason}")
+        return reason
 
     def _order(self, job: tuple[str, str], envelope: Envelope, number: int, command: Command) -> Order:
         """The same observation makes the same id: a decision that is sent again is applied once."""
@@ -270,11 +351,31 @@ class Steering:
             del self._trainings[job]
             self._note(f"{job[0]} {job[1]}: silent for an hour, forgotten")
 
+    def _listed(self) -> tuple[str, ...]:
+        """The trainings for the next heartbeat: as many as fit, going on from where the last one ended."""
+        now, listed, size = self._clock(), list[str](), 0
+        steered = [job for job, one in self._trainings.items() if one.is_steered and now - one.heard <= LISTED_S]
+        if self._next_listed >= len(steered):
+            self._next_listed = 0
+        for job in steered[self._next_listed :][:MOST_LISTED]:
+            size += sum(map(len, job)) * 4
+            if size > MOST_LISTED_BYTES and listed:
+                break
+            listed.append("/".join(job))
+        self._next_listed += len(listed)
+        return tuple(listed)
+
     async def _beat(self, until: asyncio.Event) -> None:
         """Tell the trainings that somebody steers them."""
         backoff = Backoff()
         while not until.is_set():
-            beat = Heartbeat(role=CONTROLLER, every_s=HEARTBEAT_S, state=self._name, counts=dict(self.counts))
+            if self._rivals.ahead is not None:  # the one that steers is heard
+                await _pause(until, HEARTBEAT_S / 4)
+                continue
+            beat = Heartbeat(
+                role=CONTROLLER, every_s=HEARTBEAT_S, state=self._name, counts=dict(self.counts), name=self._consumer,
+                trainings=self._listed(),
+            )  # fmt: skip
             envelope = self._sender.envelope(HEARTBEAT_SCHEMA, wire.write_json(beat))
             try:
                 await self._bus.publish(HEARTBEATS, [await self._sender.message(envelope)])
