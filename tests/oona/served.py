@@ -97,7 +97,7 @@ class Served:
     def end(self) -> None:
         """As a death would, but for what the page cache keeps."""
         self.grower.detach()
-        self.desk.close()
+        self.desk._pad.close()
 
     def hash(self) -> str:
         """Of all that the run is, answers among it."""

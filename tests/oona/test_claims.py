@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib
 import os
 import stat
 from collections.abc import Callable
@@ -305,6 +306,35 @@ def test_a_setting_names_a_store(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"must know .*nobody://\.\.\.") as caught:
         make_store("nobody://user:password@x")
     assert "password" not in str(caught.value)
+
+
+def test_what_is_shared_outlives_one_of_its_users() -> None:
+    async def two_users() -> None:
+        for shared in (True, False):
+            store = MemoryStore(shared=shared)
+            await store.put("a", b"x")
+            await store.close()
+            assert await store.get("a", 9) == (b"x" if shared else None)
+
+    asyncio.run(two_users())
+
+
+@pytest.mark.parametrize(("error", "raised"), [(OSError(111, "sftp://me:secret"), BusError), (ValueError, ConfigError)])
+def test_an_object_store_is_reached_when_it_is_used(
+    error: Exception, raised: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    core = importlib.import_module("fsspec.core")
+
+    def refuse(url: str) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "url_to_fs", refuse)
+        store = ObjectStore(f"local://{tmp_path}/secret")
+        with pytest.raises(raised, match=r"claim store.* local://\.\.\.") as caught:
+            asyncio.run(store.put("a" * 64, b"x"))
+        assert "secret" not in str(caught.value)
+    asyncio.run(store.put("a" * 64, b"x"))
 
 
 def test_what_fsspec_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

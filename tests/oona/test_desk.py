@@ -58,8 +58,8 @@ class Fixture:
         return seen
 
     def again(self, state: Any = None, **settings: Any) -> Fixture:
-        """The next process."""
-        self.desk.close()
+        """The next process; this one dies."""
+        self.desk._pad.close()
         other = Fixture(disk=self.disk, **settings)
         if state is not None:
             other.desk.restore(state)
@@ -114,15 +114,52 @@ def test_an_id_stands_for_one_order(when: str, other: dict[str, Any], fix: Fixtu
 def test_what_does_not_fit_is_refused_for_ever(fix: Fixture) -> None:
     small = Fixture(room=3)
     small.send(*"abcd")
-    told = small.desk.answer_to("d")
-    assert (told.outcome, told.gate) == ("refused", "room") and "at most 3" in told.reason
+    assert small.desk.is_open("d") and small.desk.answer_to("d") is None, "nobody is told before it is on the disk"
     stop = Stop(reason="fire", emergency=True)
     assert small.send("s", command=stop) == [None] and small.desk.is_open("s"), "there is room for an emergency"
     assert small.train() == ["a", "b", "c", "s"]
+    told = small.desk.answer_to("d")
+    assert (told.outcome, told.gate) == ("refused", "room") and "at most 3" in told.reason
+    assert not small.desk.is_open("d")
     (again,) = small.send("d")
     assert again.gate == "room" and not again.first and small.train() == []
     small = small.again()
     assert small.desk.answer_to("d") == told
+
+
+def syncs(fix: Fixture) -> int:
+    return sum("sync" in what and LOG.name in what for what in fix.disk.log)
+
+
+def test_refusals_go_to_the_disk_together_and_in_order() -> None:
+    fix = Fixture(room=2, disk=FaultyDisk(SimulatedDisk()))
+    before = syncs(fix)
+    names = [f"n{number}" for number in range(100)]
+    assert fix.send(*names) == [None] * 100 and fix.send("n50") == [None] and syncs(fix) == before
+    fix.train()
+    assert 1 <= syncs(fix) - before <= 3, "what is to be applied, what is refused and what was applied"
+    answered = [name for entry in read_log(LOG, disk=fix.disk)[0] if isinstance(name := read_entry(entry), Answer)]
+    assert [answer.acknowledgement.id for answer in answered] == [*names[2:], *names[:2]]
+    before = syncs(fix)
+    fix.send(*(f"m{number}" for number in range(1000)))
+    assert 1 <= syncs(fix) - before <= 5, "what waits is bounded where no step comes"
+
+
+@pytest.mark.parametrize("end", [lambda desk: desk.close(), lambda desk: desk.end("over"), lambda desk: desk.kept()])
+def test_refusals_need_no_further_step(end: Callable[[Desk], None]) -> None:
+    fix = Fixture(room=1)
+    fix.send("a", "b")
+    end(fix.desk)
+    assert fix.desk.answer_to("b").gate == "room" and not fix.desk.is_open("b")
+    assert fix.again().desk.answer_to("b").gate == "room"
+
+
+def test_going_back_to_a_checkpoint_forgets_no_refusal() -> None:
+    fix = Fixture(room=1)
+    state = fix.desk.state()
+    fix.send("a", "b")
+    fix.desk.restore(state)
+    assert fix.desk.answer_to("b").gate == "room" and fix.desk.is_open("a")
 
 
 def test_one_step_takes_only_so_many(fix: Fixture) -> None:
@@ -173,7 +210,8 @@ def test_what_comes_too_late_again_gets_its_first_answer(fix: Fixture) -> None:
     (told,) = fix.send("a")
     assert told.outcome == "applied" and not told.first
     fix.desk._verify = doubting("crowded")
-    assert fix.send("b") == [None] and fix.desk.answer_to("b").gate == "crowded"
+    assert fix.send("b") == [None] and fix.desk.is_open("b")
+    assert fix.train() == [] and fix.desk.answer_to("b").gate == "crowded"
 
 
 @pytest.mark.parametrize("verify", [nobody, doubting("forged", authentic=False)])

@@ -26,6 +26,8 @@ __all__ = ["fix"]
         ({"data": b"[" * 9000}, "deep"),
         ({"data": b'{"command":{"type":"rm"}}'}, "schema says"),
         ({"data": b" " * (129 << 10)}, "131072 bytes"),
+        ({"type": "esper.order.stop"}, "holds; got 'esper.order.stop'"),
+        ({"type": "esper.command"}, "or esper.order.set_budget"),
         ({"id": "b"}, "id is its envelope's 'b'"),
         ({"esperexpires": "soon"}, "RFC 3339"),
     ],
@@ -54,6 +56,12 @@ def test_what_could_not_be_written_down(order: Order, says: str, fix: Fixture) -
     with pytest.raises(EnvelopeError, match=says):
         fix.desk.submit(order)
     assert fix.train() == []
+
+
+@pytest.mark.parametrize("kind", ["esper.order", "esper.order.set_budget"])
+def test_an_envelope_may_say_what_it_holds(kind: str, fix: Fixture) -> None:
+    assert fix.desk.take(sealed(an_order("a", budget(1)), type=kind)) is None
+    assert fix.train() == ["a"]
 
 
 def test_orders_of_this_process_need_no_address(fix: Fixture) -> None:

@@ -235,7 +235,7 @@ class World:
     def _end(self) -> None:
         if self.training is not None:
             with contextlib.suppress(ProcessDeath):
-                self.training.desk.close()
+                self.training.desk._pad.close()
                 self.training.checkpoints.close()
         if self.rng.random() < 0.5:
             self.disk.cut_power(self.rng)

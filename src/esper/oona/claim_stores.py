@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import stat
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -28,7 +29,10 @@ _ATOMIC = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "memory"}
 
 
 class MemoryStore:
-    """Content in this process, for the bus in this process. Beyond ``max_bytes`` the oldest goes."""
+    """Content in this process, for the bus in this process, from any thread. Beyond ``max_bytes`` the oldest goes.
+
+    One that several use is ``shared``: then :meth:`close`, which each of them calls, takes nothing from the others.
+    """
 
     address = "memory://"
 
@@ -37,32 +41,39 @@ class MemoryStore:
         *,
         ttl_s: float = TTL_S,
         max_bytes: int = MOST_MEMORY_BYTES,
+        shared: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.ttl_s, self._max_bytes, self._clock = ttl_s, max_bytes, clock
+        self._is_shared, self._lock = shared, threading.Lock()
         self._content: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
         self._num_bytes = 0
 
     async def put(self, name: str, data: bytes) -> None:
-        self._take(name)
-        self._content[name] = (self._clock() + self.ttl_s, data)
-        self._num_bytes += len(data)
-        while self._num_bytes > self._max_bytes:
-            self._take(next(iter(self._content)))
+        with self._lock:
+            self._take(name)
+            self._content[name] = (self._clock() + self.ttl_s, data)
+            self._num_bytes += len(data)
+            while self._num_bytes > self._max_bytes:
+                self._take(next(iter(self._content)))
 
     async def get(self, name: str, limit: int) -> bytes | None:
-        until, data = self._content.get(name, (0.0, b""))
-        return data[: limit + 1] if name in self._content and until > self._clock() else None
+        with self._lock:
+            until, data = self._content.get(name, (None, b""))
+        return None if until is None or until <= self._clock() else data[: limit + 1]
 
     async def sweep(self) -> int:
-        old = [name for name, (until, _) in self._content.items() if until <= self._clock()]
-        for name in old:
-            self._take(name)
+        with self._lock:
+            old = [name for name, (until, _) in self._content.items() if until <= self._clock()]
+            for name in old:
+                self._take(name)
         return len(old)
 
     async def close(self) -> None:
-        self._content.clear()
-        self._num_bytes = 0
+        if not self._is_shared:
+            with self._lock:
+                self._content.clear()
+                self._num_bytes = 0
 
     def _take(self, name: str) -> None:
         _, data = self._content.pop(name, (0.0, b""))
@@ -176,6 +187,8 @@ class RedisStore:
 class ObjectStore:
     """Objects under a URL that fsspec knows (``s3://``, ``gs://``, ``sftp://``, ...); needs the extra ``claims``.
 
+    It is reached when it is first used: some kinds connect as soon as they are opened.
+
     Raises
     ------
     ConfigError
@@ -183,20 +196,22 @@ class ObjectStore:
     """
 
     def __init__(self, url: str, *, ttl_s: float = TTL_S, clock: Callable[[], float] = time.time) -> None:
-        self.ttl_s, self._clock = ttl_s, clock
+        self.ttl_s, self._clock, self._url = ttl_s, clock, url
         scheme = url.partition("://")[0]
         self.address = f"{scheme}://..."  # what follows may hold a password
         try:
-            core = importlib.import_module("fsspec.core")
+            self._core = importlib.import_module("fsspec.core")
         except ImportError as error:
             raise ConfigError(
                 f"a claim store at {self.address} needs fsspec; install it with: pip install 'esper-morph[claims]'"
             ) from error
         try:
-            self._files, self._root = core.url_to_fs(url)
+            for kind in scheme.split("::"):
+                self._core.get_filesystem_class(kind)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"fsspec must know a claim store's URL, got {self.address} ({error})") from error
         self._is_atomic = scheme in _ATOMIC
+        self._opened: tuple[Any, str] | None = None
 
     async def put(self, name: str, data: bytes) -> None:
         await _reaching(self.address, lambda: self._put(name, data))
@@ -210,31 +225,49 @@ class ObjectStore:
     async def close(self) -> None:
         """fsspec closes its connections itself."""
 
+    def _open(self) -> tuple[Any, str]:
+        """The file system and the place in it; takes as long as it takes to connect."""
+        opened = self._opened
+        if opened is None:
+            try:
+                opened = self._opened = self._core.url_to_fs(self._url)
+            except OSError as error:  # its words may hold the URL
+                what = f"{type(error).__name__} (error {error.errno})"
+                raise BusError(f"the claim store {self.address} must be reachable, got {what}") from None
+            except (ImportError, ValueError) as error:
+                raise ConfigError(
+                    f"fsspec must know a claim store's URL, got {self.address} ({type(error).__name__})"
+                ) from None
+        return opened
+
     def _put(self, name: str, data: bytes) -> None:
-        self._files.makedirs(self._root, exist_ok=True)
+        files, root = self._open()
+        files.makedirs(root, exist_ok=True)
         if self._is_atomic:
-            self._files.pipe_file(f"{self._root}/{name}", data)
+            files.pipe_file(f"{root}/{name}", data)
             return
-        temporary = f"{self._root}/.{name}.{secrets.token_hex(8)}.part"
-        self._files.pipe_file(temporary, data)
-        self._files.mv(temporary, f"{self._root}/{name}")
+        temporary = f"{root}/.{name}.{secrets.token_hex(8)}.part"
+        files.pipe_file(temporary, data)
+        files.mv(temporary, f"{root}/{name}")
 
     def _get(self, name: str, limit: int) -> bytes | None:
+        files, root = self._open()
         try:
-            return self._files.cat_file(f"{self._root}/{name}", start=0, end=limit + 1)
+            return files.cat_file(f"{root}/{name}", start=0, end=limit + 1)
         except FileNotFoundError:
             return None
 
     def _sweep(self) -> int:
+        files, root = self._open()
         count, before = 0, self._clock() - self.ttl_s
         try:
-            paths = self._files.ls(self._root, detail=False)
+            paths = files.ls(root, detail=False)
         except FileNotFoundError:
             return 0
         for path in paths:
             with contextlib.suppress(FileNotFoundError, NotImplementedError):
-                if _OURS.fullmatch(str(path).rpartition("/")[2]) and self._files.modified(path).timestamp() < before:
-                    self._files.rm_file(path)
+                if _OURS.fullmatch(str(path).rpartition("/")[2]) and files.modified(path).timestamp() < before:
+                    files.rm_file(path)
                     count += 1
         return count
 

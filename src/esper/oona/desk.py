@@ -54,7 +54,7 @@ EMERGENCY_ROOM = 16
 JOURNAL = "journal"
 """The gate of the one refusal that a death may forget: the log did not take the order."""
 MOST_AT_ONCE = 256
-"""Orders applied in one step; the others wait for the next one."""
+"""Orders applied in one step, and refusals written at once; the others wait for the next one."""
 
 
 class Desk:
@@ -74,6 +74,7 @@ class Desk:
         Most orders that may wait; more are refused.
     on_written:
         Called when answers have reached the log, in the training thread or that of :meth:`take`; keep it short.
+        What :meth:`take` refuses is written with the next step, or when many refusals wait.
 
     Raises
     ------
@@ -181,6 +182,7 @@ class Desk:
         """Let the next process have the log."""
         with self._lock:
             self._ended = self._ended or "the desk is closed"
+            self._flush()
             self._pad.close()
 
     # ---------------------------------------------------------------------------------------------- step boundaries
@@ -257,12 +259,13 @@ class Desk:
         if state is not None:
             turn, position = state["turn"], Position(**state["position"])
             kept = msgspec.msgpack.decode(bytes(state["kept"]), type=Kept)
-        said = [read_entry(entry) for entry in self._pad.after(position)]
-        for intent in said:
-            if isinstance(intent, Intent):
-                self._check_mine(intent.order)
-        answered = {answer.acknowledgement.id: answer for answer in said if isinstance(answer, Answer)}
         with self._lock:
+            self._flush()  # what was refused meanwhile is no part of any checkpoint
+            said = [read_entry(entry) for entry in self._pad.after(position)]
+            for intent in said:
+                if isinstance(intent, Intent):
+                    self._check_mine(intent.order)
+            answered = {answer.acknowledgement.id: answer for answer in said if isinstance(answer, Answer)}
             self._turn, self._ready = turn, deque(kept.ready)
             self._replay = deque([*kept.replay, *(intent for intent in said if isinstance(intent, Intent))])
             self._answers = {**{answer.acknowledgement.id: answer for answer in kept.answers}, **answered}
@@ -309,9 +312,10 @@ class Desk:
         return self._open.get(order_id) if answer is None else answer.content
 
     def _turn_away(self, order: Order, gate: str, reason: str) -> None:
-        """Refuse what was not taken."""
+        """Refuse what was not taken. A step must not wait while each of many refusals goes to the disk by itself."""
         self._remember(order, acknowledge(order, "refused", gate, reason, self._step))
-        self._flush()
+        if self._ended is not None or len(self._unwritten) >= MOST_AT_ONCE:
+            self._flush()
 
     def _turn_away_waiting(self, why: dict[str, tuple[Outcome, str, str]]) -> None:
         """Answer those of what waits that will not be applied: outcome, gate and reason by id."""

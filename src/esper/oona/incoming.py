@@ -18,6 +18,7 @@ MAX_ORDER_DEPTH = 12
 MAX_ORDER_VALUES = 20_000
 _ID = re.compile(r"[!-~]{1,128}")
 _MAX_ISSUER_CHARS = 128
+_TYPE = "esper.order"
 
 
 class Doubt(Protocol):
@@ -79,6 +80,9 @@ def read_order(envelope: Envelope, *, run: str, job: str, verify: Verify) -> tup
     ):  # fmt: skip
         if inside != outside:
             raise EnvelopeError(f"an order's {name} is its envelope's {outside[:80]!r}, got {inside[:80]!r}")
+    if envelope.type not in (_TYPE, f"{_TYPE}.{order.kind}"):  # what a link lets through goes by the type alone
+        says = f"an order's envelope says {_TYPE} or {_TYPE}.{order.kind}, which it holds"
+        raise EnvelopeError(f"{says}; got {envelope.type[:80]!r}")
     deadlines = [time for time in (order.deadline, envelope.esperexpires) if time is not None]
     order = msgspec.structs.replace(order, deadline=min(deadlines, key=seconds, default=None))
     check_order(order)
