@@ -61,12 +61,12 @@ def test_growth_is_paused_as_a_whole_and_goes_on() -> None:
     controller = Eager()
     rig = attach(MLP.build(), controller=controller)
     rig.order(Pause(reason="lunch"))
-    rig.order(Pause(reason="twice is once"))
+    rig.order(Pause(reason="coffee"))  # twice is once; the newest reason stands
     rig.order(Germinate(seeds=(SeedPlan(site="fc1-fc2"),)))
     rig.train(10)
     assert controller.asked == 0 and not rig.grower.kasmina.cohorts
     (refusal,) = rig.refused()
-    assert refusal.gate == "paused" and "growth is paused: lunch" in refusal.reason
+    assert refusal.gate == "paused" and "growth is paused: coffee" in refusal.reason
     state = rig.grower.state_dict()
     rig.order(Resume())
     rig.train(5)
@@ -74,7 +74,7 @@ def test_growth_is_paused_as_a_whole_and_goes_on() -> None:
     told = [(e.paused, e.reason) for e in rig.events if isinstance(e, GrowthPaused)]
     assert told == [(True, "lunch"), (False, "by command")]
     rig.grower.load_state_dict(state)
-    assert rig.grower.loop.paused == "lunch", "a pause is part of the state"
+    assert rig.grower.loop.paused == "coffee", "a pause is part of the state"
     del state["esper"]["loop"]["paused"]
     rig.grower.load_state_dict(state)
     assert rig.grower.loop.paused is None, "older states know no pause"

@@ -35,7 +35,7 @@ def open_claims(url: str, environ: Mapping[str, str] | None = None) -> Claims | 
 
         store = RedisStore(RedisConnection(address), address=str(address), prefix=address.prefix)
     elif address.broker == "memory":
-        store = _SHARED.setdefault(str(address), MemoryStore())
+        store = _SHARED.setdefault(str(address), MemoryStore(shared=True))
     else:
         return None
     return Claims(store)
