@@ -237,7 +237,7 @@ async def steer(
         lambda: bus.subscribe([COMMANDS], group="training", consumer="life", redeliver_s=REDELIVER_S)
     )
     leash, sent, quiet_since = Leash(folder, rng), 0, time.monotonic()
-    while len(leash.result.told) < count or any(leash.in_hand.values()):
+    while len(leash.result.told) < count or any(leash.in_hand.values()) or deaths:
         if sent < len(messages):
             batch = messages[sent : sent + 20]
             await patiently(lambda batch=batch: bus.publish(COMMANDS, batch))

@@ -63,8 +63,12 @@ class Database:
 
     def _prepare(self) -> None:
         execute = self._connection.execute
-        version, owner = self._number("user_version"), self._number("application_id")
-        is_empty = execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+        execute("BEGIN")  # all of one moment: somebody else may be making the file just now
+        try:
+            is_empty = execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+            version, owner = self._number("user_version"), self._number("application_id")
+        finally:
+            execute("ROLLBACK")
         if owner != APPLICATION_ID and not is_empty:
             raise StateError(
                 f"a Karn database is needed, got another program's SQLite file at {str(self.path)!r}; choose another"
