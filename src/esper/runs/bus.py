@@ -96,7 +96,7 @@ def events_followed(options: RunOptions, run_dir: Path, on_note: Callable[[str],
 
 
 def attaching(options: RunOptions, run_dir: Path) -> Attach:
-    """What links each growing training of a run to the bus; its keys are read once.
+    """What links each growing training of a run to the bus; its keys are read once a process.
 
     Without a bus a training that has taken orders before still has its log read: they are part of what it is.
     """

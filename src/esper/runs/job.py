@@ -25,7 +25,7 @@ from esper.kasmina.starts import STARTS
 from esper.observe.report import write_report
 from esper.protocol import AnyEvent, RunFinished, RunStarted
 from esper.runs.advice import conclude, take_snapshot
-from esper.runs.arms import ARMS, Cell, Trained, configure, equal_flops_widths, load_preset, score, train
+from esper.runs.arms import ARMS, Attach, Cell, Trained, configure, equal_flops_widths, load_preset, score, train
 from esper.runs.artifacts import write_json, write_model
 from esper.runs.bus import attaching, events_followed
 from esper.runs.cell_store import CellStore, folder_name
@@ -132,6 +132,7 @@ class _Job:
         self.on_note = on_note
         self.options, self.preset, self.device, self.size = options, preset, device, size
         self.run_dir, self.config, self.record = run_dir, config, record
+        self.attach = attaching(options, run_dir)
         self.steps: int = config["steps"]
         self.lrs: tuple[float, ...] = tuple(config["lrs"])
         self.seeds: list[int] = config["seeds"]
@@ -215,7 +216,7 @@ class _Job:
     def _train_all(self, cells: list[Cell], *, live: bool) -> list[Trained]:
         emit: Callable[[AnyEvent], None] = self._emit if live else _ignore
         if self.options.jobs == 1 or len(cells) <= 1:
-            return [_train_here(cell, self.preset, emit, self.run_dir) for cell in cells]
+            return [_train_here(cell, self.preset, emit, self.run_dir, self.attach) for cell in cells]
         context = multiprocessing.get_context("spawn")
         workers = min(self.options.jobs, len(cells))
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
@@ -259,14 +260,15 @@ def _end_with_parent() -> None:
 def _train_alone(cell: Cell, run_dir: Path) -> Trained:
     """One training in a process of its own."""
     torch.set_num_threads(1)
-    return _train_here(cell, load_preset(cell.options, cell.device, cell.size), _ignore, run_dir)
+    preset = load_preset(cell.options, cell.device, cell.size)
+    return _train_here(cell, preset, _ignore, run_dir, attaching(cell.options, run_dir))
 
 
-def _train_here(cell: Cell, preset: Preset, emit: Callable[[AnyEvent], None], run_dir: Path) -> Trained:
+def _train_here(cell: Cell, preset: Preset, emit: Callable[[AnyEvent], None], run_dir: Path, attach: Attach) -> Trained:
     """One training, kept below the run directory."""
     store = CellStore(run_dir / PROGRESS / folder_name(cell), cell, cell.options.checkpoint_every)
     try:
-        return train(cell, preset, emit, store, attaching(cell.options, run_dir))
+        return train(cell, preset, emit, store, attach)
     finally:
         store.close()
 
