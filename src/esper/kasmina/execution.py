@@ -81,7 +81,7 @@ class Kasmina:
         self._grown = self._working = False
         self._watching: bool | None = None
         self._prepare_sites()
-        self._handles = attach(list(discovery.sites), self.sites)
+        self._switch = attach(list(discovery.sites), self.sites)
 
     def _prepare_sites(self) -> None:
         for name, site in self.sites.items():
@@ -136,9 +136,7 @@ class Kasmina:
 
     def detach(self) -> None:
         """Remove every hook; the host is as it was before."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._switch.detach()
 
     # ---------------------------------------------------------------------------------------------- measures
 
@@ -390,8 +388,8 @@ class Kasmina:
             return  # whatever else changes what hooks do refreshes by itself
         self._watching = due
         for site in self.sites.values():
-            site.telemetry_due = due and site.refused is None
-        self.refresh()
+            site.watch(due)
+        self._note_work()
 
     def refresh(self) -> None:
         """After a change: let every site decide what its hooks have to do from now on."""
@@ -399,7 +397,12 @@ class Kasmina:
         for site in self.sites.values():
             site.refresh()
             self._grown = self._grown or bool(site.banks) or site.adds
-        self._working = any(site.engaged for site in self.sites.values())
+        self._note_work()
+
+    def _note_work(self) -> None:
+        self._working = any([site.engaged for site in self.sites.values()])
+        if not self._working and self._switch.armed:
+            self._switch.disarm()
 
 
 def _translated(codes: npt.NDArray[Any], names: list[str], registry: Registry[Any]) -> npt.NDArray[Any]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,23 +78,27 @@ class RandomNote:
         return {"state": None, "armed": False}
 
 
-def attach(plans: list[SitePlan], sites: dict[str, Site]) -> list[RemovableHandle]:
+def attach(plans: list[SitePlan], sites: dict[str, Site]) -> Switch:
     """Register the hooks of all sites. A chain's upstream leaves before its downstream reads."""
-    handles: list[RemovableHandle] = []
+    switch = Switch()
     parents: dict[int, tuple[nn.Module, list[Site]]] = {}
     for plan in plans:
         site = sites[plan.info.name]
         if plan.info.kind.is_span:
             parents.setdefault(id(plan.parent), (plan.parent, []))[1].append(site)
-            handles.append(plan.head.register_forward_pre_hook(HeadEnter(site), with_kwargs=True))
-        handles.append(plan.tail.register_forward_hook(TailLeave(site), with_kwargs=True))
+            switch.add(plan.head, HeadEnter(site), [site])
+        switch.add(plan.tail, TailLeave(site), [site])
     for parent, inside in parents.values():
-        handles.append(parent.register_forward_pre_hook(ParentEnter(inside)))
-    return handles
+        switch.add(parent, ParentEnter(inside), inside)
+    for site in sites.values():
+        site.switch = switch
+    return switch
 
 
 def is_attached(model: nn.Module) -> bool:
-    """Whether any module already carries Esper's hooks."""
+    """Whether a grower watches any module, or one carries Esper's hooks (a copy does)."""
+    if any(module in _carriers for module in model.modules()):
+        return True
     stores = (store for module in model.modules() for store in _stores(module))
     return any(isinstance(hook, _OURS) for store in stores for hook in store.values())
 
@@ -101,6 +110,136 @@ def strip(model: nn.Module) -> None:
             for key in [key for key, hook in store.items() if isinstance(hook, _OURS)]:
                 del store[key]
                 flags.pop(key, None)
+
+
+@dataclass
+class _Place:
+    """One hook of ours: where it hangs, under which number, and for which sites."""
+
+    store: dict[int, Any]
+    flags: dict[int, bool]
+    number: int
+    hook: Any
+    keywords: bool
+    sites: list[Site]
+
+
+class Switch:
+    """Takes hooks that have nothing to do off their modules, and puts them back in the order in which they hung.
+
+    PyTorch calls a module with a hook on it the long way, microseconds more even for one that returns at once. A
+    compiled graph keeps the hooks that it was traced with and need not look at a module again: what has not been seen
+    to be called by Python stays where it is, and all are back before a compiler starts.
+    """
+
+    def __init__(self) -> None:
+        self.armed = True
+        self._places: list[_Place] = []
+        self._handles: list[RemovableHandle] = []
+        self._off: list[_Place] = []
+        self._modules: list[nn.Module] = []
+        self._num_compilations = 0
+        _switches.add(self)
+
+    def add(self, module: nn.Module, hook: Any, sites: list[Site]) -> None:
+        """Hang ``hook`` on ``module``, behind what hangs there."""
+        before, keywords = not isinstance(hook, TailLeave), not isinstance(hook, ParentEnter)
+        register: Any = module.register_forward_pre_hook if before else module.register_forward_hook
+        handle = register(hook, with_kwargs=keywords)
+        store, flags = _stores(module)[before], _keyword_flags(module)[before]
+        self._handles.append(handle)
+        self._places.append(_Place(store, flags, handle.id, hook, keywords, sites))
+        self._modules.append(module)
+        _carriers.add(module)
+
+    def arm(self) -> None:
+        """Every hook is called again from now on."""
+        self.armed = True
+        off, self._off = self._off, []
+        crowded = {id(place.store): list(place.store) for place in off if place.store}
+        for place in off:
+            place.store[place.number] = place.hook
+            if place.keywords:
+                place.flags[place.number] = True
+        if crowded:
+            self._sort(crowded)
+
+    def _sort(self, crowded: dict[int, list[int]]) -> None:
+        """Hooks that came while ours were off go behind them, as if ours had hung there; ours keep their order."""
+        inside = [place for place in self._places if id(place.store) in crowded]
+        ours = {(id(place.store), place.number) for place in inside}
+        for place in inside:
+            place.store[place.number] = place.store.pop(place.number)
+        for place in inside:
+            for number in crowded.pop(id(place.store), ()):
+                if (id(place.store), number) not in ours:
+                    place.store[number] = place.store.pop(number)
+
+    def disarm(self) -> None:
+        """No hook is called from now on, as far as that is safe; one beside somebody else's keeps its place."""
+        self.armed = False
+        if self._num_compilations > _MOST_COMPILATIONS or not _hears_compilers():
+            return
+        for place in self._places:
+            if all(site.ran_eagerly for site in place.sites) and place.number in place.store:
+                if all(isinstance(hook, _OURS) for hook in place.store.values()):
+                    del place.store[place.number]
+                    place.flags.pop(place.number, None)
+                    self._off.append(place)
+
+    def expect_compiler(self) -> None:
+        """A compiler is about to trace: what it sees is what its graph will do."""
+        self._num_compilations += 1
+        self.arm()
+        for place in self._places:
+            for site in place.sites:
+                site.ran_eagerly = False
+
+    def detach(self) -> None:
+        """Remove every hook for good."""
+        for handle in self._handles:
+            handle.remove()
+        self._off, self._places, self._handles = [], [], []
+        for module in self._modules:
+            _carriers.discard(module)
+        self._modules = []
+
+
+_switches: weakref.WeakSet[Switch] = weakref.WeakSet()
+_carriers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Modules that a grower watches, its hooks on them or off for the moment."""
+_MOST_COMPILATIONS = 8
+"""Of a process that goes on compiling the hooks stay where they are: a graph may look for them at each call."""
+
+
+def _before_compiling(*_: Any) -> None:
+    for switch in list(_switches):
+        switch.expect_compiler()
+
+
+def _hears_compilers() -> bool:
+    """Whether a compiler that starts now will tell; one that was never imported cannot be asked yet."""
+    handler: Any = getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
+    callbacks = getattr(handler, "start_callbacks", None)
+    if callbacks is None:
+        return False
+    if _before_compiling not in callbacks:  # a reset of the compiler forgets who listens
+        handler.register_start_callback(_before_compiling)
+    return True
+
+
+@contextmanager
+def armed(sites: Mapping[str, Site]) -> Generator[None]:
+    """All hooks of these sites hang on their modules inside, for a copy of them to have them."""
+    switches = {id(site.switch): site.switch for site in sites.values() if site.switch is not None}
+    before = [switch for switch in switches.values() if not switch.armed]
+    for switch in before:
+        switch.arm()
+    try:
+        yield
+    finally:
+        for switch in before:
+            switch.disarm()
 
 
 _OURS = (ParentEnter, HeadEnter, TailLeave, RandomNote)
