@@ -79,6 +79,8 @@ class Kasmina:
             samples_per_batch=self.samples_per_batch, generator=self.generator,
         )  # fmt: skip
         self._grown = self._working = False
+        self.num_changes = 0
+        """Rises whenever something is added, moved, removed or restored."""
         self._watching: bool | None = None
         self._prepare_sites()
         self._switch = attach(list(discovery.sites), self.sites)
@@ -320,6 +322,11 @@ class Kasmina:
         """Whether nothing is alive and nothing has been grown: every site is as the host made it."""
         return not self._grown
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is at rest, without a cohort, and no hook has work in the step just taken or in the next."""
+        return not (self._grown or self._working or self.cohorts) and self._watching is False
+
     def learn(self, hosts: dict[str, Hyperparameters], *, inverse_scale: float) -> None:
         """One update of everything that learns, after a real host step."""
         if self.at_rest:
@@ -393,6 +400,7 @@ class Kasmina:
 
     def refresh(self) -> None:
         """After a change: let every site decide what its hooks have to do from now on."""
+        self.num_changes += 1
         self._grown = False
         for site in self.sites.values():
             site.refresh()

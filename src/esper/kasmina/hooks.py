@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -113,15 +113,30 @@ def strip(model: nn.Module) -> None:
 
 
 @dataclass
-class _Place:
-    """One hook of ours: where it hangs, under which number, and for which sites."""
+class _Store:
+    """Hooks of ours in one dictionary of a module, by number, and the sites that they are for."""
 
-    store: dict[int, Any]
+    hooks: dict[int, Any]
     flags: dict[int, bool]
-    number: int
-    hook: Any
-    keywords: bool
     sites: list[Site]
+    ours: dict[int, Any] = field(default_factory=dict[int, Any])
+    our_flags: dict[int, bool] = field(default_factory=dict[int, bool])
+
+    def fill(self) -> None:
+        """What came while ours were off goes behind them, as if they had hung there."""
+        others, flags = dict(self.hooks), dict(self.flags)
+        for store, first, then in ((self.hooks, self.ours, others), (self.flags, self.our_flags, flags)):
+            store.clear()
+            store.update(first)
+            store.update(then)
+
+    def empty(self) -> bool:
+        """Take ours off, if they hang alone and Python has been seen to call them; whether it was done."""
+        if len(self.hooks) != len(self.ours) or not all([site.ran_eagerly for site in self.sites]):
+            return False
+        self.hooks.clear()
+        self.flags.clear()
+        return True
 
 
 class Switch:
@@ -134,9 +149,9 @@ class Switch:
 
     def __init__(self) -> None:
         self.armed = True
-        self._places: list[_Place] = []
+        self._stores: dict[int, _Store] = {}
         self._handles: list[RemovableHandle] = []
-        self._off: list[_Place] = []
+        self._off: list[_Store] = []
         self._modules: list[nn.Module] = []
         self._num_compilations = 0
         _switches.add(self)
@@ -146,60 +161,42 @@ class Switch:
         before, keywords = not isinstance(hook, TailLeave), not isinstance(hook, ParentEnter)
         register: Any = module.register_forward_pre_hook if before else module.register_forward_hook
         handle = register(hook, with_kwargs=keywords)
-        store, flags = _stores(module)[before], _keyword_flags(module)[before]
+        hooks = _stores(module)[before]
+        store = self._stores.setdefault(id(hooks), _Store(hooks, _keyword_flags(module)[before], []))
+        store.ours[handle.id] = hook
+        if keywords:
+            store.our_flags[handle.id] = True
+        store.sites.extend(sites)
         self._handles.append(handle)
-        self._places.append(_Place(store, flags, handle.id, hook, keywords, sites))
         self._modules.append(module)
         _carriers.add(module)
 
     def arm(self) -> None:
         """Every hook is called again from now on."""
         self.armed = True
-        off, self._off = self._off, []
-        crowded = {id(place.store): list(place.store) for place in off if place.store}
-        for place in off:
-            place.store[place.number] = place.hook
-            if place.keywords:
-                place.flags[place.number] = True
-        if crowded:
-            self._sort(crowded)
-
-    def _sort(self, crowded: dict[int, list[int]]) -> None:
-        """Hooks that came while ours were off go behind them, as if ours had hung there; ours keep their order."""
-        inside = [place for place in self._places if id(place.store) in crowded]
-        ours = {(id(place.store), place.number) for place in inside}
-        for place in inside:
-            place.store[place.number] = place.store.pop(place.number)
-        for place in inside:
-            for number in crowded.pop(id(place.store), ()):
-                if (id(place.store), number) not in ours:
-                    place.store[number] = place.store.pop(number)
+        for store in self._off:
+            store.fill()
+        self._off = []
 
     def disarm(self) -> None:
-        """No hook is called from now on, as far as that is safe; one beside somebody else's keeps its place."""
+        """No hook is called from now on, as far as that is safe; those beside somebody else's stay."""
         self.armed = False
-        if self._num_compilations > _MOST_COMPILATIONS or not _hears_compilers():
-            return
-        for place in self._places:
-            if all(site.ran_eagerly for site in place.sites) and place.number in place.store:
-                if all(isinstance(hook, _OURS) for hook in place.store.values()):
-                    del place.store[place.number]
-                    place.flags.pop(place.number, None)
-                    self._off.append(place)
+        if self._num_compilations <= _MOST_COMPILATIONS and _hears_compilers():
+            self._off = [store for store in self._stores.values() if store.empty()]
 
     def expect_compiler(self) -> None:
         """A compiler is about to trace: what it sees is what its graph will do."""
         self._num_compilations += 1
         self.arm()
-        for place in self._places:
-            for site in place.sites:
+        for store in self._stores.values():
+            for site in store.sites:
                 site.ran_eagerly = False
 
     def detach(self) -> None:
         """Remove every hook for good."""
         for handle in self._handles:
             handle.remove()
-        self._off, self._places, self._handles = [], [], []
+        self._off, self._handles, self._stores = [], [], {}
         for module in self._modules:
             _carriers.discard(module)
         self._modules = []
