@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +28,9 @@ TASKS = pytest.mark.parametrize("task", [MLP, CONV, TRANSFORMER], ids=str)
 @contextmanager
 def no_waiting() -> Iterator[None]:
     """Whatever would wait for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode", category=UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
