@@ -204,9 +204,12 @@ class Site:
         training = module.training
         if self.probe is not None:
             return self.probe.leave(self, x, layer_input, y, training)
+        tapped = y
         if self.recording and not transformed and torch.is_grad_enabled() and y.requires_grad and self._is_first_look():
-            self._record(x, y)
-        return self._compose(x, y, self._trial, training=training, writable=writable) if self._adds else None
+            tapped = self._record(x, y)
+        if self._adds:
+            return self._compose(x, tapped, self._trial, training=training, writable=writable)
+        return None if tapped is y else tapped
 
     def compose(
         self, x: Tensor, y: Tensor, cohorts: AbstractSet[int], *, training: bool, writable: bool = False
@@ -320,15 +323,15 @@ class Site:
         self._seen_in_forward = False
         return counts
 
-    def _record(self, x: Tensor, y: Tensor) -> None:
+    def _record(self, x: Tensor, y: Tensor) -> Tensor:
+        """Count and note what is due; returns what the host goes on with."""
         self.num_calls += 1
         axis = self.geometry.feature_axis
         self.num_rows += y.numel() // y.shape[axis]
         self.num_samples += y.shape[self.geometry.sample_axis] if y.dim() > 1 else 1
         if self.telemetry_due and self.telemetry is not None:
             self.telemetry.record(y, axis)
-        if self.capture is not None:
-            self.capture.record(self.read(x), y)
+        return y if self.capture is None else self.capture.record(self.read(x), y)
 
     # ---------------------------------------------------------------------------------------------- copies and state
 
