@@ -82,17 +82,19 @@ def _observe(run: Run, step: int) -> Observation:
     )
 
 
-def recent_losses(losses: Sequence[Tensor]) -> tuple[float, float]:
+def recent_losses(losses: Sequence[Tensor | float]) -> tuple[float, float]:
     """Mean of the latest training losses, and their standard deviation as a share of it; NaN where unknown.
 
     Waits for the device.
     """
     if not losses:
         return math.nan, math.nan
-    values = stacked(losses).double().cpu()
-    mean = float(values.mean())
-    noise = float(values.std()) / abs(mean) if len(values) > 1 and mean != 0 else math.nan
-    return mean, noise
+    values: list[float] = stacked(losses).tolist()
+    mean = sum(values) / len(values)
+    if len(values) < 2 or mean == 0:
+        return mean, math.nan
+    squares = sum([(value - mean) ** 2 for value in values])
+    return mean, math.sqrt(squares / (len(values) - 1)) / abs(mean)
 
 
 def _lr_share(clock: HostClock) -> float:

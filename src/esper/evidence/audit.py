@@ -12,6 +12,7 @@ from torch import nn
 
 from esper.evidence.judge import Judge
 from esper.evidence.paired import PairedResult, paired_difference
+from esper.kasmina.hooks import armed
 from esper.kasmina.site import Site
 
 
@@ -25,7 +26,8 @@ class Network:
     @classmethod
     def of(cls, model: nn.Module, sites: Mapping[str, Site]) -> Network:
         """A copy."""
-        return cls(*copy.deepcopy((model, dict(sites))))
+        with armed(sites):
+            return cls(*copy.deepcopy((model, dict(sites))))
 
 
 @dataclass

@@ -79,9 +79,11 @@ class Kasmina:
             samples_per_batch=self.samples_per_batch, generator=self.generator,
         )  # fmt: skip
         self._grown = self._working = False
+        self.num_changes = 0
+        """Rises whenever something is added, moved, removed or restored."""
         self._watching: bool | None = None
         self._prepare_sites()
-        self._handles = attach(list(discovery.sites), self.sites)
+        self._switch = attach(list(discovery.sites), self.sites)
 
     def _prepare_sites(self) -> None:
         for name, site in self.sites.items():
@@ -136,9 +138,7 @@ class Kasmina:
 
     def detach(self) -> None:
         """Remove every hook; the host is as it was before."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._switch.detach()
 
     # ---------------------------------------------------------------------------------------------- measures
 
@@ -322,6 +322,11 @@ class Kasmina:
         """Whether nothing is alive and nothing has been grown: every site is as the host made it."""
         return not self._grown
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is at rest, without a cohort, and no hook has work in the step just taken or in the next."""
+        return not (self._grown or self._working or self.cohorts) and self._watching is False
+
     def learn(self, hosts: dict[str, Hyperparameters], *, inverse_scale: float) -> None:
         """One update of everything that learns, after a real host step."""
         if self.at_rest:
@@ -390,16 +395,22 @@ class Kasmina:
             return  # whatever else changes what hooks do refreshes by itself
         self._watching = due
         for site in self.sites.values():
-            site.telemetry_due = due and site.refused is None
-        self.refresh()
+            site.watch(due)
+        self._note_work()
 
     def refresh(self) -> None:
         """After a change: let every site decide what its hooks have to do from now on."""
+        self.num_changes += 1
         self._grown = False
         for site in self.sites.values():
             site.refresh()
             self._grown = self._grown or bool(site.banks) or site.adds
-        self._working = any(site.engaged for site in self.sites.values())
+        self._note_work()
+
+    def _note_work(self) -> None:
+        self._working = any([site.engaged for site in self.sites.values()])
+        if not self._working and self._switch.armed:
+            self._switch.disarm()
 
 
 def _translated(codes: npt.NDArray[Any], names: list[str], registry: Registry[Any]) -> npt.NDArray[Any]:

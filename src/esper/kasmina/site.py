@@ -75,6 +75,16 @@ class Probe(Protocol):
         ...
 
 
+class Switch(Protocol):
+    """Whether hooks are called at all."""
+
+    armed: bool
+
+    def arm(self) -> None: ...
+
+    def disarm(self) -> None: ...
+
+
 class Site:
     """State and behaviour of one site.
 
@@ -117,6 +127,10 @@ class Site:
         self.recording = True
         self.telemetry_due = False
         self.engaged = False
+        self.switch: Switch | None = None
+        """Takes hooks off their modules while no site is engaged."""
+        self.ran_eagerly = False
+        """Python itself has called the hooks in a training forward, not a compiled graph."""
         self.refused: str | None = None
         self.num_calls = 0
         self.num_rows = 0
@@ -130,13 +144,19 @@ class Site:
 
     # ---------------------------------------------------------------------------------------------- between steps
 
+    def watch(self, due: bool) -> None:
+        """Arm or disarm telemetry for the next step; what is added stays as it is."""
+        self.telemetry_due = due and self.refused is None
+        records = self.recording and (self.telemetry_due or self.capture is not None)
+        self.engaged = records or self._adds or self.probe is not None
+        if self.engaged and self.switch is not None and not self.switch.armed:
+            self.switch.arm()
+
     def refresh(self) -> None:
         """Decide whether the hooks have work in the next step."""
         self._adds = self.adds
         self._trial = self._on_trial(self.grafted)
-        adds = self._adds or self.probe is not None
-        records = self.recording and (self.capture is not None or self.telemetry_due)
-        self.engaged = adds or records
+        self.watch(self.telemetry_due)
         fused = [bank for bank in [*self.beside, *self._trial] if _fuses(bank)]
         self._shares_columns = len(fused) > 1 and overlap(fused)
 
@@ -326,6 +346,8 @@ class Site:
     def _record(self, x: Tensor, y: Tensor) -> Tensor:
         """Count and note what is due; returns what the host goes on with."""
         self.num_calls += 1
+        if not torch.compiler.is_compiling():
+            self.ran_eagerly = True
         axis = self.geometry.feature_axis
         self.num_rows += y.numel() // y.shape[axis]
         self.num_samples += y.shape[self.geometry.sample_axis] if y.dim() > 1 else 1
@@ -385,6 +407,7 @@ class Site:
             telemetry=None,
             generator=None,
             probe=None,
+            switch=None,
             recording=False,
             telemetry_due=False,
             _trial=[],
