@@ -18,7 +18,7 @@ from benchmarks.training.protocol.cells import Cell, Outcome
 from esper.errors import ConfigError
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import forward_flops
-from esper.protocol import Germinated, Judged
+from esper.protocol import Fitted, Germinated, Judged
 from esper.runs import arms as training
 from esper.runs.options import RunOptions
 from esper.runs.preset import Preset
@@ -30,6 +30,7 @@ SHORT = 0.75
 JUDGED = (
     "step", "stage", "gain", "gain_low", "gain_high", "e_value", "e_threshold", "confirm_p", "accepted", "reason",
 )  # fmt: skip
+FITTED = ("step", "site", "start", "explained", "t_statistic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +108,13 @@ def train_esper(preset: Preset, cell: Cell, given: Given) -> Result:
     if math.isfinite(trained.held_out):
         training.score(trained, preset)
     judged = [event for event in trained.events if isinstance(event, Judged)]
+    fitted = [event for event in trained.events if isinstance(event, Fitted)]
     outcome = Outcome(
         held_out=trained.held_out, flops=trained.flops, params=trained.params, seconds=trained.seconds,
         widths=tuple(trained.widths), flops_parts=trained.flops_parts, cohorts=trained.cohorts,
         stopped=trained.stopped, schedule=tuple(msgspec.to_builtins(event) for event in trained.kept),
         judged=tuple({key: msgspec.to_builtins(getattr(event, key)) for key in JUDGED} for event in judged),
+        fitted=tuple({key: msgspec.to_builtins(getattr(event, key)) for key in FITTED} for event in fitted),
     )  # fmt: skip
     return Result(outcome=outcome, score=trained.score, loss=trained.loss)
 
