@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from benchmarks.training import image_starts, recipe, sizing
-from benchmarks.training.protocol import ARMS, TASKS, Outcome, Plan, Record, Source, Task
-from benchmarks.training.protocol.arms import static_flops
+from benchmarks.training.protocol import ARMS, TASKS, Cell, Outcome, Plan, Record, Result, Source, Task
+from benchmarks.training.protocol.arms import Given, static_flops
 from benchmarks.training.protocol.command import command
 from benchmarks.training.protocol.task import device_of, load_all
 from benchmarks.training.rows import Rows, parts
@@ -254,11 +255,41 @@ def test_variants_that_are_no_setting_change_what_they_say() -> None:
 
 def test_growing_for_three_quarters_of_the_final_shapes_flops() -> None:
     preset, steps = make_small(Source()), 400
-    twin = Outcome(held_out=1.0, flops=2 * static_flops(preset, (6, 6), steps), params=0, seconds=0.0, widths=(6, 6))
+    final = static_flops(preset, (6, 6), steps)
+    twin = Outcome(held_out=1.0, flops=2 * final, params=0, seconds=0.0, widths=(6, 6))
     given = ARMS["grown_short"].derive(preset, twin, steps)
-    assert given == {"steps": 150}  # 0.75 / 2 of the steps
+    assert given == {"steps": 150, "flops": 0.75 * final}  # 0.75 / 2 of the steps
     cheap = dataclasses.replace(twin, flops=twin.flops / 4)
-    assert ARMS["grown_short"].derive(preset, cheap, steps) == {"steps": steps}, "never longer than the others"
+    assert ARMS["grown_short"].derive(preset, cheap, steps)["steps"] == steps, "never longer than the others"
+
+
+@pytest.mark.parametrize(
+    ("cost", "tried"),
+    [
+        (lambda steps: 0.7 * steps, [100]),  # spends 70 of 75: near enough
+        (lambda steps: 0.2 * steps, [100, 346]),  # too little
+        (lambda steps: 0.01 * steps, [100, 400]),  # no more than there are
+        (lambda steps: 1.5 * steps, [100, 46]),  # too much
+        (lambda steps: 60 if steps < 200 else 90, [100, 115, 132]),  # never near: the longest within
+        (lambda steps: 500, [100, 13, 1]),  # whatever it does
+    ],
+)
+def test_how_long_growing_may_take_is_found_by_its_cost(
+    cost: Callable[[int], float], tried: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def train(preset: Preset, cell: Cell, given: Given) -> Result:
+        seen.append(cell.steps)
+        outcome = Outcome(held_out=1.0, flops=cost(cell.steps), params=1, seconds=1.0, widths=(cell.steps,))
+        return Result(outcome=outcome, score=0.0, loss=0.0)
+
+    monkeypatch.setattr("benchmarks.training.protocol.arms.train_esper", train)
+    cell = Plan(TASKS["teacher_student"], seeds=(0,), source=Source(), code="", steps=400).cell("grown", 0, 0.1, None)
+    result = ARMS["grown_short"].train(make_small(Source()), cell, {"steps": 100, "flops": 75.0})
+    assert seen == tried
+    affordable = [steps for steps in tried if cost(steps) <= 75]
+    assert result.outcome.widths == (max(affordable, default=min(tried)),)
 
 
 @pytest.mark.integration
