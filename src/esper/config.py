@@ -154,6 +154,9 @@ class GraftConfig:
     """Steps over which the learning rate of new units rises from zero."""
     embargo: int = 100
     """Steps a chunk rests after its seed was removed."""
+    recompute: bool | None = None
+    """Branches on Linear spans compute their hidden units again in the backward pass instead of keeping them: memory
+    for a sixth more of a branch's training FLOPs. ``None``: on GPUs. Spans with dropout keep them."""
 
     def __post_init__(self) -> None:
         _check(

@@ -7,7 +7,6 @@ pass waits for the device, and a compiled graph holds only tensor operations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,13 +140,16 @@ class Capture:
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for part in self._done for t in part)
 
-    def record(self, x: Tensor, y: Tensor) -> None:
-        """Copy sampled rows of ``x`` and ``y`` now, and of ``dL/dy`` when the backward pass reaches ``y``."""
+    def record(self, x: Tensor, y: Tensor) -> Tensor:
+        """Copy sampled rows of ``x`` and ``y`` now, and of ``dL/dy`` when the backward pass reaches what is returned.
+
+        That is ``y`` itself, or the same numbers in a compiled graph: the host has to go on with them.
+        """
         if not self.open or not y.requires_grad:
-            return
+            return y
         conv = self.geometry.kind.channels_first
         flat_x = x.detach() if conv else x.detach().reshape(-1, x.shape[-1])
-        flat_y = y.detach() if conv else y.detach().reshape(-1, y.shape[-1])
+        flat_y = _rows(y.detach(), conv)
         total = flat_y.shape[0]
         size = min(total, self.rows_per_batch)
         # a row from each of `size` shares that have none in common, as equal as whole rows allow: no row twice
@@ -158,22 +160,18 @@ class Capture:
         if self.geometry.sample_axis == 1:  # sequence first: rows of one sample lie a batch apart
             cluster = index % y.shape[1]
         kept_x, kept_y = flat_x[index], flat_y[index]
-
-        def rows_of(g: Tensor) -> Tensor:
-            return (g.detach() if conv else g.detach().reshape(-1, g.shape[-1]))[index]
-
         if torch.compiler.is_compiling():
-            self._record_compiled(y, (kept_x, kept_y, kept_y, cluster), rows_of)
-            return
+            return self._record_compiled(y, index, (kept_x, kept_y, kept_y, cluster))
 
         def read(g: Tensor) -> None:
             if not self.full:
-                self._keep((kept_x, kept_y, rows_of(g), cluster))
+                self._keep((kept_x, kept_y, _rows(g.detach(), conv)[index], cluster))
 
         y.register_hook(read)
+        return y
 
-    def _record_compiled(self, y: Tensor, rows: Captured, rows_of: Callable[[Tensor], Tensor]) -> None:
-        """A hook in a compiled graph may write to tensors that were there before it, and to nothing else.
+    def _record_compiled(self, y: Tensor, index: Tensor, rows: Captured) -> Tensor:
+        """A backward pass in a compiled graph may write to tensors that were there before it, and to nothing else.
 
         So each batch is written as a whole, by its backward pass, into slots that :meth:`after_step` empties; of
         several batches in one step the last is kept. The slots are made after the first call, like its rows.
@@ -181,14 +179,10 @@ class Capture:
         slots = self._slots
         if slots is None or any(slot.shape != r.shape or slot.dtype != r.dtype for slot, r in zip(slots, rows)):  # noqa: B905  # the compiler's zip is not strict
             self._like = rows
-            return
+            return y
         self._ran = True
-
-        def write(g: Tensor) -> None:
-            for slot, value in zip(slots, (rows[0], rows[1], rows_of(g), rows[3])):  # noqa: B905
-                slot.copy_(value)
-
-        y.register_hook(write)
+        x_rows, y_rows, _, cluster = rows
+        return _Tap.apply(y, self.geometry.kind.channels_first, index, x_rows, y_rows, cluster, *slots)  # type: ignore[reportReturnType]
 
     def _keep(self, captured: Captured) -> None:
         if self._done and self._done[0][0].shape[1] != captured[0].shape[1]:
@@ -222,6 +216,34 @@ class Capture:
             empty = torch.zeros(0)
             return Rows(empty, empty, empty, empty.long(), empty.long())
         return Rows(torch.cat(xs), torch.cat(ys), torch.cat(gs), torch.cat(clusters), torch.cat(batches))
+
+
+def _rows(y: Tensor, conv: bool) -> Tensor:
+    """Images stay as they are; of anything else every position is a row."""
+    return y if conv else y.reshape(-1, y.shape[-1])
+
+
+class _Tap(torch.autograd.Function):
+    """``y``; its backward pass writes a batch into slots, in a compiled graph.
+
+    Not a hook of the tensor: what the compiler makes of one differs from release to release (2.11 loses itself in deep
+    graphs, earlier ones break them), while autograd functions are compiled alike by all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, conv: bool, *tensors: Tensor) -> Tensor:
+        ctx.conv = conv
+        ctx.save_for_backward(*tensors)
+        return y.clone()  # what is behind the site may edit it in place, which a view forbids; Inductor leaves it out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[reportIncompatibleMethodOverride]
+        index, x_rows, y_rows, cluster, x_slot, y_slot, g_slot, cluster_slot = ctx.saved_tensors
+        x_slot.copy_(x_rows)
+        y_slot.copy_(y_rows)
+        g_slot.copy_(_rows(g, ctx.conv)[index])
+        cluster_slot.copy_(cluster)
+        return g, *(None,) * 9
 
 
 def rows_per_batch(

@@ -90,6 +90,8 @@ class Kasmina:
             device = self.plans[name].weight.device
             bounds = self.table.bounds[self.index[name]]
             site.telemetry = TelemetryBuffer(bounds, self.config.telemetry.rows, device)
+            recompute = self.config.graft.recompute
+            site.thrifty = device.type == "cuda" if recompute is None else recompute
             # only a dropout span draws on the device; its own stream leaves the host's alone
             if site.geometry.dropout > 0:
                 site.generator = torch.Generator(device)
@@ -163,6 +165,10 @@ class Kasmina:
             active = [bank for cohort, bank in site.banks.items() if waiting or cohort in site.grafted]
             total += rows[name] * sum(bank.flops_per_row for bank in [*active, *site.permanent])
         return total
+
+    def repeated_flops_per_step(self) -> float:
+        """FLOPs a step of what branches compute a second time, in the backward pass."""
+        return sum(self.rows_per_step[name] * site.repeated_flops_per_row for name, site in self.sites.items())
 
     def units(self, site: str) -> int:
         """Hidden units a site has grown: annex and live seeds in the forward pass."""

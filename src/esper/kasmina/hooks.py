@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.kasmina.discovery import SitePlan
 from esper.kasmina.isolation import RandomState, random_state
-from esper.kasmina.layer_kinds import PACKED, first_input, first_output, with_first_output
+from esper.kasmina.layer_kinds import PACKED, first_input, first_output, with_first_input, with_first_output
 from esper.kasmina.site import Site
 
 
@@ -37,9 +37,12 @@ class HeadEnter:
     def __init__(self, site: Site) -> None:
         self.site = site
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.site.engaged:
-            self.site.enter(first_input(args, kwargs))
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not self.site.engaged:
+            return None
+        x = first_input(args, kwargs)
+        read = self.site.enter(x)
+        return None if read is x else with_first_input(args, kwargs, read)
 
 
 class TailLeave:

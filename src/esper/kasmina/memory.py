@@ -1,4 +1,5 @@
-"""How much memory is free, and what is made smaller where that is little: chunks at attach, captures at germination.
+"""How much memory is free, what is made smaller where that is little (chunks at attach, captures at germination), and
+what is kept in the CPU's memory instead of a GPU's.
 
 Nothing here frees or reserves anything. Callers ask :func:`free_bytes` through this module, so that a test, or a
 machine with other means, can put its own reading there.
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from esper.kasmina.discovery import SitePlan
@@ -42,6 +44,17 @@ def free_bytes(device: torch.device) -> int | None:
         if line.startswith("MemAvailable:"):
             return 1024 * int(line.split()[1])
     return None
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in the CPU's memory; from a GPU into pinned memory, behind what its stream has yet to do.
+
+    Nothing is held on the GPU for it, and nobody waits: an event behind it tells when it is complete.
+    """
+    if not tensor.is_cuda:
+        return tensor.detach().to("cpu", copy=True)
+    pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return pinned.copy_(tensor.detach(), non_blocking=True)
 
 
 def fit_chunks(plans: Sequence[SitePlan], fixed: Collection[str]) -> tuple[list[SitePlan], tuple[str, ...]]:

@@ -18,6 +18,8 @@ from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import FusedBlueprint
 from esper.kasmina.capture import Capture
 from esper.kasmina.geometry import Geometry
+from esper.kasmina.isolation import in_backward, in_transform, is_batched
+from esper.kasmina.recompute import as_product_reads, may_recompute
 from esper.kasmina.telemetry import TelemetryBuffer
 from esper.protocol import SiteInfo, SiteKind
 
@@ -30,29 +32,6 @@ def _version(x: Tensor) -> int:
     An edit inside a compiled graph shows in the held-out evaluations, which run the model uncompiled.
     """
     return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
-
-
-def in_backward() -> bool:
-    """True while autograd runs: a forward here is a recomputation (activation checkpointing).
-
-    A compiled graph is traced outside of it and cannot ask again.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # type: ignore[reportPrivateUsage]
-
-
-def in_transform(tensor: Tensor) -> bool:
-    """Whether a function transform (``torch.func``) runs; a compiler traces ordinary calls only."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[reportPrivateUsage]
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Whether vmap is among the function transforms around ``tensor`` (also below ``torch.func.grad``)."""
-    functorch = torch._C._functorch  # type: ignore[reportPrivateUsage]
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False
 
 
 def overlap(banks: list[Bank]) -> bool:
@@ -100,6 +79,8 @@ class Site:
         Whether hooks have anything to do in this step; rewritten only between steps.
     refused:
         Why this site cannot be used after all, found at run time.
+    thrifty:
+        Whether branches compute their hidden units again in the backward pass instead of keeping them.
     """
 
     def __init__(self, info: SiteInfo, geometry: Geometry, upstream: Site | None) -> None:
@@ -110,7 +91,7 @@ class Site:
         self.grafted: set[int] = set()
         self.annex: Bank | None = None
         self.beside: list[Bank] = []
-        self._shares_columns = False
+        self._shares_columns = self._shares_input = False
         # what a forward pass adds: without cohort numbers, so that a compiled graph serves later cohorts of the same
         # sizes as well
         self._adds = False
@@ -118,6 +99,7 @@ class Site:
         self.capture: Capture | None = None
         self.telemetry: TelemetryBuffer | None = None
         self.generator: torch.Generator | None = None
+        self.thrifty = False
         self.mask_seed = 0
         """Tells this site's dropout masks from those of others."""
         self.probe: Probe | None = None
@@ -159,6 +141,9 @@ class Site:
         self.watch(self.telemetry_due)
         fused = [bank for bank in [*self.beside, *self._trial] if _fuses(bank)]
         self._shares_columns = len(fused) > 1 and overlap(fused)
+        self._shares_input = (
+            self.thrifty and self._adds and any(bank.may_repeat for bank in [*self.permanent, *self._trial])
+        )
 
     @property
     def permanent(self) -> list[Bank]:
@@ -194,18 +179,30 @@ class Site:
 
     # ---------------------------------------------------------------------------------------------- in a forward
 
+    @property
+    def repeated_flops_per_row(self) -> float:
+        """What branches compute a second time, in the backward pass."""
+        if not self.thrifty:
+            return 0.0
+        annex = [self.annex] if self.annex is not None and not self.downstream_reads else []
+        return sum(bank.repeated_flops_per_row for bank in [*annex, *self.beside, *self._trial])
+
     def open(self) -> None:
         """The enclosing module is entered."""
         self._open, self._x, self._grown = True, None, None
 
-    def enter(self, x: Tensor) -> None:
-        """The head is about to run on ``x``."""
+    def enter(self, x: Tensor) -> Tensor:
+        """The head is about to run on ``x``; returns what it reads: where both would round it, head and branches share
+        one rounded copy."""
+        if self._shares_input:
+            x = as_product_reads(x)
         if not self._open:
             self.refuse(SPLIT_REGIONS if in_backward() else "its first layer runs outside its parent, or again")
         elif self._x is not None:
             self.refuse("its first layer runs more than once in a forward")
         else:
             self._x, self._version = x, _version(x)
+        return x
 
     def leave(self, module: nn.Module, layer_input: Tensor, y: Tensor, *, writable: bool = False) -> Tensor | None:
         """The tail has produced ``y``; returns what the host goes on with, or ``None`` for ``y`` itself.
@@ -224,9 +221,12 @@ class Site:
         training = module.training
         if self.probe is not None:
             return self.probe.leave(self, x, layer_input, y, training)
+        tapped = y
         if self.recording and not transformed and torch.is_grad_enabled() and y.requires_grad and self._is_first_look():
-            self._record(x, y)
-        return self._compose(x, y, self._trial, training=training, writable=writable) if self._adds else None
+            tapped = self._record(x, y)
+        if self._adds:
+            return self._compose(x, tapped, self._trial, training=training, writable=writable)
+        return None if tapped is y else tapped
 
     def compose(
         self, x: Tensor, y: Tensor, cohorts: AbstractSet[int], *, training: bool, writable: bool = False
@@ -253,10 +253,12 @@ class Site:
             out = bank.graft(out, writable=writable or out is not y)
         if training and self.generator is not None:
             self._seed_masks(y)
-        if self.annex is not None:
-            h = self.annex.hidden(self.annex.pick(read, y), training=training, generator=self.generator)
-            self._grown = h if self.downstream_reads or self.probe is not None else None
-            out = self.annex.scatter(out, self.annex.project(h))
+        self._grown = None
+        if self.annex is not None and (self.downstream_reads or self.probe is not None):
+            self._grown = self.annex.hidden(self.annex.pick(read, y), training=training, generator=self.generator)
+            out = self.annex.scatter(out, self.annex.project(self._grown))
+        elif self.annex is not None:
+            out = self._plus(out, self.annex, read, y, training)
         for bank in self.beside:
             if bank not in fused:
                 out = self._plus(out, bank, read, y, training)
@@ -266,7 +268,9 @@ class Site:
         return out
 
     def _plus(self, out: Tensor, bank: Bank, read: Tensor, y: Tensor, training: bool) -> Tensor:
-        delta = bank.branch(bank.pick(read, y), training=training, generator=self.generator)
+        picked = bank.pick(read, y)
+        thrifty = self.thrifty and may_recompute(picked)
+        delta = bank.branch(picked, training=training, generator=self.generator, thrifty=thrifty)
         return bank.scatter(out, delta)
 
     def _attempt(self, out: Tensor, bank: Bank, read: Tensor, y: Tensor, training: bool) -> Tensor:
@@ -340,7 +344,8 @@ class Site:
         self._seen_in_forward = False
         return counts
 
-    def _record(self, x: Tensor, y: Tensor) -> None:
+    def _record(self, x: Tensor, y: Tensor) -> Tensor:
+        """Count and note what is due; returns what the host goes on with."""
         self.num_calls += 1
         if not torch.compiler.is_compiling():
             self.ran_eagerly = True
@@ -349,8 +354,7 @@ class Site:
         self.num_samples += y.shape[self.geometry.sample_axis] if y.dim() > 1 else 1
         if self.telemetry_due and self.telemetry is not None:
             self.telemetry.record(y, axis)
-        if self.capture is not None:
-            self.capture.record(self.read(x), y)
+        return y if self.capture is None else self.capture.record(self.read(x), y)
 
     # ---------------------------------------------------------------------------------------------- copies and state
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from esper.kasmina import memory
 from esper.safety.tree import Tree, copy_of, digest, split
 
 MOST_STORED_TENSORS = 6_000
@@ -33,7 +33,7 @@ class Snapshot:
     @classmethod
     def of(cls, state: Tree, step: int) -> Snapshot:
         """Begin to copy ``state``; its tensors may change again as soon as this returns (on their own streams)."""
-        tree = copy_of(state, _on_the_host)
+        tree = copy_of(state, memory.to_host)
         devices = {t.device for t in split(state)[1].values() if t.is_cuda}
         snapshot = cls(step, num_bytes(state), tree, [_mark(device) for device in devices])
         snapshot._worker = threading.Thread(target=snapshot._hash, name="esper-snapshot")
@@ -139,14 +139,6 @@ class Snapshots:
 def num_bytes(state: Tree) -> int:
     """Bytes of all tensors and arrays of a state tree."""
     return sum(tensor.numel() * tensor.element_size() for tensor in split(state)[1].values())
-
-
-def _on_the_host(tensor: Tensor) -> Tensor:
-    """A copy in the CPU's memory; from a GPU into pinned memory, behind what its stream has yet to do."""
-    if not tensor.is_cuda:
-        return tensor.to("cpu", copy=True)
-    pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)
 
 
 def _mark(device: torch.device) -> Any:
