@@ -27,13 +27,13 @@ class Launches:
     def __len__(self) -> int:
         return len(self._known)
 
-    def launch(self, key: Hashable, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int) -> None:
-        """As ``kernel[grid](*args, num_warps=num_warps)``.
+    def launch(self, key: Hashable, kernel: Any, grid: tuple[int, ...], *args: Any, **options: int) -> None:
+        """As ``kernel[grid](*args, **options)``.
 
         Parameters
         ----------
         key:
-            Equal only where kernel, grid, device, warps, and of all arguments types, alignment and the values of
+            Equal only where kernel, grid, device and options, and of the arguments types, alignment and the values of
             integers and constants are equal.
         args:
             Every argument of the kernel in order, constants included.
@@ -42,7 +42,7 @@ class Launches:
         if known is not None:
             known(*args)
             return
-        compiled = kernel[grid](*args, num_warps=num_warps)
+        compiled = kernel[grid](*args, **options)
         if compiled is not None and len(self._known) < _MOST:  # the interpreter compiles nothing
             self._known[key] = compiled[(*grid, 1, 1)[:3]]
 
