@@ -247,7 +247,8 @@ _OURS = (ParentEnter, HeadEnter, TailLeave, RandomNote)
 
 def _is_ours_alone(module: nn.Module) -> bool:
     """Whether no other hook may have kept the output; a compiler keeps track of memory by itself."""
-    return not torch.compiler.is_compiling() and all(isinstance(hook, _OURS) for hook in _stores(module)[0].values())
+    hooks = module._forward_hooks  # pyright: ignore[reportPrivateUsage]  # as in `_stores`
+    return not torch.compiler.is_compiling() and (len(hooks) == 1 or all(isinstance(h, _OURS) for h in hooks.values()))
 
 
 def _stores(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
