@@ -135,7 +135,7 @@ class _Store:
 
     def empty(self) -> bool:
         """Take ours off, if they hang alone and Python has been seen to call them; whether it was done."""
-        if len(self.hooks) != len(self.ours) or not all([site.ran_eagerly for site in self.sites]):
+        if len(self.hooks) != len(self.ours) or not all(site.ran_eagerly for site in self.sites):
             return False
         self.hooks.clear()
         self.flags.clear()

@@ -103,7 +103,7 @@ def graft(
         return _graft_opaque(y, w1, b1, w2, alpha, *places)[0]
     if not dispatch.runs_triton("graft", y):
         return reference.graft(y, w1, b1, w2, alpha, seats.flat)
-    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (y, w1, b1, w2, alpha)]):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, w1, b1, w2, alpha)):
         return _apply(y, w1, b1, w2, alpha, seats, writable)  # type: ignore[reportReturnType]
     return _forward(y, w1, b1, w2, alpha, seats, writable=writable, keep=False)[0]
 
@@ -188,7 +188,7 @@ class _Graft(torch.autograd.Function):
         return gy, *_parameter_gradients(found, w1, b1, w2, alpha, ctx.needs_input_grad), None, None
 
 
-_apply = super(torch.autograd.Function, _Graft).apply
+_apply: Any = super(torch.autograd.Function, _Graft).apply  # pyright: ignore[reportAttributeAccessIssue]  from C++
 """``_Graft.apply`` without its care for function transforms, which :func:`_is_taken` has found not to run."""
 
 
