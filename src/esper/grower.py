@@ -197,7 +197,7 @@ class Grower(Stored):
         step = self.loop.last_step
         self.loop.losses.append(read_loss(loss))
         self.guard.note(self.loop.losses[-1])
-        self.kasmina.note_rows(step)
+        self.kasmina.note_rows(step, passes=max(1, self.clock.passes))
         with self.journal.timed("learn"):
             self.accounts.count_step()
             if self.clock.overflowed(stepped=True):
