@@ -117,6 +117,8 @@ class Site:
         self.num_calls = 0
         self.num_rows = 0
         self.num_samples = 0
+        self._traced: tuple[int, int] | None = None
+        """Rows and samples of one call, as a compiled graph notes them: it reads no count, for each would be a guard."""
         self.downstream_reads = False
         self._open = not info.kind.is_span
         self._x: Tensor | None = None
@@ -337,21 +339,27 @@ class Site:
         state = torch.cuda.get_rng_state(y.device) if y.is_cuda else torch.get_rng_state()
         self.generator.manual_seed(zlib.crc32(state.numpy().tobytes(), self.mask_seed))
 
-    def take_counts(self) -> tuple[int, int, int]:
-        """Calls, rows and samples seen since the last real step; starts counting anew."""
+    def take_counts(self, passes: int = 1) -> tuple[int, int, int]:
+        """Calls, rows and samples seen since the last real step, compiled ones ``passes`` times; starts anew."""
         counts = self.num_calls, self.num_rows, self.num_samples
+        if self._traced is not None:
+            counts = passes, passes * self._traced[0], passes * self._traced[1]
+        self._traced = None
         self.num_calls = self.num_rows = self.num_samples = 0
         self._seen_in_forward = False
         return counts
 
     def _record(self, x: Tensor, y: Tensor) -> Tensor:
         """Count and note what is due; returns what the host goes on with."""
-        self.num_calls += 1
-        if not torch.compiler.is_compiling():
-            self.ran_eagerly = True
         axis = self.geometry.feature_axis
-        self.num_rows += y.numel() // y.shape[axis]
-        self.num_samples += y.shape[self.geometry.sample_axis] if y.dim() > 1 else 1
+        rows, samples = y.numel() // y.shape[axis], y.shape[self.geometry.sample_axis] if y.dim() > 1 else 1
+        if torch.compiler.is_compiling():
+            self._traced = rows, samples
+        else:
+            self.ran_eagerly = True
+            self.num_calls += 1
+            self.num_rows += rows
+            self.num_samples += samples
         if self.telemetry_due and self.telemetry is not None:
             self.telemetry.record(y, axis)
         return y if self.capture is None else self.capture.record(self.read(x), y)
