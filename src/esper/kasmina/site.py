@@ -318,7 +318,7 @@ class Site:
         """Calls, rows and samples seen since the last real step; starts counting anew."""
         counts = self.num_calls, self.num_rows, self.num_samples
         self.num_calls = self.num_rows = self.num_samples = 0
-        self._seen_in_forward = False
+        self._seen_in_forward, self._grown = False, None
         return counts
 
     def _record(self, x: Tensor, y: Tensor) -> None:
