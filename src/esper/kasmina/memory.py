@@ -80,6 +80,11 @@ class Parked:
         self._copied = []
 
 
+def is_scarce(device: torch.device) -> bool:
+    """Whether what nobody computes with should lie elsewhere."""
+    return device.type == "cuda"
+
+
 def marks(devices: Iterable[torch.device]) -> list[Any]:
     """Events behind all that was asked of these devices' present streams; one a GPU."""
     events: list[Any] = []
