@@ -11,7 +11,6 @@ import torch
 from tests.models import Pair, rows
 from tests.rigs import Rig, attach, graft
 from tests.test_stages import accepted
-from torch import Tensor
 
 import esper
 from esper.bench import hosts

@@ -153,7 +153,8 @@ def peaks(host: Host, device: torch.device) -> Iterator[Line]:
         }  # fmt: skip
     yield {
         "host": host.name, "phase": "memory_by_state", "peak_bytes_bare": bare, "resting_bytes_bare": resting,
-        "resting_bytes_dormant": moments.dormant - before, "resting_bytes_after": moments.at_rest - before, "grown_params": grown,
+        "resting_bytes_dormant": moments.dormant - before, "resting_bytes_after": moments.at_rest - before,
+        "grown_params": grown,
         "by_state": {
             state: {place: num_bytes - before for place, num_bytes in seen.items()}
             for state, seen in moments.table().items()
