@@ -59,7 +59,8 @@ class CaptureConfig:
     rows: int = 131_072
     """Rows to keep over all these batches (positions; images for convolutions count as their output positions)."""
     max_bytes: int = 1 << 30
-    """Ceiling for all captures alive at once."""
+    """Ceiling for all captures alive at once. A quarter of the free memory is another, and on GPUs, unless you name one
+    here, a twentieth of what the training takes; ``esper doctor`` and the ``germinated`` event tell what was chosen."""
     timeout: int = 200
     """Steps after which an unfilled capture cancels its cohort."""
     max_age: int = 50

@@ -196,7 +196,7 @@ class Site:
     def enter(self, x: Tensor) -> Tensor:
         """The head is about to run on ``x``; returns what it reads: where both would round it, head and branches share
         one rounded copy."""
-        if self._shares_input:
+        if not torch.compiler.is_compiling() and self._shares_input:  # in this order: a compiler asks for less
             x = as_product_reads(x)
         if not self._open:
             self.refuse(SPLIT_REGIONS if in_backward() else "its first layer runs outside its parent, or again")
@@ -255,11 +255,11 @@ class Site:
             out = bank.graft(out, writable=writable or out is not y)
         if training and self.generator is not None:
             self._seed_masks(y)
-        self._grown = None
         if self.annex is not None and (self.downstream_reads or self.probe is not None):
             self._grown = self.annex.hidden(self.annex.pick(read, y), training=training, generator=self.generator)
             out = self.annex.scatter(out, self.annex.project(self._grown))
         elif self.annex is not None:
+            self._grown = None
             out = self._plus(out, self.annex, read, y, training)
         for bank in self.beside:
             if bank not in fused:
@@ -346,7 +346,7 @@ class Site:
             counts = passes, passes * self._traced[0], passes * self._traced[1]
         self._traced = None
         self.num_calls = self.num_rows = self.num_samples = 0
-        self._seen_in_forward = False
+        self._seen_in_forward, self._grown = False, None
         return counts
 
     def _record(self, x: Tensor, y: Tensor) -> Tensor:
