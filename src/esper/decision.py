@@ -35,11 +35,16 @@ class Run(Protocol):
     watcher: Callable[[Observation], None] | None
 
 
-def look(run: Run, step: int) -> Observation:
-    """Measure the held-out loss where that is due, observe everything, and tell of it."""
+def look(run: Run, step: int, *, needed: bool = True) -> Observation | None:
+    """Measure the held-out loss where that is due, observe everything, and tell of it.
+
+    ``None`` where the observation is not ``needed`` for a decision and nobody else listens.
+    """
     if step % run.config.held_out_every == 0 or math.isnan(run.loop.held_out_initial):
         with run.journal.timed("evidence"):
             measure_held_out(run, step)
+    if not (needed or run.journal.is_heard or run.watcher is not None):
+        return None
     with run.journal.timed("observe"):
         observation = _observe(run, step)
     loss = float(run.loop.losses[-1]) if run.loop.losses else math.nan

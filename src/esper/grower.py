@@ -372,8 +372,9 @@ class Grower(Stored):
     # ---------------------------------------------------------------------------------------------- how
 
     def _decide(self, step: int) -> None:
-        observation = look(self, step)
-        if self.stopped is None and self.loop.paused is None:
+        deciding = self.stopped is None and self.loop.paused is None
+        observation = look(self, step, needed=deciding)
+        if deciding and observation is not None:
             with self.journal.timed("decide"):
                 commands = self.controller.decide(observation)
             for note in self.controller.notes() if isinstance(self.controller, Noting) else ():

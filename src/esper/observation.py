@@ -189,11 +189,11 @@ def _fixed(kasmina: Kasmina) -> _Fixed:
         chunks = np.array([info.num_chunks for info in infos], dtype=np.int64)
         hidden = np.array([info.hidden_features for info in infos], dtype=np.int64)
         alternatives, sits = _alternatives(kasmina)
+        buffers = [site.telemetry for site in kasmina.sites.values() if site.telemetry is not None]
         found = _known[kasmina] = _Fixed(
             names=tuple(kasmina.sites), chunks=chunks, hidden=hidden, kinds=tuple(str(info.kind) for info in infos),
             offers=tuple(offers(site) for site in kasmina.sites.values()), rows=rows, alternatives=alternatives,
-            sits=sits, readout=Readout([site.telemetry for site in kasmina.sites.values() if site.telemetry is not None]),
-            pressure=_Pressure(),
+            sits=sits, readout=Readout(buffers), pressure=_Pressure(),
         )  # fmt: skip
     return found
 
@@ -279,7 +279,7 @@ class _Pressure:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         energies = [block[:, 2].view(np.uint32) for _, block in blocks]  # as bits: a NaN is what it was before
         if len(self._seen) != len(energies) or not all(map(np.array_equal, energies, self._seen)):
-            found = {int(n): energy for numbers, block in blocks for n, energy in zip(numbers, block[:, 2], strict=True)}
+            found = {int(n): one[2] for numbers, block in blocks for n, one in zip(numbers, block, strict=True)}
             self._seen, self._found = energies, _pressing([found[number] for number in range(len(found))])
         return self._found
 

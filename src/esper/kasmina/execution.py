@@ -418,7 +418,7 @@ class Kasmina:
         self._note_work()
 
     def _note_work(self) -> None:
-        self._working = any([site.engaged for site in self.sites.values()])
+        self._working = any(site.engaged for site in self.sites.values())
         if not self._working and self._switch.armed:
             self._switch.disarm()
 

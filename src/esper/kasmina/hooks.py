@@ -135,7 +135,7 @@ class _Store:
 
     def empty(self) -> bool:
         """Take ours off, if they hang alone and Python has been seen to call them; whether it was done."""
-        if len(self.hooks) != len(self.ours) or not all([site.ran_eagerly for site in self.sites]):
+        if len(self.hooks) != len(self.ours) or not all(site.ran_eagerly for site in self.sites):
             return False
         self.hooks.clear()
         self.flags.clear()
@@ -247,7 +247,8 @@ _OURS = (ParentEnter, HeadEnter, TailLeave, RandomNote)
 
 def _is_ours_alone(module: nn.Module) -> bool:
     """Whether no other hook may have kept the output; a compiler keeps track of memory by itself."""
-    return not torch.compiler.is_compiling() and all(isinstance(hook, _OURS) for hook in _stores(module)[0].values())
+    hooks = module._forward_hooks  # pyright: ignore[reportPrivateUsage]  # as in `_stores`
+    return not torch.compiler.is_compiling() and (len(hooks) == 1 or all(isinstance(h, _OURS) for h in hooks.values()))
 
 
 def _stores(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:

@@ -254,7 +254,7 @@ class HostClock:
 
 
 _WATCHED_STEPS = 20
-"""Steps in which backward passes are counted: a loop that calls the grower at the wrong place does so from the start."""
+"""Steps in which backward passes are counted: who calls the grower at the wrong place does so from the start."""
 _FRAMES = 16
 """How far up the stack a scaler is looked for: a scheduler and a trainer may have wrapped the optimizer's step."""
 

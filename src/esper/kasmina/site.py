@@ -96,6 +96,8 @@ class Site:
         # sizes as well
         self._adds = False
         self._trial: list[Bank] = []
+        self._only: list[Bank] | None = None
+        """What is added, if all of it is fused and no two share a column."""
         self.capture: Capture | None = None
         self.telemetry: TelemetryBuffer | None = None
         self.generator: torch.Generator | None = None
@@ -141,8 +143,11 @@ class Site:
         self._adds = self.adds
         self._trial = self._on_trial(self.grafted)
         self.watch(self.telemetry_due)
-        fused = [bank for bank in [*self.beside, *self._trial] if _fuses(bank)]
+        behind = [*self.beside, *self._trial]
+        fused = [bank for bank in behind if _fuses(bank)]
         self._shares_columns = len(fused) > 1 and overlap(fused)
+        only_fused = self.annex is None and not self._shares_columns and len(fused) == len(behind)
+        self._only = fused if only_fused and self.generator is None else None
         self._shares_input = (
             self.thrifty and self._adds and any(bank.may_repeat for bank in [*self.permanent, *self._trial])
         )
@@ -226,9 +231,14 @@ class Site:
         tapped = y
         if self.recording and not transformed and torch.is_grad_enabled() and y.requires_grad and self._is_first_look():
             tapped = self._record(x, y)
-        if self._adds:
+        if not self._adds:
+            return None if tapped is y else tapped
+        if self._only is None or torch.compiler.is_compiling():
             return self._compose(x, tapped, self._trial, training=training, writable=writable)
-        return None if tapped is y else tapped
+        out = tapped
+        for bank in self._only:
+            out = bank.graft(out, writable=writable or out is not tapped)
+        return out
 
     def compose(
         self, x: Tensor, y: Tensor, cohorts: AbstractSet[int], *, training: bool, writable: bool = False
@@ -325,9 +335,10 @@ class Site:
 
         Reentrant checkpointing runs the forward without gradients: there the recomputation is all there is to see.
         """
-        if not in_backward():
-            self._seen_in_forward = True
-        return not in_backward() or not self._seen_in_forward
+        if in_backward():
+            return not self._seen_in_forward
+        self._seen_in_forward = True
+        return True
 
     def _seed_masks(self, y: Tensor) -> None:
         """Let the branches' dropout masks follow from the host's random state, which is read, not advanced.
@@ -420,6 +431,7 @@ class Site:
             recording=False,
             telemetry_due=False,
             _trial=[],
+            _only=None,
             _x=None,
             _grown=None,
         )

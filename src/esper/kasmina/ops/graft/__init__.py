@@ -96,26 +96,30 @@ def graft(
         The caller gives ``y`` up: its memory may be used for the result, which saves two passes over it. Whoever has
         saved ``y`` for a backward pass then gets autograd's error, not a wrong gradient.
     """
-    if not _is_taken(y, w1):
+    compiling = torch.compiler.is_compiling()
+    if not _is_taken(y, w1, compiling):
         return reference.graft(y, w1, b1, w2, alpha, seats.flat)
-    if torch.compiler.is_compiling():
+    if compiling:
         places = (seats.columns, seats.flat, seats.own, seats.whole, seats.rising, seats.runs, seats.own_runs)
         return _graft_opaque(y, w1, b1, w2, alpha, *places)[0]
     if not dispatch.runs_triton("graft", y):
         return reference.graft(y, w1, b1, w2, alpha, seats.flat)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, w1, b1, w2, alpha)):
-        return _Graft.apply(y, w1, b1, w2, alpha, seats, writable)  # type: ignore[reportReturnType]
+        return _apply(y, w1, b1, w2, alpha, seats, writable)  # type: ignore[reportReturnType]
     return _forward(y, w1, b1, w2, alpha, seats, writable=writable, keep=False)[0]
 
 
-def _is_taken(y: Tensor, w1: Tensor) -> bool:
+def _is_taken(y: Tensor, w1: Tensor, compiling: bool) -> bool:
     """Whether device, sizes and type of number are ones the kernels are for."""
-    if not (y.is_cuda or dispatch.INTERPRETED) or max(w1.shape[1:]) > LARGEST.get(y.dtype, 0):
+    if not (y.is_cuda or dispatch.INTERPRETED):
+        return False
+    _, units, width = w1.shape
+    if max(units, width) > LARGEST.get(y.dtype, 0):
         return False
     if dispatch.INTERPRETED and y.dtype not in _INTERPRETED_DTYPES:
         return False
     # a function transform sees through PyTorch's operations only
-    return torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(y)  # type: ignore[reportPrivateUsage]
+    return compiling or not torch._C._functorch.is_functorch_wrapped_tensor(y)  # type: ignore[reportPrivateUsage]
 
 
 def _forward(
@@ -183,6 +187,10 @@ class _Graft(torch.autograd.Function):
         weights = any(ctx.needs_input_grad[1:5])
         gy, found = _backward(g, read, w1, b1, w2, alpha, ctx.seats, weights)
         return gy, *_parameter_gradients(found, w1, b1, w2, alpha, ctx.needs_input_grad), None, None
+
+
+_apply: Any = super(torch.autograd.Function, _Graft).apply  # pyright: ignore[reportAttributeAccessIssue]  from C++
+"""``_Graft.apply`` without its care for function transforms, which :func:`_is_taken` has found not to run."""
 
 
 def _parameter_gradients(

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from esper.kasmina.ops.launches import Launches, alignment
 from esper.kasmina.ops.sizes import power_above
 
 _WHOLE = 16
@@ -267,12 +269,23 @@ def forward(
     blocks = -(-rows // (plan.rows * tiles))
     if blocks == 0:
         return
-    forward_kernel[(groups * blocks,)](
-        y_NF, out_NF, out_NF if kept is None else kept, w1, b1, w2, alpha, columns, rows, features, seeds, groups,
-        K=width, H=units, G=plan.seeds, GK=plan.columns, GH=plan.units, ROWS=plan.rows, TILES=tiles,
-        DENSE=_is_dense(runs, plan, width), RUN=min(runs, 8), KEEP=kept is not None, COPY=_COPY if copy else 0,
+    tensors = (y_NF, out_NF, out_NF if kept is None else kept, w1, b1, w2, alpha, columns)
+    numbers = (
+        rows, features, seeds, groups,
+        width, units, plan.seeds, plan.columns, plan.units, plan.rows, tiles,
+        _is_dense(runs, plan, width), min(runs, 8), kept is not None, _COPY if copy else 0,
+    )  # fmt: skip
+    _launches.launch(
+        (numbers, plan.warps, plan.stages, *_kinds(tensors)), forward_kernel, (groups * blocks,), *tensors, *numbers,
         num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
+
+
+_launches = Launches()
+
+
+def _kinds(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return tensors[0].device, alignment(tensors), tuple([tensor.dtype for tensor in tensors])
 
 
 def backward(
@@ -294,12 +307,15 @@ def backward(
     blocks = max(1, -(-rows // (plan.rows * tiles)))
     size = seeds * units * width
     parts = torch.empty((blocks, 2 * size + seeds * units) if weights else (0,), device=g_NF.device)
-    backward_kernel[(groups * blocks,)](
-        g_NF, y, gy_NF, parts, w1, b1, w2, alpha, columns, read_columns,
+    tensors = (g_NF, y, gy_NF, parts, w1, b1, w2, alpha, columns, read_columns)
+    numbers = (
         rows, features, y.shape[1], seeds, groups,
-        K=width, H=units, G=plan.seeds, GK=plan.columns, GH=plan.units, ROWS=plan.rows, TILES=tiles,
-        DENSE=_is_dense(runs, plan, width), RUN=min(runs, 8), READ_DENSE=_is_dense(read_runs, plan, width),
-        READ_RUN=min(read_runs, 8), WEIGHTS=weights, COPY=_COPY if copy else 0,
+        width, units, plan.seeds, plan.columns, plan.units, plan.rows, tiles,
+        _is_dense(runs, plan, width), min(runs, 8), _is_dense(read_runs, plan, width), min(read_runs, 8),
+        weights, _COPY if copy else 0,
+    )  # fmt: skip
+    _launches.launch(
+        (numbers, plan.warps, plan.stages, *_kinds(tensors)), backward_kernel, (groups * blocks,), *tensors, *numbers,
         num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     return parts.sum(0) if weights else parts

@@ -16,18 +16,24 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from esper.kasmina.ops.launches import Launches, alignment
 from esper.kasmina.ops.sizes import power_above, power_below
 
 _SAMPLE = 1024
 """Rows up to which one program walks down all of them."""
 _VECTOR = 8
 """Half-precision elements in the widest load (16 bytes)."""
+_MERGED = 16
+"""Chunks that a program merges."""
+_MOST_PROGRAMS = 1024
+"""Kinds of tensors that are remembered: shapes that vary without end must not fill the memory."""
 
 
 @triton.jit
@@ -257,37 +263,68 @@ def chunk_statistics_into(
     y:
         Any float dtype and up to two levels of row strides; other layouts are copied first.
     """
-    layout = row_layout(y, feature_axis)
-    if layout is None:
-        y = y.movedim(feature_axis, -1).contiguous()
-        feature_axis = -1
+    key = (y.shape, y.stride(), y.dtype, y.device, feature_axis, max_rows, out.shape, shape, alignment((y, out)))
+    found = _programs.get(key)
+    if found is None:
         layout = row_layout(y, feature_axis)
-        assert layout is not None
-    features, chunks = y.shape[feature_axis], out.shape[1]
-    total = layout.outer * layout.inner
-    step = max(1, total // max_rows)
-    rows = min(-(-total // step), max_rows)
-    if rows == 0:
-        out.fill_(float("nan"))
-        return
-    plan = tiling(rows, features, chunks, shape)
-    size, longer = divmod(features, chunks)
-    blocks = -(-chunks // plan.chunks) * plan.pieces
-    height = plan.rows * plan.tiles
-    row_blocks = -(-rows // height)
-    parts = row_blocks * plan.pieces
-    partial = out if parts == 1 else torch.empty(2, parts, chunks, device=y.device)
-    tile_kernel[(blocks * row_blocks,)](
-        y, partial[0], partial[1],
-        rows, step, layout.inner, layout.stride_outer, layout.stride_inner, layout.stride_column,
-        features, chunks, size, longer, blocks,
-        CHUNKS=plan.chunks, SIZE=plan.size, PIECES=plan.pieces, WIDTH=plan.width, ROWS=plan.rows,
-        TILES=plan.tiles, NESTED=layout.outer > 1, LAST=parts == 1, num_warps=plan.warps,
+        if layout is None:
+            y = y.movedim(feature_axis, -1).contiguous()
+            return chunk_statistics_into(out, y, -1, max_rows, shape=shape)
+        if layout.outer * layout.inner == 0:
+            out.fill_(float("nan"))
+            return None
+        found = Programs.of(layout, y.shape[feature_axis], out.shape[1], max_rows, shape)
+        if len(_programs) < _MOST_PROGRAMS:
+            _programs[key] = found
+    mean, spread = out.unbind() if found.parts == 1 else torch.empty(2, found.parts, out.shape[1], device=y.device)
+    _launches.launch(
+        ("tile", key), tile_kernel, found.tile_grid, y, mean, spread, *found.tile, num_warps=found.warps
     )  # fmt: skip
-    if parts > 1:
-        block, together = 16, min(128, power_above(parts))
-        merge_kernel[(-(-chunks // block),)](
-            partial[0], partial[1], out[0], out[1], rows, chunks, size, longer, parts,
-            PIECES=plan.pieces, WIDTH=plan.width, ROWS=height, BLOCK=block,
-            PARTS=together, ROUNDS=power_above(-(-parts // together)), num_warps=4,
+    if found.parts > 1:
+        _launches.launch(
+            ("merge", key), merge_kernel, found.merge_grid, mean, spread, *out.unbind(), *found.merge, num_warps=4
         )  # fmt: skip
+    return None
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The launches for one kind of tensor: grids, and what follows the pointers among the arguments, constants too."""
+
+    parts: int
+    tile_grid: tuple[int]
+    tile: tuple[int, ...]
+    warps: int
+    merge_grid: tuple[int]
+    merge: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layout: RowLayout, features: int, chunks: int, max_rows: int, shape: Shape | None) -> Programs:
+        """For up to ``max_rows`` of the rows of ``layout``."""
+        total = layout.outer * layout.inner
+        step = max(1, total // max_rows)
+        rows = min(-(-total // step), max_rows)
+        plan = tiling(rows, features, chunks, shape)
+        size, longer = divmod(features, chunks)
+        blocks = -(-chunks // plan.chunks) * plan.pieces
+        height = plan.rows * plan.tiles
+        row_blocks = -(-rows // height)
+        parts = row_blocks * plan.pieces
+        together = min(128, power_above(parts))
+        return cls(
+            parts, (blocks * row_blocks,),
+            (
+                rows, step, layout.inner, layout.stride_outer, layout.stride_inner, layout.stride_column,
+                features, chunks, size, longer, blocks,
+                plan.chunks, plan.size, plan.pieces, plan.width, plan.rows, plan.tiles, layout.outer > 1, parts == 1,
+            ),
+            plan.warps, (-(-chunks // _MERGED),),
+            (
+                rows, chunks, size, longer, parts, plan.pieces, plan.width, height, _MERGED, together,
+                power_above(-(-parts // together)),
+            ),
+        )  # fmt: skip
+
+
+_programs: dict[tuple[Any, ...], Programs] = {}
+_launches = Launches()
