@@ -8,8 +8,9 @@ pass waits for the device, and a compiled graph holds only tensor operations.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,15 @@ from esper.kasmina.geometry import Geometry
 
 Captured = tuple[Tensor, Tensor, Tensor, Tensor]
 """Rows of x, of y and of dL/dy, and the cluster of each."""
+
+
+class Shapes(NamedTuple):
+    """What a site has seen in one call."""
+
+    x: tuple[int, ...]
+    x_dtype: torch.dtype
+    y: tuple[int, ...]
+    y_dtype: torch.dtype
 
 
 @dataclass
@@ -123,8 +133,24 @@ class Capture:
         capture.completed_at = state["completed_at"]
         return capture
 
-    def after_step(self, step: int) -> None:
-        """Take what a compiled graph has left, then draw the places of the next batch's rows, or close."""
+    def expect(self, shapes: Shapes) -> None:
+        """Make the slots of a compiled graph now, for calls like that: its first one would need a graph of its own."""
+        conv = self.geometry.kind.channels_first
+        total = shapes.y[0] if conv else math.prod(shapes.y[:-1])
+        size, device = min(total, self.rows_per_batch), self._shares.device
+        x, y = (shape[1:] if conv else shape[-1:] for shape in (shapes.x, shapes.y))
+        self._slots = (
+            torch.zeros(size, *x, dtype=shapes.x_dtype, device=device),
+            torch.zeros(size, *y, dtype=shapes.y_dtype, device=device),
+            torch.full((size, *y), torch.nan, dtype=shapes.y_dtype, device=device),
+            torch.zeros(size, dtype=torch.int64, device=device),
+        )
+
+    def after_step(self, step: int) -> bool:
+        """Take what a compiled graph has left, then draw the places of the next batch's rows, or close.
+
+        Returns whether it has closed now.
+        """
         if self._slots is not None and self._ran and not self.full:
             x, y, g, cluster = self._slots
             self._keep((x.clone(), y.clone(), g.clone(), cluster.clone()))
@@ -137,6 +163,9 @@ class Capture:
             self._places.uniform_(generator=self._generator)
         elif self.completed_at is None:
             self.completed_at, self.open = step, False
+            self._slots = None
+            return True
+        return False
 
     @property
     def num_bytes(self) -> int:

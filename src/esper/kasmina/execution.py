@@ -390,14 +390,17 @@ class Kasmina:
         if not self._working:
             return  # no hook had anything to do
         settle(site.telemetry for site in self.sites.values() if site.telemetry is not None)
+        closed = False
         for name, site in self.sites.items():
             if site.capture is not None:
-                site.capture.after_step(step)
+                closed |= site.capture.after_step(step)
             calls, rows, samples = site.take_counts(passes)
             if calls:
                 self.rows_per_step[name] = rows
                 self.rows_per_batch[name] = rows // calls
                 self.samples_per_batch[name] = samples // calls
+        if closed:
+            self.refresh()
 
     def watch(self, due: bool) -> None:
         """Arm or disarm telemetry for the next step."""

@@ -6,6 +6,7 @@ that has nothing to add and nothing to record returns the host's own tensor, unt
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from esper.errors import CONTAINED, SiteError, contained
 from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import FusedBlueprint
-from esper.kasmina.capture import Capture
+from esper.kasmina.capture import Capture, Shapes
 from esper.kasmina.geometry import Geometry
 from esper.kasmina.isolation import in_backward, in_transform, is_batched
 from esper.kasmina.recompute import as_product_reads, may_recompute
@@ -119,8 +120,12 @@ class Site:
         self.num_calls = 0
         self.num_rows = 0
         self.num_samples = 0
-        self._traced: tuple[int, int] | None = None
-        """Rows and samples of one call, as a compiled graph notes them: it reads no count, for each would be a guard."""
+        self._traced: Shapes | None = None
+        """What one call saw, as a compiled graph notes it: it reads no count, for each would be a guard."""
+        self.shapes: Shapes | None = None
+        """The latest of these."""
+        self._recorder: Capture | None = None
+        """The capture, while it is open."""
         self.downstream_reads = False
         self._open = not info.kind.is_span
         self._x: Tensor | None = None
@@ -133,7 +138,7 @@ class Site:
     def watch(self, due: bool) -> None:
         """Arm or disarm telemetry for the next step; what is added stays as it is."""
         self.telemetry_due = due and self.refused is None
-        records = self.recording and (self.telemetry_due or self.capture is not None)
+        records = self.recording and (self.telemetry_due or self._recorder is not None)
         self.engaged = records or self._adds or self.probe is not None
         if self.engaged and self.switch is not None and not self.switch.armed:
             self.switch.arm()
@@ -142,6 +147,7 @@ class Site:
         """Decide whether the hooks have work in the next step."""
         self._adds = self.adds
         self._trial = self._on_trial(self.grafted)
+        self._recorder = self.capture if self.capture is not None and self.capture.open else None
         self.watch(self.telemetry_due)
         behind = [*self.beside, *self._trial]
         fused = [bank for bank in behind if _fuses(bank)]
@@ -180,7 +186,7 @@ class Site:
                 "undo the change to the model's forward pass, or remove the site's branches first"
             )
         self.refused = reason
-        self.capture = None
+        self.capture = self._recorder = None
         self.telemetry_due = False
         self.engaged = False
 
@@ -354,8 +360,10 @@ class Site:
         """Calls, rows and samples seen since the last real step, compiled ones ``passes`` times; starts anew."""
         counts = self.num_calls, self.num_rows, self.num_samples
         if self._traced is not None:
-            counts = passes, passes * self._traced[0], passes * self._traced[1]
-        self._traced = None
+            self.shapes, self._traced = self._traced, None
+            y, axis = self.shapes.y, self.geometry.feature_axis
+            rows, samples = math.prod(y) // y[axis], y[self.geometry.sample_axis] if len(y) > 1 else 1
+            counts = passes, passes * rows, passes * samples
         self.num_calls = self.num_rows = self.num_samples = 0
         self._seen_in_forward, self._grown = False, None
         return counts
@@ -363,17 +371,16 @@ class Site:
     def _record(self, x: Tensor, y: Tensor) -> Tensor:
         """Count and note what is due; returns what the host goes on with."""
         axis = self.geometry.feature_axis
-        rows, samples = y.numel() // y.shape[axis], y.shape[self.geometry.sample_axis] if y.dim() > 1 else 1
         if torch.compiler.is_compiling():
-            self._traced = rows, samples
+            self._traced = Shapes(tuple(x.shape), x.dtype, tuple(y.shape), y.dtype)
         else:
             self.ran_eagerly = True
             self.num_calls += 1
-            self.num_rows += rows
-            self.num_samples += samples
+            self.num_rows += y.numel() // y.shape[axis]
+            self.num_samples += y.shape[self.geometry.sample_axis] if y.dim() > 1 else 1
         if self.telemetry_due and self.telemetry is not None:
             self.telemetry.record(y, axis)
-        return y if self.capture is None else self.capture.record(self.read(x), y)
+        return y if self._recorder is None else self._recorder.record(self.read(x), y)
 
     # ---------------------------------------------------------------------------------------------- copies and state
 
@@ -424,6 +431,7 @@ class Site:
             annex=None if self.annex is None else self.annex.frozen_copy(),
             beside=[bank.frozen_copy() for bank in self.beside],
             capture=None,
+            _recorder=None,
             telemetry=None,
             generator=None,
             probe=None,
