@@ -200,7 +200,7 @@ class Grower(Stored):
         if self._is_quiet(step):
             self.accounts.count_step()
             return
-        self.kasmina.note_rows(step)
+        self.kasmina.note_rows(step, passes=max(1, self.clock.passes))
         with self.journal.timed("learn"):
             self.accounts.count_step()
             if self.clock.overflowed(stepped=True):

@@ -121,13 +121,13 @@ class Stages:
             return
         for name in list(cohort.sites):
             gate = self.fitting.fit(cohort, name, step)
+            self.kasmina.drop_captures(cohort, [name])
             if not gate.passed:
                 self._drop(cohort, name, step, gate)
         if cohort.members:
             self._thin(cohort, step)
         if not cohort.members:
             return
-        self.kasmina.drop_captures(cohort)
         if self.trials.withholds(cohort, step):
             return
         self.trials.grafting(cohort, step)

@@ -33,10 +33,12 @@ class Moments:
     """Peaks of a run, by what its cohort was doing.
 
     ``most[state]`` holds for each place in a step (forward and backward, or ``grower.step``) the most bytes and the
-    step in which they were needed; ``at_rest`` what is alive between steps once all is over.
+    step in which they were needed; ``dormant`` and ``at_rest`` are what is alive between steps before the first seed
+    and once all is over.
     """
 
     most: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict[str, dict[str, tuple[int, int]]])
+    dormant: int = 0
     at_rest: int = 0
 
     def note(self, state: str, place: str, num_bytes: int, step: int) -> None:
@@ -107,6 +109,8 @@ def live(host: Host, device: torch.device, meter: Meter, config: Config) -> tupl
         training.grower.step(loss)
         moments.note(state, "between_steps", meter.peak, step)
         del loss
+        if step == 2:
+            moments.dormant = collected(meter)
         left -= bool(reached) and not training.grower.kasmina.cohorts
         if not left:
             break
@@ -149,7 +153,8 @@ def peaks(host: Host, device: torch.device) -> Iterator[Line]:
         }  # fmt: skip
     yield {
         "host": host.name, "phase": "memory_by_state", "peak_bytes_bare": bare, "resting_bytes_bare": resting,
-        "resting_bytes_after": moments.at_rest - before, "grown_params": grown,
+        "resting_bytes_dormant": moments.dormant - before, "resting_bytes_after": moments.at_rest - before,
+        "grown_params": grown,
         "by_state": {
             state: {place: num_bytes - before for place, num_bytes in seen.items()}
             for state, seen in moments.table().items()

@@ -30,7 +30,7 @@ from esper.kasmina.seeds import SeedTable
 from esper.kasmina.site import Site
 from esper.kasmina.starts import STARTS, HostUnits
 from esper.kasmina.strategies import STRATEGIES
-from esper.kasmina.telemetry import TelemetryBuffer
+from esper.kasmina.telemetry import TelemetryBuffer, settle
 from esper.protocol import Lifecycle, SeedPlan
 
 
@@ -382,18 +382,25 @@ class Kasmina:
                 for value in bank.params.values():
                     value.grad = None
 
-    def note_rows(self, step: int) -> None:
-        """Read and reset what the hooks counted since the last real step; note which captures are complete."""
+    def note_rows(self, step: int, *, passes: int = 1) -> None:
+        """Read and reset what the hooks counted since the last real step; note which captures are complete.
+
+        ``passes`` backward passes made that step: a compiled graph notes the rows of one.
+        """
         if not self._working:
             return  # no hook had anything to do
+        settle(site.telemetry for site in self.sites.values() if site.telemetry is not None)
+        closed = False
         for name, site in self.sites.items():
             if site.capture is not None:
-                site.capture.after_step(step)
-            calls, rows, samples = site.take_counts()
+                closed |= site.capture.after_step(step)
+            calls, rows, samples = site.take_counts(passes)
             if calls:
                 self.rows_per_step[name] = rows
                 self.rows_per_batch[name] = rows // calls
                 self.samples_per_batch[name] = samples // calls
+        if closed:
+            self.refresh()
 
     def watch(self, due: bool) -> None:
         """Arm or disarm telemetry for the next step."""

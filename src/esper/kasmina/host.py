@@ -66,6 +66,8 @@ class HostClock:
             raise AttachError(reasons[0])
         self.steps = 0
         self.backwards_since_step = 0
+        self.passes = 0
+        """Backward passes that made the last step."""
         self.hosts: dict[str, Hyperparameters] = {}
         self._had_gradient: set[str] = set()
         self._scaler = next((t for t in tracked if hasattr(t, "get_scale") and hasattr(t, "unscale_")), None)
@@ -213,7 +215,7 @@ class HostClock:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips by itself: the scaler tells it here
         if found_inf is None or float(found_inf) == 0.0:
             self.steps += 1
-        self.backwards_since_step = 0
+        self.passes, self.backwards_since_step = self.backwards_since_step, 0
 
     def _after_backward(self, _: torch.Tensor) -> None:
         self.backwards_since_step += 1

@@ -6,6 +6,7 @@ that has nothing to add and nothing to record returns the host's own tensor, unt
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from esper.errors import CONTAINED, SiteError, contained
 from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import FusedBlueprint
-from esper.kasmina.capture import Capture
+from esper.kasmina.capture import Capture, Shapes
 from esper.kasmina.geometry import Geometry
 from esper.kasmina.isolation import in_backward, in_transform, is_batched
 from esper.kasmina.recompute import as_product_reads, may_recompute
@@ -119,6 +120,12 @@ class Site:
         self.num_calls = 0
         self.num_rows = 0
         self.num_samples = 0
+        self._traced: Shapes | None = None
+        """What one call saw, as a compiled graph notes it: it reads no count, for each would be a guard."""
+        self.shapes: Shapes | None = None
+        """The latest of these."""
+        self._recorder: Capture | None = None
+        """The capture, while it is open."""
         self.downstream_reads = False
         self._open = not info.kind.is_span
         self._x: Tensor | None = None
@@ -131,7 +138,7 @@ class Site:
     def watch(self, due: bool) -> None:
         """Arm or disarm telemetry for the next step; what is added stays as it is."""
         self.telemetry_due = due and self.refused is None
-        records = self.recording and (self.telemetry_due or self.capture is not None)
+        records = self.recording and (self.telemetry_due or self._recorder is not None)
         self.engaged = records or self._adds or self.probe is not None
         if self.engaged and self.switch is not None and not self.switch.armed:
             self.switch.arm()
@@ -140,6 +147,7 @@ class Site:
         """Decide whether the hooks have work in the next step."""
         self._adds = self.adds
         self._trial = self._on_trial(self.grafted)
+        self._recorder = self.capture if self.capture is not None and self.capture.open else None
         self.watch(self.telemetry_due)
         behind = [*self.beside, *self._trial]
         fused = [bank for bank in behind if _fuses(bank)]
@@ -178,7 +186,7 @@ class Site:
                 "undo the change to the model's forward pass, or remove the site's branches first"
             )
         self.refused = reason
-        self.capture = None
+        self.capture = self._recorder = None
         self.telemetry_due = False
         self.engaged = False
 
@@ -199,7 +207,7 @@ class Site:
     def enter(self, x: Tensor) -> Tensor:
         """The head is about to run on ``x``; returns what it reads: where both would round it, head and branches share
         one rounded copy."""
-        if self._shares_input:
+        if not torch.compiler.is_compiling() and self._shares_input:  # in this order: a compiler asks for less
             x = as_product_reads(x)
         if not self._open:
             self.refuse(SPLIT_REGIONS if in_backward() else "its first layer runs outside its parent, or again")
@@ -263,11 +271,11 @@ class Site:
             out = bank.graft(out, writable=writable or out is not y)
         if training and self.generator is not None:
             self._seed_masks(y)
-        self._grown = None
         if self.annex is not None and (self.downstream_reads or self.probe is not None):
             self._grown = self.annex.hidden(self.annex.pick(read, y), training=training, generator=self.generator)
             out = self.annex.scatter(out, self.annex.project(self._grown))
         elif self.annex is not None:
+            self._grown = None
             out = self._plus(out, self.annex, read, y, training)
         for bank in self.beside:
             if bank not in fused:
@@ -348,24 +356,31 @@ class Site:
         state = torch.cuda.get_rng_state(y.device) if y.is_cuda else torch.get_rng_state()
         self.generator.manual_seed(zlib.crc32(state.numpy().tobytes(), self.mask_seed))
 
-    def take_counts(self) -> tuple[int, int, int]:
-        """Calls, rows and samples seen since the last real step; starts counting anew."""
+    def take_counts(self, passes: int = 1) -> tuple[int, int, int]:
+        """Calls, rows and samples seen since the last real step, compiled ones ``passes`` times; starts anew."""
         counts = self.num_calls, self.num_rows, self.num_samples
+        if self._traced is not None:
+            self.shapes, self._traced = self._traced, None
+            y, axis = self.shapes.y, self.geometry.feature_axis
+            rows, samples = math.prod(y) // y[axis], y[self.geometry.sample_axis] if len(y) > 1 else 1
+            counts = passes, passes * rows, passes * samples
         self.num_calls = self.num_rows = self.num_samples = 0
-        self._seen_in_forward = False
+        self._seen_in_forward, self._grown = False, None
         return counts
 
     def _record(self, x: Tensor, y: Tensor) -> Tensor:
         """Count and note what is due; returns what the host goes on with."""
-        self.num_calls += 1
-        if not torch.compiler.is_compiling():
-            self.ran_eagerly = True
         axis = self.geometry.feature_axis
-        self.num_rows += y.numel() // y.shape[axis]
-        self.num_samples += y.shape[self.geometry.sample_axis] if y.dim() > 1 else 1
+        if torch.compiler.is_compiling():
+            self._traced = Shapes(tuple(x.shape), x.dtype, tuple(y.shape), y.dtype)
+        else:
+            self.ran_eagerly = True
+            self.num_calls += 1
+            self.num_rows += y.numel() // y.shape[axis]
+            self.num_samples += y.shape[self.geometry.sample_axis] if y.dim() > 1 else 1
         if self.telemetry_due and self.telemetry is not None:
             self.telemetry.record(y, axis)
-        return y if self.capture is None else self.capture.record(self.read(x), y)
+        return y if self._recorder is None else self._recorder.record(self.read(x), y)
 
     # ---------------------------------------------------------------------------------------------- copies and state
 
@@ -416,6 +431,7 @@ class Site:
             annex=None if self.annex is None else self.annex.frozen_copy(),
             beside=[bank.frozen_copy() for bank in self.beside],
             capture=None,
+            _recorder=None,
             telemetry=None,
             generator=None,
             probe=None,

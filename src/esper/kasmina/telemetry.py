@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esper.errors import SiteError
-from esper.kasmina.ops.telemetry import record_statistics
+from esper.kasmina.ops.telemetry import record_statistics, traced_statistics
 
 
 class TelemetryBuffer:
@@ -22,8 +23,10 @@ class TelemetryBuffer:
         self.chunk_sizes = torch.from_numpy(sizes.astype(np.float32)).to(device)
         self.statistics = torch.full((2, len(sizes)), float("nan"), device=device)
         self.gradient_energy = torch.full((len(sizes),), float("nan"), device=device)
-        self._reports = torch.zeros((), dtype=torch.int64, device=device)
-        self._uncounted = 0
+        self.reports = 0
+        """How often the site has reported; a compiled graph's reports count once a step."""
+        self.fresh: Tensor | None = None
+        """What a compiled graph has left, until :func:`settle`."""
         self.rows = rows
         self.latest: npt.NDArray[np.float32] | None = None
         """``(3, C)`` as :class:`Readout` has read it last, on the host; nothing writes into it afterwards."""
@@ -42,27 +45,20 @@ class TelemetryBuffer:
                 f"is on {y.device} now; move it first (model.to(device)), then make the optimizer and the Grower"
             )
         if torch.compiler.is_compiling():
-            self._reports.add_(1)
-        else:
-            self._uncounted += 1
+            self.fresh = traced_statistics(y, feature_axis, self.rows, self.chunk_of, self.chunk_sizes)
+            return
+        self.reports += 1
         record_statistics(self.statistics, y, feature_axis, self.rows, self.chunk_of, self.chunk_sizes)
 
     @property
-    def reports(self) -> Tensor:
-        """How often it was recorded, ``()`` int64 on the device: a compiled graph counts there, Python on the host."""
-        if self._uncounted:
-            self._reports.add_(self._uncounted)
-            self._uncounted = 0
-        return self._reports
-
-    @property
     def reported(self) -> bool:
-        """Whether the hook has ever run with telemetry on (also inside a compiled graph). Synchronises."""
-        return int(self.reports) > 0
+        """Whether the hook has ever run with telemetry on (also inside a compiled graph)."""
+        return self.reports > 0
 
     def is_damaged(self) -> Tensor:
         """On the device: has the site reported, and were its last activations not finite?"""
-        return (self.reports > 0) & ~torch.isfinite(self.statistics.sum())
+        bad = ~torch.isfinite(self.statistics.sum())
+        return bad if self.reports else torch.zeros_like(bad)
 
     def record_gradient(self, g: Tensor, feature_axis: int) -> None:
         """Mean squared gradient a chunk, from captured rows (scaled to unit mean square over the site)."""
@@ -71,19 +67,33 @@ class TelemetryBuffer:
         total = zeros.index_add(0, self.chunk_of, rows.float().square().mean(0))
         self.gradient_energy.copy_(total / self.chunk_sizes)
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Any]:
         """What was read so far, as a state tree; the tensors are its own, not copies."""
         return {"statistics": self.statistics, "gradient_energy": self.gradient_energy, "reports": self.reports}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` has told, in the same memory."""
         self.statistics.copy_(state["statistics"])
         self.gradient_energy.copy_(state["gradient_energy"])
-        self.reports.copy_(state["reports"])
+        self.reports, self.fresh = int(state["reports"]), None  # once it was a tensor
 
     def snapshot(self) -> npt.NDArray[np.float32]:
         """``(3, C)``: mean, variance, gradient energy. Synchronises with the device."""
         return Readout([self]).read()[0][1][0]
+
+
+def settle(buffers: Iterable[TelemetryBuffer]) -> None:
+    """Take over what compiled graphs have left, all buffers of a device at once; the graphs' memory is free again."""
+    groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    for buffer in buffers:
+        if buffer.fresh is not None:
+            places, values = groups.setdefault(buffer.statistics.device, ([], []))
+            places.append(buffer.statistics)
+            values.append(buffer.fresh)
+            buffer.reports += 1
+            buffer.fresh = None
+    for places, values in groups.values():
+        torch._foreach_copy_(places, values)
 
 
 class Readout:

@@ -9,8 +9,6 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from esper.kasmina import memory
 from esper.safety.tree import Tree, copy_of, digest, split
 
@@ -34,8 +32,8 @@ class Snapshot:
     def of(cls, state: Tree, step: int) -> Snapshot:
         """Begin to copy ``state``; its tensors may change again as soon as this returns (on their own streams)."""
         tree = copy_of(state, memory.to_host)
-        devices = {t.device for t in split(state)[1].values() if t.is_cuda}
-        snapshot = cls(step, num_bytes(state), tree, [_mark(device) for device in devices])
+        events = memory.marks(tensor.device for tensor in split(state)[1].values())
+        snapshot = cls(step, num_bytes(state), tree, events)
         snapshot._worker = threading.Thread(target=snapshot._hash, name="esper-snapshot")
         snapshot._worker.start()
         return snapshot
@@ -139,9 +137,3 @@ class Snapshots:
 def num_bytes(state: Tree) -> int:
     """Bytes of all tensors and arrays of a state tree."""
     return sum(tensor.numel() * tensor.element_size() for tensor in split(state)[1].values())
-
-
-def _mark(device: torch.device) -> Any:
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -146,6 +146,12 @@ def test_scattered_chunks_of_four_are_read_and_written_eight_bytes_at_a_time() -
     assert "ld.global.v2.b32" in ptx or "ld.global.b64" in ptx or "cp.async.ca.shared.global [" in ptx
     assert "st.global.v2.b32" in ptx or "st.global.b64" in ptx
     assert "ld.global.b16" not in ptx and "st.global.b16" not in ptx
+
+
+def test_what_lies_between_chunks_is_copied_in_their_runs() -> None:
+    for launch in _chunks(rising=True):
+        ptx = launch.compile(90).asm["ptx"]
+        assert "ld.global.b16" not in ptx and "st.global.b16" not in ptx
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("telemetry")])

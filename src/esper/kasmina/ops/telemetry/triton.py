@@ -3,7 +3,8 @@
     mean_c = sum(y) / n        var_c = sum((y - mean_c)^2) / n        over the rows read and the chunk's features
 
 Each program walks down some tiles of rows by columns and sums differences from the first one in registers, so a large
-mean cancels nothing and every thread has several loads under way. Programs' results are merged in a fixed order by the formula of Chan, Golub and LeVeque (1979): no atomics, the same bits each run.
+mean cancels nothing and every thread has several loads under way. Results of programs are merged in a fixed order by the
+formula of Chan, Golub and LeVeque (1979): no atomics, the same bits each run.
 A few sampled rows of small chunks fit one tile and need no second launch.
 
 Shapes: N rows read, F features, C chunks, P partial results a chunk (row blocks times column pieces).
@@ -48,9 +49,9 @@ def tile_kernel(
     CHUNKS: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     TILES: tl.constexpr, NESTED: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """``TILES`` tiles below each other: their chunks' means and sums of squared deviations.
+    """``TILES`` tiles below each other: means and sums of squared deviations of their chunks.
 
-    Each of ``ROWS`` lanes sums what its rows differ from its first one, so a large mean cancels nothing: a lane's sum of
+    Each of ``ROWS`` lanes sums what its rows differ from its first one, so a large mean cancels nothing: a sum of
     squares is at most ``1 + TILES`` times its spread. ``LAST``: variances are written, nothing is left to merge.
     ``SIZE`` is the chunk size where all chunks have it and it is a power of two, else 0.
     """
@@ -186,7 +187,7 @@ def _shape(rows: int, regular: bool) -> Shape:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a site is cut up: whole chunks a column block, or pieces of one chunk; rows, columns and tiles of a program."""
+    """How a site is cut up: whole chunks a column block, or pieces of one chunk; a program's rows, columns, tiles."""
 
     chunks: int
     pieces: int
