@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from esper.kasmina.ops import launches
+from esper.kasmina.ops import dispatch, launches
 from esper.kasmina.ops.launches import Launches, alignment
 
 pytestmark = pytest.mark.unit
@@ -61,6 +61,27 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in (1, 2, 3, 3, 1):
         known.launch(key, kernel, (1,), key)
     assert len(known) == 2 and [args for _, args, _ in kernel.ordinary] == [(1,), (2,), (3,), (3,)]
+
+
+def test_kernels_that_do_not_work_when_launched_again_are_launched_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from esper.kasmina.ops.slot_adam import agreement
+
+    monkeypatch.setattr(launches, "_kept", [True])
+    monkeypatch.setenv("ESPER_OPS", "auto")
+    kernel, known, checks = Kernel(), Launches(), list[str]()
+
+    def check(device: torch.device) -> None:
+        checks.append(device.type)
+        known.launch("key", kernel, (1,), 1)
+        if kernel.again:
+            raise TypeError("function takes other arguments")
+
+    monkeypatch.setattr(agreement, "check", check)
+    assert dispatch._works("slot_adam", torch.device("cuda"))
+    assert checks == ["cuda", "cuda"] and len(kernel.again) == 1
+    known.launch("key", kernel, (1,), 1)
+    assert len(kernel.again) == 1 and len(kernel.ordinary) == 2
 
 
 def test_alignment_tells_views_from_whole_tensors() -> None:

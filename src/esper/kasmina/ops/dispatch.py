@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from esper.errors import ConfigError, EsperError
+from esper.kasmina.ops import launches
 
 OPERATIONS = ("telemetry", "graft", "slot_adam")
 """Each is a package beside this module, with ``reference``, ``triton`` and ``agreement``."""
@@ -105,14 +106,20 @@ def _works(operation: str, device: torch.device) -> bool:
         return _refuse(operation, f"Triton cannot be imported ({error})", choice, error)
     from triton import TritonError
 
+    check = importlib.import_module(f"{package}.agreement").check
     try:
-        importlib.import_module(f"{package}.agreement").check(device)
+        check(device)
     except (TritonError, DisagreementError, *_BUILD_FAULTS) as error:
         # its last line: a compiler's message may print the kernel
         last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         return _refuse(
             operation, f"the {operation} kernels do not work here ({type(error).__name__}: {last})", choice, error
         )
+    if device.type == "cuda":
+        try:
+            check(device)  # launched again, as in all later steps
+        except (TritonError, DisagreementError, *_BUILD_FAULTS):
+            launches.keep_none()
     return True
 
 
