@@ -17,6 +17,7 @@ from torch import nn
 import esper
 from esper.errors import ConfigError, UnknownNameError
 from esper.kasmina.blueprints import BLUEPRINTS
+from esper.kasmina.hooks import armed
 from esper.protocol import Germinate, Lifecycle, SeedPlan
 from esper.runs.trials import faulty
 from esper.runs.trials.faults import fault_names, fault_trial
@@ -44,9 +45,10 @@ def subject_of(rig: Rig) -> Subject:
 def traces(rig: Rig) -> list[object]:
     """Everything a fault may take hold of."""
     modules = list(rig.model.modules())
+    with armed(rig.grower.kasmina.sites):  # they are off in steps in which no site has work
+        hooks = [(dict(module._forward_pre_hooks), dict(module._forward_hooks)) for module in modules]
     return [
-        [dict(module._forward_pre_hooks) for module in modules],
-        [dict(module._forward_hooks) for module in modules],
+        hooks,
         dict(rig.optimizer._optimizer_step_pre_hooks), dict(rig.optimizer._optimizer_step_post_hooks),
         [group["lr"] for group in rig.optimizer.param_groups],
         [sorted(vars(BLUEPRINTS[name])) for name in BLUEPRINTS],

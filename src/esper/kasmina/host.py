@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from types import CodeType
 from typing import Any
 
 import torch
@@ -76,8 +75,6 @@ class HostClock:
         self._measured: tuple[str, ...] = ()
         self._norms: dict[str, Tensor] = {}
         self._watch: Any = None
-        self._innocent: tuple[CodeType, ...] = ()
-        """Who called the optimizer when no scaler was found."""
         self.follow(plans)
         self._handles: list[Any] = [
             self.optimizers[0].register_step_pre_hook(self._before_step),
@@ -199,10 +196,7 @@ class HostClock:
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         self.note_hyperparameters()
         if self._scaler is None and not torch.compiler.is_compiling():
-            callers = _callers()
-            if callers != self._innocent:
-                self._scaler = _calling_scaler()
-                self._innocent = callers if self._scaler is None else ()
+            self._scaler = _calling_scaler()
         if self._scaler is not None:
             self._scale_at_step = float(self._scaler.get_scale())
         if self._measured:
@@ -257,18 +251,6 @@ _WATCHED_STEPS = 20
 """Steps in which backward passes are counted: who calls the grower at the wrong place does so from the start."""
 _FRAMES = 16
 """How far up the stack a scaler is looked for: a scheduler and a trainer may have wrapped the optimizer's step."""
-
-
-def _callers() -> tuple[CodeType, ...]:
-    """Code of the five functions around the optimizer's step: the same ones are the same loop, with the same scaler."""
-    frame = inspect.currentframe()
-    for _ in range(3):  # this one, the clock's hook, and torch's wrapper that calls it
-        frame = None if frame is None else frame.f_back
-    found: list[CodeType] = []
-    while frame is not None and len(found) < 5:
-        found.append(frame.f_code)
-        frame = frame.f_back
-    return tuple(found)
 
 
 def _calling_scaler() -> GradScaler | None:
