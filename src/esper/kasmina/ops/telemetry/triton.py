@@ -3,8 +3,8 @@
     mean_c = sum(y) / n        var_c = sum((y - mean_c)^2) / n        over the rows read and the chunk's features
 
 Each program walks down some tiles of rows by columns and sums differences from the first one in registers, so a large
-mean cancels nothing and every thread has several loads under way. Results of programs are merged in a fixed order by the
-formula of Chan, Golub and LeVeque (1979): no atomics, the same bits each run.
+mean cancels nothing and every thread has several loads under way. Results of programs are merged in a fixed order by
+the formula of Chan, Golub and LeVeque (1979): no atomics, the same bits each run.
 A few sampled rows of small chunks fit one tile and need no second launch.
 
 Shapes: N rows read, F features, C chunks, P partial results a chunk (row blocks times column pieces).
