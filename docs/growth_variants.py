@@ -20,7 +20,7 @@ judged three times ([0015](decisions/0015-looks.md)) came later."""
 STARTS = """The same for the first weights of new convolutions: every cohort is kept, so that all variants grow alike
 and differ in these weights alone, or in how they were fitted. *Explained* is what share of its target a fit explains on
 batches it was not made on, in the mean; *sure* counts the fits whose gain on those batches has a t statistic of 2 or
-more (others start from an output of zero)."""
+more. Unless a row says otherwise fits are as long as they are set to be and are used whether or not they hold there."""
 
 
 def sections(folder: Path) -> list[tuple[str, str]]:
