@@ -233,7 +233,8 @@ def _results_page() -> str:
 
 
 def _title(name: str, result: dict[str, Any]) -> str:
-    return result.get("title") or TITLES[name]
+    title = result.get("title") or TITLES[name]
+    return f"{title}, every arm" if name == "code_lm_arms" else title
 
 
 def _score_name(name: str, result: dict[str, Any]) -> str:

@@ -306,6 +306,19 @@ def test_quality_counts_where_it_costs_little_enough(flops: int, scores: list[fl
 
 
 @pytest.mark.unit
+def test_a_task_may_be_measured_twice_with_more_arms_on_fewer_seeds(tmp_path: Path) -> None:
+    below, above = contrast(-0.2, -0.3, -0.1), contrast(0.2, 0.1, 0.3)
+    results = {
+        "code_lm": {"grown_minus": {"static_equal_flops": below}, "arms": {}},
+        "code_lm_arms": {"grown_minus": {"static_equal_flops": above, "static_final": above}, "arms": {}},
+    }
+    found = bars(results, tmp_path)
+    assert next(value for bar, value in found.items() if "never below" in bar)[0].startswith("below on 1 of 1")
+    minus = script("growth_bars")._minus
+    assert minus(results, "code_lm", "static_final") == (0.2, 0.1, 0.3) and minus(results, "code_lm", "always") is None
+
+
+@pytest.mark.unit
 def test_variants_are_shown_and_those_that_diverged_said_to(tmp_path: Path) -> None:
     shown = script("growth_variants")
     line = {
