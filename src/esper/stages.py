@@ -42,7 +42,7 @@ class Stages:
     config: Config
     emit: Callable[[AnyEvent], None]
     trials: Trials
-    losses: deque[torch.Tensor]
+    losses: deque[torch.Tensor | float]
     """Detached task losses of the last steps, oldest first."""
     may_graft: Callable[[int], bool]
     """Whether a cohort may be grafted now: it waits for the snapshot from before its graft."""

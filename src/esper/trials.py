@@ -85,6 +85,11 @@ class Trials:
         """Twins that train beside the host, by their cohorts."""
         return self.copies.twins
 
+    @property
+    def are_open(self) -> bool:
+        """Whether a twin trains, or a window waits for its end."""
+        return self.copies.watch is not None or bool(self._windows)
+
     def state(self) -> dict[str, Any]:
         """Scores and open windows, and which copies there are, as a state tree; :attr:`copies` tells those."""
         return {

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from esper.evidence.judge import Judge
 from esper.evidence.paired import PairedResult, paired_difference
 from esper.kasmina import memory
+from esper.kasmina.hooks import armed
 from esper.kasmina.site import Site
 
 
@@ -30,7 +31,8 @@ class Network:
     @classmethod
     def of(cls, model: nn.Module, sites: Mapping[str, Site]) -> Network:
         """A copy."""
-        return cls(*copy.deepcopy((model, dict(sites))))
+        with armed(sites):
+            return cls(*copy.deepcopy((model, dict(sites))))
 
     def park(self) -> Network:
         """Let it lie in the CPU's memory until :meth:`at_hand`; returns itself."""

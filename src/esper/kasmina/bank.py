@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -195,8 +195,9 @@ class Bank:
 
     def graft(self, y: Tensor, *, writable: bool) -> Tensor:
         """``y`` plus the branches of a fused blueprint; ``writable``: the memory of ``y`` may be used for it."""
-        assert isinstance(self.plan, FusedBlueprint) and self._seats is not None
-        return self.plan.graft(self.params, y, self._seats, alpha=self.alpha, writable=writable)
+        assert self._seats is not None, "only banks of a fused blueprint have seats"
+        plan = cast("FusedBlueprint", self.plan)
+        return plan.graft(self.params, y, self._seats, alpha=self.alpha, writable=writable)
 
     def scale_output(self, factor: float | Tensor) -> None:
         """Multiply the output weights in place; ``factor`` is a number or one value a slot ``(S,)``."""

@@ -332,10 +332,13 @@ class Nursery:
             batches=config.batches,
             max_bytes=budget // max(capturing, len(self.sites)),
         )
-        return Capture(
+        capture = Capture(
             site.geometry, num_batches=config.batches, rows_per_batch=per_batch, generator=self.generator,
             device=device,
         )  # fmt: skip
+        if site.shapes is not None:
+            capture.expect(site.shapes)
+        return capture
 
 
 def _check_scales(plan: SeedPlan, blueprint: str, start: str) -> None:

@@ -6,6 +6,7 @@ that has nothing to add and nothing to record returns the host's own tensor, unt
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from esper.errors import CONTAINED, SiteError, contained
 from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import FusedBlueprint
-from esper.kasmina.capture import Capture
+from esper.kasmina.capture import Capture, Shapes
 from esper.kasmina.geometry import Geometry
 from esper.kasmina.isolation import in_backward, in_transform, is_batched
 from esper.kasmina.recompute import as_product_reads, may_recompute
@@ -54,6 +55,16 @@ class Probe(Protocol):
         ...
 
 
+class Switch(Protocol):
+    """Whether hooks are called at all."""
+
+    armed: bool
+
+    def arm(self) -> None: ...
+
+    def disarm(self) -> None: ...
+
+
 class Site:
     """State and behaviour of one site.
 
@@ -86,6 +97,8 @@ class Site:
         # sizes as well
         self._adds = False
         self._trial: list[Bank] = []
+        self._only: list[Bank] | None = None
+        """What is added, if all of it is fused and no two share a column."""
         self.capture: Capture | None = None
         self.telemetry: TelemetryBuffer | None = None
         self.generator: torch.Generator | None = None
@@ -99,10 +112,20 @@ class Site:
         self.recording = True
         self.telemetry_due = False
         self.engaged = False
+        self.switch: Switch | None = None
+        """Takes hooks off their modules while no site is engaged."""
+        self.ran_eagerly = False
+        """Python itself has called the hooks in a training forward, not a compiled graph."""
         self.refused: str | None = None
         self.num_calls = 0
         self.num_rows = 0
         self.num_samples = 0
+        self._traced: Shapes | None = None
+        """What one call saw, as a compiled graph notes it: it reads no count, for each would be a guard."""
+        self.shapes: Shapes | None = None
+        """The latest of these."""
+        self._recorder: Capture | None = None
+        """The capture, while it is open."""
         self.downstream_reads = False
         self._open = not info.kind.is_span
         self._x: Tensor | None = None
@@ -112,15 +135,25 @@ class Site:
 
     # ---------------------------------------------------------------------------------------------- between steps
 
+    def watch(self, due: bool) -> None:
+        """Arm or disarm telemetry for the next step; what is added stays as it is."""
+        self.telemetry_due = due and self.refused is None
+        records = self.recording and (self.telemetry_due or self._recorder is not None)
+        self.engaged = records or self._adds or self.probe is not None
+        if self.engaged and self.switch is not None and not self.switch.armed:
+            self.switch.arm()
+
     def refresh(self) -> None:
         """Decide whether the hooks have work in the next step."""
         self._adds = self.adds
         self._trial = self._on_trial(self.grafted)
-        adds = self._adds or self.probe is not None
-        records = self.recording and (self.capture is not None or self.telemetry_due)
-        self.engaged = adds or records
-        fused = [bank for bank in [*self.beside, *self._trial] if _fuses(bank)]
+        self._recorder = self.capture if self.capture is not None and self.capture.open else None
+        self.watch(self.telemetry_due)
+        behind = [*self.beside, *self._trial]
+        fused = [bank for bank in behind if _fuses(bank)]
         self._shares_columns = len(fused) > 1 and overlap(fused)
+        only_fused = self.annex is None and not self._shares_columns and len(fused) == len(behind)
+        self._only = fused if only_fused and self.generator is None else None
         self._shares_input = (
             self.thrifty and self._adds and any(bank.may_repeat for bank in [*self.permanent, *self._trial])
         )
@@ -153,7 +186,7 @@ class Site:
                 "undo the change to the model's forward pass, or remove the site's branches first"
             )
         self.refused = reason
-        self.capture = None
+        self.capture = self._recorder = None
         self.telemetry_due = False
         self.engaged = False
 
@@ -201,9 +234,17 @@ class Site:
         training = module.training
         if self.probe is not None:
             return self.probe.leave(self, x, layer_input, y, training)
+        tapped = y
         if self.recording and not transformed and torch.is_grad_enabled() and y.requires_grad and self._is_first_look():
-            self._record(x, y)
-        return self._compose(x, y, self._trial, training=training, writable=writable) if self._adds else None
+            tapped = self._record(x, y)
+        if not self._adds:
+            return None if tapped is y else tapped
+        if self._only is None or torch.compiler.is_compiling():
+            return self._compose(x, tapped, self._trial, training=training, writable=writable)
+        out = tapped
+        for bank in self._only:
+            out = bank.graft(out, writable=writable or out is not tapped)
+        return out
 
     def compose(
         self, x: Tensor, y: Tensor, cohorts: AbstractSet[int], *, training: bool, writable: bool = False
@@ -300,9 +341,10 @@ class Site:
 
         Reentrant checkpointing runs the forward without gradients: there the recomputation is all there is to see.
         """
-        if not in_backward():
-            self._seen_in_forward = True
-        return not in_backward() or not self._seen_in_forward
+        if in_backward():
+            return not self._seen_in_forward
+        self._seen_in_forward = True
+        return True
 
     def _seed_masks(self, y: Tensor) -> None:
         """Let the branches' dropout masks follow from the host's random state, which is read, not advanced.
@@ -314,22 +356,31 @@ class Site:
         state = torch.cuda.get_rng_state(y.device) if y.is_cuda else torch.get_rng_state()
         self.generator.manual_seed(zlib.crc32(state.numpy().tobytes(), self.mask_seed))
 
-    def take_counts(self) -> tuple[int, int, int]:
-        """Calls, rows and samples seen since the last real step; starts counting anew."""
+    def take_counts(self, passes: int = 1) -> tuple[int, int, int]:
+        """Calls, rows and samples seen since the last real step, compiled ones ``passes`` times; starts anew."""
         counts = self.num_calls, self.num_rows, self.num_samples
+        if self._traced is not None:
+            self.shapes, self._traced = self._traced, None
+            y, axis = self.shapes.y, self.geometry.feature_axis
+            rows, samples = math.prod(y) // y[axis], y[self.geometry.sample_axis] if len(y) > 1 else 1
+            counts = passes, passes * rows, passes * samples
         self.num_calls = self.num_rows = self.num_samples = 0
         self._seen_in_forward, self._grown = False, None
         return counts
 
-    def _record(self, x: Tensor, y: Tensor) -> None:
-        self.num_calls += 1
+    def _record(self, x: Tensor, y: Tensor) -> Tensor:
+        """Count and note what is due; returns what the host goes on with."""
         axis = self.geometry.feature_axis
-        self.num_rows += y.numel() // y.shape[axis]
-        self.num_samples += y.shape[self.geometry.sample_axis] if y.dim() > 1 else 1
+        if torch.compiler.is_compiling():
+            self._traced = Shapes(tuple(x.shape), x.dtype, tuple(y.shape), y.dtype)
+        else:
+            self.ran_eagerly = True
+            self.num_calls += 1
+            self.num_rows += y.numel() // y.shape[axis]
+            self.num_samples += y.shape[self.geometry.sample_axis] if y.dim() > 1 else 1
         if self.telemetry_due and self.telemetry is not None:
             self.telemetry.record(y, axis)
-        if self.capture is not None:
-            self.capture.record(self.read(x), y)
+        return y if self._recorder is None else self._recorder.record(self.read(x), y)
 
     # ---------------------------------------------------------------------------------------------- copies and state
 
@@ -380,12 +431,15 @@ class Site:
             annex=None if self.annex is None else self.annex.frozen_copy(),
             beside=[bank.frozen_copy() for bank in self.beside],
             capture=None,
+            _recorder=None,
             telemetry=None,
             generator=None,
             probe=None,
+            switch=None,
             recording=False,
             telemetry_due=False,
             _trial=[],
+            _only=None,
             _x=None,
             _grown=None,
         )

@@ -77,6 +77,10 @@ class Snapshots:
         self.max_bytes, self.max_stored = max_bytes, max_stored
         self._by_cohort: dict[int, Snapshot] = {}
 
+    def __len__(self) -> int:
+        """Cohorts that have one."""
+        return len(self._by_cohort)
+
     def __contains__(self, cohort: int) -> bool:
         return cohort in self._by_cohort
 
