@@ -24,7 +24,7 @@ def test_verdicts_are_in_words() -> None:
     }
     assert words.summary(files) == [
         "mlp, 2 sites, default: +2.0% of a step (+1.0% by CPU time) - met",
-        "gpt2, peak memory default_pool: +4.4%, reached in GRAFTING at step 16 (training) - met",
+        "gpt2, peak memory default pool: +4.4%, reached in GRAFTING at step 16 (training) - met",
         "layer: layer with 64 seeds: 64.0 us of the GPU, 120.0 us by the wall - NOT met",
         "ops_graft: forward, 8192 rows, 64 seeds: 12.0 us, bar 15.0 - met",
     ]

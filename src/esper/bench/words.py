@@ -25,10 +25,10 @@ def _of(name: str, content: Line) -> Iterator[str]:
                 f"({row['added_cpu_share']:+.1%} by CPU time){_verdict(row)}"
             )
         elif "added_memory_share" in row:
-            place = row["place"].replace("_", " ")
+            what, place = (row[key].replace("_", " ") for key in ("phase", "place"))
             yield (
-                f"{row['host']}, peak {row['phase'].replace('_', ' ', 1)}: {row['added_memory_share']:+.1%}, reached in "
-                f"{row['state']} at step {row['step']} ({place}){_verdict(row)}"
+                f"{row['host']}, peak {what}: {row['added_memory_share']:+.1%}, reached in {row['state']} at step "
+                f"{row['step']} ({place}){_verdict(row)}"
             )
         elif "met" in row:
             yield f"{name}: {_operation(row)}{_verdict(row)}"
