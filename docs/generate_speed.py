@@ -165,7 +165,8 @@ def page(results: Results) -> str:
     parts = [
         HEAD, _machines(results), "## Bars\n", _bar_table(results), "## Roofline\n", _roofline(results),
         "## Where dense products win\n", _widths(results), "## How costs grow\n", _growth(results),
-        "## The five metrics\n", _metrics(results), "## A small host on a CPU\n", _small_hosts(results),
+        "## Memory\n", _memory(results), "## The five metrics\n", _metrics(results), "## A small host on a CPU\n",
+        _small_hosts(results),
     ]  # fmt: skip
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 
@@ -215,6 +216,17 @@ def _roofline(results: Results) -> str:
         "that reads these columns and writes them back, and computes nothing: what the graft can reach at best."
     )
     return "\n".join(lines) + ("\n" + note if rows else f"\n\n{NOT_YET}")
+
+
+def _memory(results: Results) -> str:
+    """The most that was needed in each state of a cohort's life."""
+    lines = ["| state | forward and backward, over the bare host | bytes between steps |", "|---|---|---|"]
+    rows = results.rows("step_gpu", phase="memory_by_state")
+    for state, most in rows[0]["by_state"].items() if rows else ():
+        over = most["training"] / rows[0]["peak_bytes_bare"] - 1
+        lines.append(f"| {state} | {over:+.1%} | {most['between_steps']:,} |")
+    text = "What Esper holds when, by which formulas, is on [a page of its own](memory.md). GPT-2-124M shape, eager:"
+    return "\n".join([text, "", *lines]) if rows else f"{text} {NOT_YET}."
 
 
 def _size(row: Row) -> str:
