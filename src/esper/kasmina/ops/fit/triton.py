@@ -2,8 +2,8 @@
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportCallIssue=false
 """A whole isolated fit in one launch: gather rows, forward, error, gradients and Adam, step after step.
 
-A program belongs to one *group* of seeds (a block-diagonal matrix, as in the graft kernels) and keeps their weights and
-moments in its registers from the first step to the last. Where there are fewer groups than the GPU has room for, several
+A program belongs to one *group* of seeds (a block-diagonal matrix, as in the graft kernels) and keeps their weights in its
+registers from the first step to the last, and their moments in memory of its own. Where there are fewer groups than the GPU has room for, several
 programs share the rows of a group's step: each writes its partial gradients, waits for the others of its group, and then
 does the same update from the same sums in the same order, so that all of them go on with the same bits. No sum depends
 on who came first.
@@ -29,8 +29,8 @@ from esper.kasmina.ops.sizes import power_above
 
 _WHOLE_RUNS = 16
 """Run length from which whole groups are runs (``WHOLE_RUNS`` of the graft operation)."""
-_UNITS = 64
-"""Most hidden units of a group of several seeds."""
+_SIDE = 16
+"""Columns and hidden units of a group of several seeds, at most: the smallest tile of the matrix units."""
 _WARPS = 8
 """Warps that are sure to have room on a multiprocessor whatever registers they use (255 a thread at most)."""
 _LEAST_TILES = 4
@@ -78,13 +78,16 @@ def _meet(count, arrivals):
 
 
 @triton.jit
-def _adam(value, first, second, gradient, moves, rate, correction, share1, share2, eps):
+def _adam(value, moments, place, mask, total, gradient, moves, rate, correction, share1, share2, eps):
     """One step of Adam; with ``moves`` zero nothing changes. ``share``: of the gradient in a moment, 1 - beta."""
+    first = tl.load(moments + place, mask=mask, other=0.0)
+    second = tl.load(moments + total + place, mask=mask, other=0.0)
     gradient = tl.where(moves > 0, gradient, 0.0)
     first += (gradient - first) * (share1 * moves)
     second += (gradient * gradient - second) * (share2 * moves)
-    value -= rate * moves * first / (tl.sqrt(second / correction) + eps)
-    return value, first, second
+    tl.store(moments + place, first, mask=mask)
+    tl.store(moments + total + place, second, mask=mask)
+    return value - rate * moves * first / (tl.sqrt(second / correction) + eps)
 
 
 @triton.jit
@@ -95,7 +98,7 @@ def _not_finite(gradient):
 
 @triton.jit
 def fit_kernel(
-    y, target, draws, columns, state, taken, parts, counts,
+    y, target, draws, columns, weights, moments, taken, parts, counts,
     begin, end, batch, tiles, features, target_features, seeds, groups, total,
     scale, lr, share1, share2, log_beta1, log_beta2, eps,
     K: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GK: tl.constexpr, GH: tl.constexpr, ROWS: tl.constexpr,
@@ -104,28 +107,23 @@ def fit_kernel(
 ):  # fmt: skip
     """Steps ``begin`` to ``end`` of a fit.
 
-    ``state (3, total)`` holds weights and both moments, ``taken (groups,)`` the steps that were not refused. With
-    several ``BLOCKS`` of programs a group, ``parts (2, BLOCKS, total)`` holds what they find in a step and in the next,
-    and ``counts (groups,)`` how often they have met. ``SUMS`` and ``UPDATES``: the halves of a step that are done; one
+    ``weights (total,)``; ``moments (BLOCKS, 2, total)``: every program of a group has its own; ``taken (groups,)``
+    counts the steps that were not refused. With several ``BLOCKS`` of programs a group, ``parts (2, BLOCKS, total)``
+    holds what they find in a step and in the next, and ``counts (groups,)`` how often they have met. ``SUMS`` and ``UPDATES``: the halves of a step that are done; one
     without the other only where programs run one after the other and cannot wait.
     """
     pid = tl.program_id(0)
     group, block = pid % groups, pid // groups
     column, real = _group_columns(columns, group, seeds, K, G, GK, DENSE, RUN)
-    place1, mask1 = _first_weights(state, group, seeds, K, H, G, GK, GH)
-    place2, mask2 = _second_weights(state, group, seeds, K, H, G, GK, GH)
-    unit, has_unit = _group_units(state, group, seeds, H, G, GH)
+    place1, mask1 = _first_weights(weights, group, seeds, K, H, G, GK, GH)
+    place2, mask2 = _second_weights(weights, group, seeds, K, H, G, GK, GH)
+    unit, has_unit = _group_units(weights, group, seeds, H, G, GH)
     place2 += seeds * (H * K)
     unit += seeds * (2 * H * K)
-    first = tl.load(state + place1, mask=mask1, other=0.0)
-    second = tl.load(state + place2, mask=mask2, other=0.0)
-    bias = tl.load(state + unit, mask=has_unit, other=0.0)
-    m_first = tl.load(state + total + place1, mask=mask1, other=0.0)
-    m_second = tl.load(state + total + place2, mask=mask2, other=0.0)
-    m_bias = tl.load(state + total + unit, mask=has_unit, other=0.0)
-    v_first = tl.load(state + 2 * total + place1, mask=mask1, other=0.0)
-    v_second = tl.load(state + 2 * total + place2, mask=mask2, other=0.0)
-    v_bias = tl.load(state + 2 * total + unit, mask=has_unit, other=0.0)
+    first = tl.load(weights + place1, mask=mask1, other=0.0)
+    second = tl.load(weights + place2, mask=mask2, other=0.0)
+    bias = tl.load(weights + unit, mask=has_unit, other=0.0)
+    own = moments + block * (2 * total)
     counted = tl.load(taken + group)
     for step in range(begin, end):
         sum1 = tl.zeros([GK, GH], tl.float32)
@@ -164,21 +162,16 @@ def fit_kernel(
             exponent = tl.maximum(counted, 1.0).to(tl.float64)
             rate = lr / (1.0 - tl.exp(exponent * log_beta1)).to(tl.float32)
             root = (1.0 - tl.exp(exponent * log_beta2)).to(tl.float32)
-            first, m_first, v_first = _adam(first, m_first, v_first, sum1, moves, rate, root, share1, share2, eps)
-            second, m_second, v_second = _adam(second, m_second, v_second, sum2, moves, rate, root, share1, share2, eps)
-            bias, m_bias, v_bias = _adam(bias, m_bias, v_bias, sum_bias, moves, rate, root, share1, share2, eps)
+            first = _adam(first, own, place1, mask1, total, sum1, moves, rate, root, share1, share2, eps)
+            second = _adam(second, own, place2, mask2, total, sum2, moves, rate, root, share1, share2, eps)
+            bias = _adam(bias, own, unit, has_unit, total, sum_bias, moves, rate, root, share1, share2, eps)
+            tl.debug_barrier()  # moments are read by other threads in the next step
     if UPDATES:
         if block == 0:
             # the others read it before they first met, or are none
-            tl.store(state + place1, first, mask=mask1)
-            tl.store(state + place2, second, mask=mask2)
-            tl.store(state + unit, bias, mask=has_unit)
-            tl.store(state + total + place1, m_first, mask=mask1)
-            tl.store(state + total + place2, m_second, mask=mask2)
-            tl.store(state + total + unit, m_bias, mask=has_unit)
-            tl.store(state + 2 * total + place1, v_first, mask=mask1)
-            tl.store(state + 2 * total + place2, v_second, mask=mask2)
-            tl.store(state + 2 * total + unit, v_bias, mask=has_unit)
+            tl.store(weights + place1, first, mask=mask1)
+            tl.store(weights + place2, second, mask=mask2)
+            tl.store(weights + unit, bias, mask=has_unit)
             tl.store(taken + group, counted)
 
 
@@ -188,9 +181,9 @@ def grouping(columns: int, units: int) -> Grouping:
 
     ``tests`` compile it: weights, moments and sums of a group stay in registers.
     """
-    together = max(1, min(16 // columns, _UNITS // units))
-    wide, high = max(16, power_above(together * columns)), max(16, power_above(together * units))
-    rows, warps = (64, 4) if max(wide, high) <= 32 else (32, 8)
+    together = max(1, min(_SIDE // columns, _SIDE // units))
+    wide, high = max(_SIDE, power_above(together * columns)), max(_SIDE, power_above(together * units))
+    rows, warps = (64, 4) if max(wide, high) <= 16 else (32, 8)
     return Grouping(together, wide, high, rows, warps)
 
 
@@ -219,18 +212,18 @@ def fit(
     blocks = blocks_for(groups, batch, plan, _multiprocessors(device)) if blocks is None else blocks
     weights = torch.cat([w1.reshape(-1), w2.reshape(-1), b1.reshape(-1)])
     total = weights.numel()
-    state = torch.cat([weights, weights.new_zeros(2 * total)])
+    moments = torch.zeros(blocks, 2, total, device=device)
     counts = torch.zeros(2, groups, device=device)  # zeros are zeros in any type
-    parts = weights.new_empty(2 * blocks * total) if blocks > 1 else state
+    parts = torch.empty(2 * blocks * total if blocks > 1 else 0, device=device)
     launch = functools.partial(
         fit_kernel[(groups * blocks,)],
-        y_NF, target_NF, _beside(draws_TB, device), columns, state, counts[0], parts, counts[1].view(torch.int32),
+        y_NF, target_NF, _beside(draws_TB, device), columns, weights, moments, counts[0], parts, counts[1].view(torch.int32),
         batch=batch, tiles=-(-batch // (plan.rows * blocks)), features=y_NF.shape[1],
         target_features=target_NF.shape[1], seeds=seeds, groups=groups, total=total,
         scale=2.0 / (batch * seeds * width), lr=lr, share1=1.0 - _BETAS[0], share2=1.0 - _BETAS[1],
         log_beta1=math.log(_BETAS[0]), log_beta2=math.log(_BETAS[1]), eps=_EPS,
         K=width, H=units, G=plan.seeds, GK=plan.columns, GH=plan.units, ROWS=plan.rows, BLOCKS=blocks,
-        DENSE=runs >= _WHOLE_RUNS and plan.is_full(width), RUN=min(runs, 8), PRECISION=precision,
+        DENSE=runs >= _WHOLE_RUNS and plan.is_full(width), RUN=math.gcd(min(runs, 8), plan.seeds * width), PRECISION=precision,
         num_warps=plan.warps, num_stages=plan.stages, launch_cooperative_grid=blocks > 1,
     )  # fmt: skip
     if dispatch.INTERPRETED and blocks > 1:
@@ -240,7 +233,7 @@ def fit(
             launch(begin=step, end=step + 1, SUMS=False, UPDATES=True)
     else:
         launch(begin=0, end=steps, SUMS=True, UPDATES=True)
-    for value, part in zip((w1, w2, b1), state[:total].split([w1.numel(), w2.numel(), b1.numel()]), strict=True):
+    for value, part in zip((w1, w2, b1), weights.split([w1.numel(), w2.numel(), b1.numel()]), strict=True):
         value.copy_(part.view(value.shape))
 
 
