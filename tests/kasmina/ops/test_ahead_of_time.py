@@ -148,6 +148,12 @@ def test_scattered_chunks_of_four_are_read_and_written_eight_bytes_at_a_time() -
     assert "ld.global.b16" not in ptx and "st.global.b16" not in ptx
 
 
+def test_what_lies_between_chunks_is_copied_in_their_runs() -> None:
+    for launch in _chunks(rising=True):
+        ptx = launch.compile(90).asm["ptx"]
+        assert "ld.global.b16" not in ptx and "st.global.b16" not in ptx
+
+
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("telemetry")])
 def test_statistics_use_no_atomics(case: str) -> None:
     for launch in CASES[case]():

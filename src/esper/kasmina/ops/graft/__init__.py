@@ -59,7 +59,8 @@ class Seats:
         columns = columns.to(torch.int32).contiguous()
         own = torch.arange(columns.numel(), dtype=torch.int32).view(columns.shape)
         flat, runs = columns.reshape(-1), _run_length(columns)
-        rising = runs >= _COPIED_RUNS and bool((flat[1:] > flat[:-1]).all())
+        fits = runs >= _COPIED_RUNS and num_features % min(runs, 8) == 0
+        rising = fits and bool((flat[1:] > flat[:-1]).all())
         return cls(
             columns.to(device), flat.long().to(device), own.to(device), columns.numel() == num_features, rising, runs,
             _run_length(own),

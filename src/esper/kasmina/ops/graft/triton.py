@@ -79,22 +79,25 @@ def _group_units(b1, group, seeds, H: tl.constexpr, G: tl.constexpr, GH: tl.cons
 
 
 @triton.jit
-def _copy_stretch(source, target, columns, group, groups, row, rows, features, K: tl.constexpr, G: tl.constexpr,
-                  RUN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Copy rows of the columns from a group's first up to the next group's first: all features have one owner.
+def _copy_stretch(source, target, columns, group, groups, block, rows, features, K: tl.constexpr, G: tl.constexpr,
+                  ROWS: tl.constexpr, TILES: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Copy a program's rows of the columns from its group's first up to the next group's first.
 
-    Columns rise from seed to seed (the host has checked it). Whoever then overwrites some of them must wait for the
-    whole program.
+    All features have one owner so: columns rise from seed to seed, in runs of ``RUN`` that start at multiples of it (the
+    host has checked). The program then waits for itself, as it overwrites some of what it has copied.
     """
     start = tl.load(columns + group * G * K).to(tl.int32)
-    start = tl.multiple_of(tl.where(group == 0, 0, start), RUN)
+    start = tl.where(group == 0, 0, start) // RUN
     end = tl.load(columns + (group + 1) * G * K, mask=group + 1 < groups, other=0).to(tl.int32)
-    end = tl.where(group + 1 < groups, end, features)
-    for base in range(start, end, BLOCK):
-        column = tl.multiple_of(base, RUN) + tl.arange(0, BLOCK)
-        mask = (row < rows)[:, None] & (column < end)[None, :]
-        place = row[:, None].to(tl.int64) * features + column[None, :]
-        tl.store(target + place, tl.load(source + place, mask=mask), mask=mask)
+    end = tl.where(group + 1 < groups, end, features) // RUN
+    for tile in range(TILES):
+        row = (block * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        for run in range(start, end, BLOCK // RUN):
+            column = run * RUN + tl.arange(0, BLOCK)
+            mask = (row < rows)[:, None] & (column < end * RUN)[None, :]
+            place = row[:, None].to(tl.int64) * features + column[None, :]
+            tl.store(target + place, tl.load(source + place, mask=mask), mask=mask)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -110,6 +113,8 @@ def forward_kernel(
     """
     pid = tl.program_id(0)
     group, block = pid % groups, pid // groups
+    if COPY > 0:
+        _copy_stretch(y, out, columns, group, groups, block, rows, features, K, G, ROWS, TILES, RUN, COPY)
     column, real = _group_columns(columns, group, seeds, K, G, GK, DENSE, RUN)
     place1, mask1 = _first_weights(w1, group, seeds, K, H, G, GK, GH)
     place2, mask2 = _second_weights(w2, group, seeds, K, H, G, GK, GH)
@@ -124,9 +129,6 @@ def forward_kernel(
         row = (block * TILES + tile) * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & real[None, :]
         place = row[:, None].to(tl.int64) * features + column[None, :]
-        if COPY > 0:
-            _copy_stretch(y, out, columns, group, groups, row, rows, features, K, G, RUN, COPY)
-            tl.debug_barrier()
         value = tl.load(y + place, mask=mask, other=0.0)
         z = tl.dot(value, first, input_precision="ieee") + bias[None, :]
         h = z * tl.sigmoid(z)
@@ -153,6 +155,8 @@ def backward_kernel(
     """
     pid = tl.program_id(0)
     group, block = pid % groups, pid // groups
+    if COPY > 0:
+        _copy_stretch(g, gy, columns, group, groups, block, rows, features, K, G, ROWS, TILES, RUN, COPY)
     column, real = _group_columns(columns, group, seeds, K, G, GK, DENSE, RUN)
     read, _ = _group_columns(read_columns, group, seeds, K, G, GK, READ_DENSE, READ_RUN)
     place1, mask1 = _first_weights(w1, group, seeds, K, H, G, GK, GH)
@@ -172,9 +176,6 @@ def backward_kernel(
         mask = (row < rows)[:, None] & real[None, :]
         place = row[:, None].to(tl.int64) * features + column[None, :]
         source = row[:, None].to(tl.int64) * read_features + read[None, :]
-        if COPY > 0:
-            _copy_stretch(g, gy, columns, group, groups, row, rows, features, K, G, RUN, COPY)
-            tl.debug_barrier()
         value = tl.load(y + source, mask=mask, other=0.0)
         slope = tl.load(g + place, mask=mask, other=0.0)
         z = tl.dot(value, first, input_precision="ieee") + bias[None, :]

@@ -45,8 +45,8 @@ def tile_kernel(
 ):  # fmt: skip
     """``TILES`` tiles below each other: means and sums of squared deviations of their chunks.
 
-    Each of ``ROWS`` lanes sums what its rows differ from its first one, so a large mean cancels nothing: a sum of squares
-    is at most ``1 + TILES`` times the lane's spread. ``LAST``: variances are written, nothing is left to merge.
+    Each of ``ROWS`` lanes sums what its rows differ from its first one, so a large mean cancels nothing: a sum of
+    squares is at most ``1 + TILES`` times its spread. ``LAST``: variances are written, nothing is left to merge.
     ``SIZE`` is the chunk size where all chunks have it and it is a power of two, else 0.
     """
     pid = tl.program_id(0)
