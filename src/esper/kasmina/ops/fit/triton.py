@@ -179,12 +179,21 @@ def fit_kernel(
 def grouping(columns: int, units: int) -> Grouping:
     """How seeds of ``columns`` columns and ``units`` hidden units are put together, and the tile they read at a time.
 
-    ``tests`` compile it: weights, moments and sums of a group stay in registers.
+    ``tests`` compile it and look for spills: weights and sums of a group stay in registers.
     """
     together = max(1, min(_SIDE // columns, _SIDE // units))
     wide, high = max(_SIDE, power_above(together * columns)), max(_SIDE, power_above(together * units))
-    rows, warps = (64, 4) if max(wide, high) <= 16 else (32, 8)
+    large = max(wide, high)
+    rows, warps = (64, 4) if large <= _SIDE else (32, 8) if large <= 32 else (16, 8)
     return Grouping(together, wide, high, rows, warps)
+
+
+def precision_for(plan: Grouping) -> str:
+    """How products are made: ``tf32x3``, three on the matrix units, as good as fp32, or ``ieee``, fp32 without them.
+
+    Operands of large groups would not stay in registers when they are split for the former.
+    """
+    return "tf32x3" if max(plan.columns, plan.units) <= _SIDE else "ieee"
 
 
 def blocks_for(groups: int, batch: int, plan: Grouping, multiprocessors: int) -> int:
@@ -195,12 +204,12 @@ def blocks_for(groups: int, batch: int, plan: Grouping, multiprocessors: int) ->
 
 def fit(
     w1: Tensor, b1: Tensor, w2: Tensor, columns: Tensor, y_NF: Tensor, target_NF: Tensor, draws_TB: Tensor, lr: float,
-    *, runs: int, plan: Grouping | None = None, blocks: int | None = None, precision: str = "tf32x3",
+    *, runs: int, plan: Grouping | None = None, blocks: int | None = None, precision: str | None = None,
 ) -> None:  # fmt: skip
     """Run all steps; arguments as of :func:`esper.kasmina.ops.fit.fit`, ``columns (S, K)`` int32.
 
-    ``runs`` as of :class:`esper.kasmina.ops.graft.Seats`; ``blocks``: programs a group. ``precision`` of products:
-    ``tf32x3`` (three products on the matrix units, as good as fp32) or ``ieee`` (fp32 without them).
+    ``runs`` as of :class:`esper.kasmina.ops.graft.Seats`; ``blocks``: programs a group; ``precision`` as of
+    :func:`precision_for`.
     """
     steps, batch = draws_TB.shape
     if steps == 0 or batch == 0:
@@ -223,7 +232,7 @@ def fit(
         scale=2.0 / (batch * seeds * width), lr=lr, share1=1.0 - _BETAS[0], share2=1.0 - _BETAS[1],
         log_beta1=math.log(_BETAS[0]), log_beta2=math.log(_BETAS[1]), eps=_EPS,
         K=width, H=units, G=plan.seeds, GK=plan.columns, GH=plan.units, ROWS=plan.rows, BLOCKS=blocks,
-        DENSE=runs >= _WHOLE_RUNS and plan.is_full(width), RUN=math.gcd(min(runs, 8), plan.seeds * width), PRECISION=precision,
+        DENSE=runs >= _WHOLE_RUNS and plan.is_full(width), RUN=math.gcd(min(runs, 8), plan.seeds * width), PRECISION=precision or precision_for(plan),
         num_warps=plan.warps, num_stages=plan.stages, launch_cooperative_grid=blocks > 1,
     )  # fmt: skip
     if dispatch.INTERPRETED and blocks > 1:
