@@ -23,9 +23,7 @@ def takes(y: Tensor, target: Tensor, w1: Tensor) -> bool:
 
 
 @torch.no_grad()
-def fit(
-    w1: Tensor, b1: Tensor, w2: Tensor, seats: Seats, y: Tensor, target: Tensor, draws: Tensor, lr: float
-) -> None:
+def fit(w1: Tensor, b1: Tensor, w2: Tensor, seats: Seats, y: Tensor, target: Tensor, draws: Tensor, lr: float) -> None:
     """Train every seed s in place: Adam on the mean of ``(W2_s silu(W1_s y[:, c_s] + b1_s) - target[:, c_s])^2``.
 
     Parameters
@@ -51,9 +49,7 @@ def fit(
         loop(w1, b1, w2, seats, y, target, draws, lr)
 
 
-def loop(
-    w1: Tensor, b1: Tensor, w2: Tensor, seats: Seats, y: Tensor, target: Tensor, draws: Tensor, lr: float
-) -> None:
+def loop(w1: Tensor, b1: Tensor, w2: Tensor, seats: Seats, y: Tensor, target: Tensor, draws: Tensor, lr: float) -> None:
     """The same by the reference, in the type of the parameters."""
     params = [value.detach().requires_grad_() for value in (w1, b1, w2)]
     ones = torch.ones(w1.shape[0], device=w1.device, dtype=w1.dtype)

@@ -10,14 +10,14 @@ from esper.kasmina.ops.graft import Seats
 
 _CASES = (
     # rows, features, seeds, columns, hidden units, rows of a step, programs a group
-    (90, 33, 7, 3, 5, 70, 1),
-    (200, 40, 6, 4, 8, 150, 2),
+    (90, 33, 4, 3, 5, 70, 1),
+    (90, 40, 3, 4, 8, 100, 2),
     (60, 24, 1, 20, 17, 40, 1),
 )
 
 
 def check(device: torch.device) -> None:
-    """Three steps of scattered seeds, alone with their rows or sharing them among programs.
+    """Two steps of scattered seeds, alone with their rows or sharing them among programs.
 
     The reference computes in float64: in float32 it would follow the host's choice of matrix precision (TF32), which
     the kernel does not.
@@ -38,7 +38,7 @@ def check(device: torch.device) -> None:
         y, target = draw(rows, features), draw(rows, features)
         got = [draw(seeds, units, width), draw(seeds, units), draw(seeds, width, units)]
         exact = [value.double() for value in got]
-        draws = torch.randint(rows, (3, batch), generator=source)
+        draws = torch.randint(rows, (2, batch), generator=source)
         triton.fit(*got, seats.columns, y, target, draws, 0.05, runs=seats.runs, blocks=blocks)
         loop(*exact, seats, y.double(), target.double(), draws, 0.05)
         dispatch.agree("fit", zip(got, exact, strict=True), 1e-4)

@@ -2,15 +2,15 @@
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportCallIssue=false
 """A whole isolated fit in one launch: gather rows, forward, error, gradients and Adam, step after step.
 
-A program belongs to one *group* of seeds (a block-diagonal matrix, as in the graft kernels) and keeps their weights in its
-registers from the first step to the last, and their moments in memory of its own. Where there are fewer groups than the GPU has room for, several
-programs share the rows of a group's step: each writes its partial gradients, waits for the others of its group, and then
-does the same update from the same sums in the same order, so that all of them go on with the same bits. No sum depends
-on who came first.
+A program belongs to one *group* of seeds (a block-diagonal matrix, as in the graft kernels) and keeps their weights in
+its registers from the first step to the last, and their moments in memory of its own. Where there are fewer groups than
+the GPU has room for, several programs share the rows of a group's step: each writes its partial gradients, waits for
+the others of its group, and then does the same update from the same sums in the same order, so that all of them go on
+with the same bits. No sum depends on who came first.
 
 Shapes: N rows, F features, S seeds, K columns and H hidden units a seed; T steps of B rows; a group has G seeds,
-GK >= G * K columns and GH >= G * H hidden units. Weights, gradients and moments of all seeds lie flat, ``w1 (S, H, K)``,
-``w2 (S, K, H)`` and ``b1 (S, H)`` behind each other: ``total`` numbers.
+GK >= G * K columns and GH >= G * H hidden units. Weights, gradients and moments of all seeds lie flat,
+``w1 (S, H, K)``, ``w2 (S, K, H)`` and ``b1 (S, H)`` behind each other: ``total`` numbers.
 """
 
 from __future__ import annotations
@@ -97,6 +97,29 @@ def _not_finite(gradient):
 
 
 @triton.jit
+def _sum_parts(parts, place1, mask1, place2, mask2, unit, has_unit, total, GK: tl.constexpr, GH: tl.constexpr,
+               BLOCKS: tl.constexpr):  # fmt: skip
+    """What all programs of a group have found, in their order."""
+    sum1 = tl.zeros([GK, GH], tl.float32)
+    sum2 = tl.zeros([GH, GK], tl.float32)
+    sum_bias = tl.zeros([GH], tl.float32)
+    for other in range(BLOCKS):
+        # past the first-level cache, which may hold what lay here two steps ago
+        part = parts + other * total
+        sum1 += tl.load(part + place1, mask=mask1, other=0.0, cache_modifier=".cg")
+        sum2 += tl.load(part + place2, mask=mask2, other=0.0, cache_modifier=".cg")
+        sum_bias += tl.load(part + unit, mask=has_unit, other=0.0, cache_modifier=".cg")
+    return sum1, sum2, sum_bias
+
+
+@triton.jit
+def _store(target, place1, mask1, place2, mask2, unit, has_unit, first, second, bias):
+    tl.store(target + place1, first, mask=mask1)
+    tl.store(target + place2, second, mask=mask2)
+    tl.store(target + unit, bias, mask=has_unit)
+
+
+@triton.jit
 def fit_kernel(
     y, target, draws, columns, weights, moments, taken, parts, counts,
     begin, end, batch, tiles, features, target_features, seeds, groups, total,
@@ -109,11 +132,11 @@ def fit_kernel(
 
     ``weights (total,)``; ``moments (BLOCKS, 2, total)``: every program of a group has its own; ``taken (groups,)``
     counts the steps that were not refused. With several ``BLOCKS`` of programs a group, ``parts (2, BLOCKS, total)``
-    holds what they find in a step and in the next, and ``counts (groups,)`` how often they have met. ``SUMS`` and ``UPDATES``: the halves of a step that are done; one
-    without the other only where programs run one after the other and cannot wait.
+    holds what they find in a step and in the next, and ``counts (groups,)`` how often they have met. ``SUMS`` and
+    ``UPDATES``: the halves of a step that are done; one without the other only where programs run one after the other
+    and cannot wait.
     """
-    pid = tl.program_id(0)
-    group, block = pid % groups, pid // groups
+    group, block = tl.program_id(0) % groups, tl.program_id(0) // groups
     column, real = _group_columns(columns, group, seeds, K, G, GK, DENSE, RUN)
     place1, mask1 = _first_weights(weights, group, seeds, K, H, G, GK, GH)
     place2, mask2 = _second_weights(weights, group, seeds, K, H, G, GK, GH)
@@ -126,37 +149,26 @@ def fit_kernel(
     own = moments + block * (2 * total)
     counted = tl.load(taken + group)
     for step in range(begin, end):
-        sum1 = tl.zeros([GK, GH], tl.float32)
-        sum2 = tl.zeros([GH, GK], tl.float32)
-        sum_bias = tl.zeros([GH], tl.float32)
         half = parts + (step % 2) * BLOCKS * total
         if SUMS:
             sum1, sum2, sum_bias = _gradients(
-                y, target, draws + tl.cast(step, tl.int64) * batch, column, real, first, second, bias, block, batch, tiles,
-                features, target_features, GK, GH, ROWS, BLOCKS, PRECISION,
+                y, target, draws + tl.cast(step, tl.int64) * batch, column, real, first, second, bias, block, batch,
+                tiles, features, target_features, GK, GH, ROWS, BLOCKS, PRECISION,
             )  # fmt: skip
             if BLOCKS > 1:
-                tl.store(half + block * total + place1, sum1, mask=mask1)
-                tl.store(half + block * total + place2, sum2, mask=mask2)
-                tl.store(half + block * total + unit, sum_bias, mask=has_unit)
-        if SUMS and UPDATES and BLOCKS > 1:
-            _meet(counts + group, (step - begin + 1) * BLOCKS)
+                _store(half + block * total, place1, mask1, place2, mask2, unit, has_unit, sum1, sum2, sum_bias)
+                if UPDATES:
+                    _meet(counts + group, (step - begin + 1) * BLOCKS)
         if UPDATES:
             if BLOCKS > 1:
-                sum1 = tl.zeros([GK, GH], tl.float32)
-                sum2 = tl.zeros([GH, GK], tl.float32)
-                sum_bias = tl.zeros([GH], tl.float32)
-                for other in range(BLOCKS):
-                    # past the first-level cache, which may hold what lay here two steps ago
-                    sum1 += tl.load(half + other * total + place1, mask=mask1, other=0.0, cache_modifier=".cg")
-                    sum2 += tl.load(half + other * total + place2, mask=mask2, other=0.0, cache_modifier=".cg")
-                    sum_bias += tl.load(half + other * total + unit, mask=has_unit, other=0.0, cache_modifier=".cg")
+                sum1, sum2, sum_bias = _sum_parts(
+                    half, place1, mask1, place2, mask2, unit, has_unit, total, GK, GH, BLOCKS
+                )
             # between two seeds of a group there is no weight, and no gradient
             sum1 = tl.where(mask1, sum1 * scale, 0.0)
             sum2 = tl.where(mask2, sum2 * scale, 0.0)
             sum_bias = tl.where(has_unit, sum_bias * scale, 0.0)
-            bad = _not_finite(sum1) + _not_finite(sum2) + _not_finite(sum_bias)
-            moves = tl.where(bad == 0, 1.0, 0.0)
+            moves = tl.where(_not_finite(sum1) + _not_finite(sum2) + _not_finite(sum_bias) == 0, 1.0, 0.0)
             counted += moves
             # in double precision: 1 - 0.999 keeps four digits of a float
             exponent = tl.maximum(counted, 1.0).to(tl.float64)
@@ -166,12 +178,10 @@ def fit_kernel(
             second = _adam(second, own, place2, mask2, total, sum2, moves, rate, root, share1, share2, eps)
             bias = _adam(bias, own, unit, has_unit, total, sum_bias, moves, rate, root, share1, share2, eps)
             tl.debug_barrier()  # moments are read by other threads in the next step
-    if UPDATES:
+    if UPDATES:  # noqa: SIM102  (one is known when it is compiled)
         if block == 0:
-            # the others read it before they first met, or are none
-            tl.store(weights + place1, first, mask=mask1)
-            tl.store(weights + place2, second, mask=mask2)
-            tl.store(weights + unit, bias, mask=has_unit)
+            # the others read them before they first met, or are none
+            _store(weights, place1, mask1, place2, mask2, unit, has_unit, first, second, bias)
             tl.store(taken + group, counted)
 
 
@@ -226,22 +236,24 @@ def fit(
     parts = torch.empty(2 * blocks * total if blocks > 1 else 0, device=device)
     launch = functools.partial(
         fit_kernel[(groups * blocks,)],
-        y_NF, target_NF, _beside(draws_TB, device), columns, weights, moments, counts[0], parts, counts[1].view(torch.int32),
+        y_NF, target_NF, _beside(draws_TB, device), columns, weights, moments, counts[0], parts,
+        counts[1].view(torch.int32),
         batch=batch, tiles=-(-batch // (plan.rows * blocks)), features=y_NF.shape[1],
         target_features=target_NF.shape[1], seeds=seeds, groups=groups, total=total,
         scale=2.0 / (batch * seeds * width), lr=lr, share1=1.0 - _BETAS[0], share2=1.0 - _BETAS[1],
         log_beta1=math.log(_BETAS[0]), log_beta2=math.log(_BETAS[1]), eps=_EPS,
         K=width, H=units, G=plan.seeds, GK=plan.columns, GH=plan.units, ROWS=plan.rows, BLOCKS=blocks,
-        DENSE=runs >= _WHOLE_RUNS and plan.is_full(width), RUN=math.gcd(min(runs, 8), plan.seeds * width), PRECISION=precision or precision_for(plan),
+        DENSE=runs >= _WHOLE_RUNS and plan.is_full(width), RUN=math.gcd(min(runs, 8), plan.seeds * width),
+        PRECISION=precision or precision_for(plan), SUMS=True, UPDATES=True,
         num_warps=plan.warps, num_stages=plan.stages, launch_cooperative_grid=blocks > 1,
     )  # fmt: skip
     if dispatch.INTERPRETED and blocks > 1:
         # programs run one after the other here: none could wait for another
         for step in range(steps):
-            launch(begin=step, end=step + 1, SUMS=True, UPDATES=False)
-            launch(begin=step, end=step + 1, SUMS=False, UPDATES=True)
+            launch(begin=step, end=step + 1, UPDATES=False)
+            launch(begin=step, end=step + 1, SUMS=False)
     else:
-        launch(begin=0, end=steps, SUMS=True, UPDATES=True)
+        launch(begin=0, end=steps)
     for value, part in zip((w1, w2, b1), weights.split([w1.numel(), w2.numel(), b1.numel()]), strict=True):
         value.copy_(part.view(value.shape))
 
