@@ -41,15 +41,15 @@ _EPS = 1e-8
 
 @triton.jit
 def _gradients(
-    y, target, draws, column, real, first, second, bias, block, batch, tiles, features, target_features,
-    GK: tl.constexpr, GH: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    y, target, draws, column, real, first, second, bias, block, blocks, batch, tiles, features, target_features,
+    GK: tl.constexpr, GH: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums over a program's share of one step's rows, of the gradients at half the squared error."""
     sum1 = tl.zeros([GK, GH], tl.float32)
     sum2 = tl.zeros([GH, GK], tl.float32)
     sum_bias = tl.zeros([GH], tl.float32)
     for tile in range(tiles):
-        number = (tile * BLOCKS + block) * ROWS + tl.arange(0, ROWS)
+        number = (tile * blocks + block) * ROWS + tl.arange(0, ROWS)
         row = tl.load(draws + number, mask=number < batch, other=0).to(tl.int64)
         mask = (number < batch)[:, None] & real[None, :]
         value = tl.load(y + row[:, None] * features + column[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -97,13 +97,13 @@ def _not_finite(gradient):
 
 
 @triton.jit
-def _sum_parts(parts, place1, mask1, place2, mask2, unit, has_unit, total, GK: tl.constexpr, GH: tl.constexpr,
-               BLOCKS: tl.constexpr):  # fmt: skip
+def _sum_parts(parts, blocks, place1, mask1, place2, mask2, unit, has_unit, total, GK: tl.constexpr,
+               GH: tl.constexpr):  # fmt: skip
     """What all programs of a group have found, in their order."""
     sum1 = tl.zeros([GK, GH], tl.float32)
     sum2 = tl.zeros([GH, GK], tl.float32)
     sum_bias = tl.zeros([GH], tl.float32)
-    for other in range(BLOCKS):
+    for other in range(blocks):
         # past the first-level cache, which may hold what lay here two steps ago
         part = parts + other * total
         sum1 += tl.load(part + place1, mask=mask1, other=0.0, cache_modifier=".cg")
@@ -122,16 +122,16 @@ def _store(target, place1, mask1, place2, mask2, unit, has_unit, first, second, 
 @triton.jit
 def fit_kernel(
     y, target, draws, columns, weights, moments, taken, parts, counts,
-    begin, end, batch, tiles, features, target_features, seeds, groups, total,
+    begin, end, batch, tiles, features, target_features, seeds, groups, blocks, total,
     scale, lr, share1, share2, log_beta1, log_beta2, eps,
     K: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GK: tl.constexpr, GH: tl.constexpr, ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr, DENSE: tl.constexpr, RUN: tl.constexpr, PRECISION: tl.constexpr, SUMS: tl.constexpr,
+    SHARED: tl.constexpr, DENSE: tl.constexpr, RUN: tl.constexpr, PRECISION: tl.constexpr, SUMS: tl.constexpr,
     UPDATES: tl.constexpr,
 ):  # fmt: skip
     """Steps ``begin`` to ``end`` of a fit.
 
-    ``weights (total,)``; ``moments (BLOCKS, 2, total)``: every program of a group has its own; ``taken (groups,)``
-    counts the steps that were not refused. With several ``BLOCKS`` of programs a group, ``parts (2, BLOCKS, total)``
+    ``weights (total,)``; ``moments (blocks, 2, total)``: each of a group's ``blocks`` programs has its own;
+    ``taken (groups,)`` counts the steps that were not refused. With several (``SHARED``), ``parts (2, blocks, total)``
     holds what they find in a step and in the next, and ``counts (groups,)`` how often they have met. ``SUMS`` and
     ``UPDATES``: the halves of a step that are done; one without the other only where programs run one after the other
     and cannot wait.
@@ -149,20 +149,20 @@ def fit_kernel(
     own = moments + block * (2 * total)
     counted = tl.load(taken + group)
     for step in range(begin, end):
-        half = parts + (step % 2) * BLOCKS * total
+        half = parts + (step % 2) * blocks * total
         if SUMS:
             sum1, sum2, sum_bias = _gradients(
-                y, target, draws + tl.cast(step, tl.int64) * batch, column, real, first, second, bias, block, batch,
-                tiles, features, target_features, GK, GH, ROWS, BLOCKS, PRECISION,
+                y, target, draws + tl.cast(step, tl.int64) * batch, column, real, first, second, bias, block, blocks,
+                batch, tiles, features, target_features, GK, GH, ROWS, PRECISION,
             )  # fmt: skip
-            if BLOCKS > 1:
+            if SHARED:
                 _store(half + block * total, place1, mask1, place2, mask2, unit, has_unit, sum1, sum2, sum_bias)
                 if UPDATES:
-                    _meet(counts + group, (step - begin + 1) * BLOCKS)
+                    _meet(counts + group, (step - begin + 1) * blocks)
         if UPDATES:
-            if BLOCKS > 1:
+            if SHARED:
                 sum1, sum2, sum_bias = _sum_parts(
-                    half, place1, mask1, place2, mask2, unit, has_unit, total, GK, GH, BLOCKS
+                    half, blocks, place1, mask1, place2, mask2, unit, has_unit, total, GK, GH
                 )
             # between two seeds of a group there is no weight, and no gradient
             sum1 = tl.where(mask1, sum1 * scale, 0.0)
@@ -228,7 +228,7 @@ def fit(
     y_NF, target_NF = y_NF.contiguous(), target_NF.contiguous()
     plan = grouping(width, units) if plan is None else plan
     groups = -(-seeds // plan.seeds)
-    blocks = blocks_for(groups, batch, plan, _multiprocessors(device)) if blocks is None else blocks
+    blocks = blocks_for(groups, batch, plan, multiprocessors(device)) if blocks is None else blocks
     weights = torch.cat([w1.reshape(-1), w2.reshape(-1), b1.reshape(-1)])
     total = weights.numel()
     moments = torch.zeros(blocks, 2, total, device=device)
@@ -239,10 +239,11 @@ def fit(
         y_NF, target_NF, _beside(draws_TB, device), columns, weights, moments, counts[0], parts,
         counts[1].view(torch.int32),
         batch=batch, tiles=-(-batch // (plan.rows * blocks)), features=y_NF.shape[1],
-        target_features=target_NF.shape[1], seeds=seeds, groups=groups, total=total,
+        target_features=target_NF.shape[1], seeds=seeds, groups=groups, blocks=blocks,
+        total=total,
         scale=2.0 / (batch * seeds * width), lr=lr, share1=1.0 - _BETAS[0], share2=1.0 - _BETAS[1],
         log_beta1=math.log(_BETAS[0]), log_beta2=math.log(_BETAS[1]), eps=_EPS,
-        K=width, H=units, G=plan.seeds, GK=plan.columns, GH=plan.units, ROWS=plan.rows, BLOCKS=blocks,
+        K=width, H=units, G=plan.seeds, GK=plan.columns, GH=plan.units, ROWS=plan.rows, SHARED=blocks > 1,
         DENSE=runs >= _WHOLE_RUNS and plan.is_full(width), RUN=math.gcd(min(runs, 8), plan.seeds * width),
         PRECISION=precision or precision_for(plan), SUMS=True, UPDATES=True,
         num_warps=plan.warps, num_stages=plan.stages, launch_cooperative_grid=blocks > 1,
@@ -267,5 +268,6 @@ def _beside(draws: Tensor, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; one elsewhere."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
