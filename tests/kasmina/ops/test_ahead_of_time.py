@@ -187,10 +187,13 @@ def test_what_lies_between_chunks_is_copied_in_their_runs() -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("case", ["fit-64", "fit-1024", "fit-large"])
 def test_a_fit_keeps_its_weights_in_registers_and_has_room_beside_its_like(case: str, capability: int) -> None:
-    """Programs that wait for each other are all at work: eight warps and half the shared memory are always there."""
+    """Programs that wait for each other are all at work: eight warps and half the shared memory are always there.
+
+    On the stack are no more than some addresses that are used before the first step and after the last.
+    """
     (launch,) = CASES[case]()
     compiled = launch.compile(capability)
-    assert stack_bytes(compiled.asm["cubin"]) <= (0 if case == "fit-64" else 32)
+    assert stack_bytes(compiled.asm["cubin"]) <= 32
     resident = 8 // launch.options["num_warps"]
     assert resident >= 1 and resident * compiled.metadata.shared <= SHARED_BYTES[capability]
 

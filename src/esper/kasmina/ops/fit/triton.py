@@ -121,7 +121,7 @@ def _store(target, place1, mask1, place2, mask2, unit, has_unit, first, second, 
 
 @triton.jit
 def fit_kernel(
-    y, target, draws, columns, weights, moments, taken, parts, counts,
+    y, target, draws, columns, weights, state, taken, parts, counts,
     begin, end, batch, tiles, features, target_features, seeds, groups, blocks, total,
     scale, lr, share1, share2, log_beta1, log_beta2, eps,
     K: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GK: tl.constexpr, GH: tl.constexpr, ROWS: tl.constexpr,
@@ -130,11 +130,11 @@ def fit_kernel(
 ):  # fmt: skip
     """Steps ``begin`` to ``end`` of a fit.
 
-    ``weights (total,)``; ``moments (blocks, 2, total)``: each of a group's ``blocks`` programs has its own;
-    ``taken (groups,)`` counts the steps that were not refused. With several (``SHARED``), ``parts (2, blocks, total)``
-    holds what they find in a step and in the next, and ``counts (groups,)`` how often they have met. ``SUMS`` and
-    ``UPDATES``: the halves of a step that are done; one without the other only where programs run one after the other
-    and cannot wait.
+    ``state (blocks, 3, total)``: each of a group's ``blocks`` programs has moments of its own, the first also the
+    ``weights (total,)``, which lie in it; ``taken (groups,)`` counts the steps that were not refused. With several
+    programs (``SHARED``), ``parts (2, blocks, total)`` holds what they find in a step and in the next, and
+    ``counts (groups,)`` how often they have met. ``SUMS`` and ``UPDATES``: the halves of a step that are done; one
+    without the other only where programs run one after the other and cannot wait.
     """
     group, block = tl.program_id(0) % groups, tl.program_id(0) // groups
     column, real = _group_columns(columns, group, seeds, K, G, GK, DENSE, RUN)
@@ -146,7 +146,7 @@ def fit_kernel(
     first = tl.load(weights + place1, mask=mask1, other=0.0)
     second = tl.load(weights + place2, mask=mask2, other=0.0)
     bias = tl.load(weights + unit, mask=has_unit, other=0.0)
-    own = moments + block * (2 * total)
+    own = state + block * (3 * total)
     counted = tl.load(taken + group)
     for step in range(begin, end):
         half = parts + (step % 2) * blocks * total
@@ -181,7 +181,7 @@ def fit_kernel(
     if UPDATES:  # noqa: SIM102  (one is known when it is compiled)
         if block == 0:
             # the others read them before they first met, or are none
-            _store(weights, place1, mask1, place2, mask2, unit, has_unit, first, second, bias)
+            _store(own + 2 * total, place1, mask1, place2, mask2, unit, has_unit, first, second, bias)
             tl.store(taken + group, counted)
 
 
@@ -229,14 +229,16 @@ def fit(
     plan = grouping(width, units) if plan is None else plan
     groups = -(-seeds // plan.seeds)
     blocks = blocks_for(groups, batch, plan, multiprocessors(device)) if blocks is None else blocks
-    weights = torch.cat([w1.reshape(-1), w2.reshape(-1), b1.reshape(-1)])
-    total = weights.numel()
-    moments = torch.zeros(blocks, 2, total, device=device)
+    state = torch.zeros(blocks, 3, w1.numel() + w2.numel() + b1.numel(), device=device)
+    weights, total = state[0, 2], state.shape[2]
+    own = weights.split([w1.numel(), w2.numel(), b1.numel()])
+    for value, part in zip((w1, w2, b1), own, strict=True):
+        part.view(value.shape).copy_(value)
     counts = torch.zeros(2, groups, device=device)  # zeros are zeros in any type
     parts = torch.empty(2 * blocks * total if blocks > 1 else 0, device=device)
     launch = functools.partial(
         fit_kernel[(groups * blocks,)],
-        y_NF, target_NF, _beside(draws_TB, device), columns, weights, moments, counts[0], parts,
+        y_NF, target_NF, _beside(draws_TB, device), columns, weights, state, counts[0], parts,
         counts[1].view(torch.int32),
         batch=batch, tiles=-(-batch // (plan.rows * blocks)), features=y_NF.shape[1],
         target_features=target_NF.shape[1], seeds=seeds, groups=groups, blocks=blocks,
@@ -255,7 +257,7 @@ def fit(
             launch(begin=step, end=step + 1, SUMS=False)
     else:
         launch(begin=0, end=steps)
-    for value, part in zip((w1, w2, b1), weights.split([w1.numel(), w2.numel(), b1.numel()]), strict=True):
+    for value, part in zip((w1, w2, b1), own, strict=True):
         value.copy_(part.view(value.shape))
 
 
