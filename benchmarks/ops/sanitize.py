@@ -110,7 +110,7 @@ def _fit(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[None
             problem = _moved(fits.Problem.scattered(*case, CPU, dtype), device)
             for blocks in (1, 3):
                 fit_kernels.fit(
-                    *problem.params, problem.seats.columns, problem.y, problem.target, problem.draws, problem.lr,
+                    *problem.params, problem.seats.columns, problem.y, problem.target, problem.draws, problem.lr, 1e-8,
                     runs=problem.seats.runs, blocks=blocks,
                 )  # fmt: skip
                 yield

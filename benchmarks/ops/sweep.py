@@ -75,7 +75,7 @@ def fit(clock: Clock) -> None:
             most = fit_kernels.blocks_for(groups, batch, plan, fit_kernels.multiprocessors(clock.device))
             for blocks in sorted({max(1, most // 2), most}):
                 call = partial(
-                    fit_kernels.fit, *params, problem.seats.columns, problem.y, problem.target, draws, 0.01,
+                    fit_kernels.fit, *params, problem.seats.columns, problem.y, problem.target, draws, 0.01, 1e-8,
                     runs=problem.seats.runs, plan=plan, blocks=blocks, precision=precision,
                 )  # fmt: skip
                 tell(

@@ -103,7 +103,7 @@ def _fit(
         weights = [torch.empty(seeds, units, width), torch.empty(seeds, units), torch.empty(seeds, width, units)]
         y, target, draws = torch.empty(8, 4096, dtype=dtype), torch.empty(8, 4096), torch.zeros(60, 8192)
         with recorded(fit_kernels) as found:
-            fit_kernels.fit(*weights, seats.columns, y, target, draws, 0.01, runs=seats.runs, blocks=blocks)
+            fit_kernels.fit(*weights, seats.columns, y, target, draws, 0.01, 1e-8, runs=seats.runs, blocks=blocks)
         return found
 
     return launches

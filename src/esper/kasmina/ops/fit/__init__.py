@@ -23,7 +23,10 @@ def takes(y: Tensor, target: Tensor, w1: Tensor) -> bool:
 
 
 @torch.no_grad()
-def fit(w1: Tensor, b1: Tensor, w2: Tensor, seats: Seats, y: Tensor, target: Tensor, draws: Tensor, lr: float) -> None:
+def fit(
+    w1: Tensor, b1: Tensor, w2: Tensor, seats: Seats, y: Tensor, target: Tensor, draws: Tensor, lr: float,
+    eps: float = 1e-8,
+) -> None:  # fmt: skip
     """Train every seed s in place: Adam on the mean of ``(W2_s silu(W1_s y[:, c_s] + b1_s) - target[:, c_s])^2``.
 
     Parameters
@@ -35,7 +38,7 @@ def fit(w1: Tensor, b1: Tensor, w2: Tensor, seats: Seats, y: Tensor, target: Ten
         ``S*K`` columns, so that a seed learns as in a fit of them all.
     draws:
         ``(steps, B)`` integers, on the CPU or beside ``y``: the rows of each step.
-    lr:
+    lr, eps:
         Adam's, with betas 0.9 and 0.999.
 
     A step of gradients that are not finite changes nothing: in the kernel for the group of seeds that has them, in the
@@ -44,12 +47,15 @@ def fit(w1: Tensor, b1: Tensor, w2: Tensor, seats: Seats, y: Tensor, target: Ten
     if takes(y, target, w1):
         from esper.kasmina.ops.fit import triton
 
-        triton.fit(w1, b1, w2, seats.columns, y, target, draws, lr, runs=seats.runs)
+        triton.fit(w1, b1, w2, seats.columns, y, target, draws, lr, eps, runs=seats.runs)
     else:
-        loop(w1, b1, w2, seats, y, target, draws, lr)
+        loop(w1, b1, w2, seats, y, target, draws, lr, eps)
 
 
-def loop(w1: Tensor, b1: Tensor, w2: Tensor, seats: Seats, y: Tensor, target: Tensor, draws: Tensor, lr: float) -> None:
+def loop(
+    w1: Tensor, b1: Tensor, w2: Tensor, seats: Seats, y: Tensor, target: Tensor, draws: Tensor, lr: float,
+    eps: float = 1e-8,
+) -> None:  # fmt: skip
     """The same by the reference, in the type of the parameters."""
     params = [value.detach().requires_grad_() for value in (w1, b1, w2)]
     ones = torch.ones(w1.shape[0], device=w1.device, dtype=w1.dtype)
@@ -58,4 +64,4 @@ def loop(w1: Tensor, b1: Tensor, w2: Tensor, seats: Seats, y: Tensor, target: Te
         return branches.project(branches.hidden(x.to(w1.dtype), params[0], params[1]), params[2], ones)
 
     x, wanted = (rows.index_select(1, seats.flat) for rows in (y, target))
-    reference.fit(branch, params, ones, x, wanted.to(w1.dtype), draws, lr)
+    reference.fit(branch, params, ones, x, wanted.to(w1.dtype), draws, lr, eps)

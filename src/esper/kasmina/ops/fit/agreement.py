@@ -14,6 +14,9 @@ _CASES = (
     (90, 40, 3, 4, 8, 100, 2),
     (60, 24, 1, 20, 17, 40, 1),
 )
+_EPS = 1e-2
+"""As large as gradients are here. With a tiny one Adam divides every gradient by its own size, and where that is next
+to nothing the last bits decide about a whole step."""
 
 
 def check(device: torch.device) -> None:
@@ -39,6 +42,6 @@ def check(device: torch.device) -> None:
         got = [draw(seeds, units, width), draw(seeds, units), draw(seeds, width, units)]
         exact = [value.double() for value in got]
         draws = torch.randint(rows, (2, batch), generator=source)
-        triton.fit(*got, seats.columns, y, target, draws, 0.05, runs=seats.runs, blocks=blocks)
-        loop(*exact, seats, y.double(), target.double(), draws, 0.05)
+        triton.fit(*got, seats.columns, y, target, draws, 0.1, _EPS, runs=seats.runs, blocks=blocks)
+        loop(*exact, seats, y.double(), target.double(), draws, 0.1, _EPS)
         dispatch.agree("fit", zip(got, exact, strict=True), 1e-4)

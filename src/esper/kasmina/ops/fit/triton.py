@@ -36,7 +36,6 @@ _WARPS = 8
 _LEAST_TILES = 4
 """Tiles of a program in a step, at least: waiting for each other costs as much as some tiles."""
 _BETAS = (0.9, 0.999)
-_EPS = 1e-8
 
 
 @triton.jit
@@ -214,7 +213,7 @@ def blocks_for(groups: int, batch: int, plan: Grouping, multiprocessors: int) ->
 
 def fit(
     w1: Tensor, b1: Tensor, w2: Tensor, columns: Tensor, y_NF: Tensor, target_NF: Tensor, draws_TB: Tensor, lr: float,
-    *, runs: int, plan: Grouping | None = None, blocks: int | None = None, precision: str | None = None,
+    eps: float, *, runs: int, plan: Grouping | None = None, blocks: int | None = None, precision: str | None = None,
 ) -> None:  # fmt: skip
     """Run all steps; arguments as of :func:`esper.kasmina.ops.fit.fit`, ``columns (S, K)`` int32.
 
@@ -244,7 +243,7 @@ def fit(
         target_features=target_NF.shape[1], seeds=seeds, groups=groups, blocks=blocks,
         total=total,
         scale=2.0 / (batch * seeds * width), lr=lr, share1=1.0 - _BETAS[0], share2=1.0 - _BETAS[1],
-        log_beta1=math.log(_BETAS[0]), log_beta2=math.log(_BETAS[1]), eps=_EPS,
+        log_beta1=math.log(_BETAS[0]), log_beta2=math.log(_BETAS[1]), eps=eps,
         K=width, H=units, G=plan.seeds, GK=plan.columns, GH=plan.units, ROWS=plan.rows, SHARED=blocks > 1,
         DENSE=runs >= _WHOLE_RUNS and plan.is_full(width), RUN=math.gcd(min(runs, 8), plan.seeds * width),
         PRECISION=precision or precision_for(plan), SUMS=True, UPDATES=True,
