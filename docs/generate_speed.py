@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs" / "pictures"
 PAGE = ROOT / "docs" / "speed.md"
 NOT_YET = "not measured yet"
-OPERATIONS = ("telemetry", "graft", "slot_adam")
+OPERATIONS = ("telemetry", "graft", "slot_adam", "fit")
 Row = dict[str, Any]
 
 HEAD = """# Speed
