@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.errors import ConfigError
-from esper.greenhouse.family import FAMILIES, HELD_OUT_ROWS, HostSpec, data_of, family_named, row_hashes
+from esper.greenhouse.family import FAMILIES, HostSpec, data_of, family_named, row_hashes
 from esper.greenhouse.germination import apply
 from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.isolated import Units, drawn, fit
@@ -135,7 +135,7 @@ def test_the_ledger_agrees_with_a_count_of_flops() -> None:
     life, family = hosts.lives[0], hosts.family
     counted = 20 * _training_flops(MLP(family.inputs, life.widths, family.outputs), family.batch_rows)
     assert life.ledger.spent["host"] == pytest.approx(counted, rel=0.02)
-    evaluation = _forward_flops(MLP(family.inputs, life.widths, family.outputs), 4 * HELD_OUT_ROWS)
+    evaluation = _forward_flops(MLP(family.inputs, life.widths, family.outputs), 4 * family.held_out_rows)
     assert life.ledger.spent["evidence"] == pytest.approx(evaluation, rel=0.02)
     while not life.grown[0]:
         if not life.cohorts:
