@@ -30,10 +30,11 @@ from benchmarks.controller.contest.verdict import summary
 from benchmarks.controller.schedules import Growth, Schedule, schedules, tuned_schedules
 from esper.files import replace_text
 from esper.greenhouse.family import FAMILIES
-from esper.greenhouse.field import TRAINING
 from esper.greenhouse.frontier import LEARNING_RATES
 
-FAMILY_NAMES = tuple(name for name, family in FAMILIES.items() if family.purpose != "probe")
+TUNED = ("teacher", "spirals", "tabular")
+"""Training families that schedules are tuned on, and evaluated on by other tasks."""
+FAMILY_NAMES = (*TUNED, *(name for name, family in FAMILIES.items() if family.purpose == "evaluation"))
 RETUNED = ("always", "heuristic", "bandit", "never")
 """Controls without schedules, whose learning rate is looked for."""
 
@@ -49,8 +50,9 @@ class Scale:
     real_tasks: int = 8
     chunks: int = 40
     chunk: int = 9
-    extent: Extent = Extent(updates=70, teachers=18, tried=12)
+    extent: Extent = Extent(updates=70, hosts=15, copies=6, teachers=20, tried=12)
     train_seconds: float | None = None
+    families: tuple[str, ...] = FAMILY_NAMES
     schedules: int | None = None
     """Only so many of each list; ``None``: all."""
 
@@ -62,8 +64,8 @@ class Scale:
 
 
 TINY = Scale(
-    policies=2, ablations=1, seeds=1, stack_tasks=2, real_tasks=1, chunks=2, chunk=3, schedules=4,
-    extent=Extent(updates=2, hosts=3, copies=2, teachers=3, tried=2),
+    policies=2, ablations=1, seeds=1, stack_tasks=2, real_tasks=1, chunks=2, chunk=3, schedules=4, families=(*TUNED, "waves"),
+    extent=Extent(updates=2, hosts=5, copies=2, teachers=5, tried=2),
 )  # fmt: skip
 
 
@@ -98,28 +100,28 @@ class Contest:
         """Schedules, static widths, and a learning rate for each arm and family."""
         fixed: dict[str, Sequence[Any]] = {
             f"tune/{kind}/{family}/{lr:g}": (family, kind, lr, self.scale.schedules)
-            for kind in ("search", "even") for family in FAMILY_NAMES for lr in LEARNING_RATES
+            for kind in ("search", "even") for family in self.scale.families for lr in LEARNING_RATES
         }  # fmt: skip
         done = self.cells.fill(runs.tune_schedules, fixed)
-        done &= self.cells.fill(runs.tune_static, {f"tune/static/{family}": (family,) for family in FAMILY_NAMES})
+        done &= self.cells.fill(runs.tune_static, {f"tune/static/{family}": (family,) for family in self.scale.families})
         if not done:
             return False
         plan = self._tuned_schedules()
         self._write(plan)
         arms = [*RETUNED, *self.arms_of("policy"), *self.learned("cloned"), *self.ablations()]
         if not self.cells.fill(runs.tune_arm, {
-            f"tune/arm/{arm}/{family}": (arm, family, str(self.work)) for arm in arms for family in FAMILY_NAMES
+            f"tune/arm/{arm}/{family}": (arm, family, str(self.work)) for arm in arms for family in self.scale.families
         }):  # fmt: skip
             return False
         for arm in arms:
             plan["lr"][arm] = {
-                family: float(_best(self.cells.known[f"tune/arm/{arm}/{family}"]["lr"])) for family in FAMILY_NAMES
+                family: float(_best(self.cells.known[f"tune/arm/{arm}/{family}"]["lr"])) for family in self.scale.families
             }
         plan["rate"] = self._rate(plan)
         plan["lr"]["random"] = plan["lr"]["heuristic"]
         for arm in self.arms_of("policy"):
             name = arm.replace("policy", "replay")
-            plan["schedules"][name] = {family: self._mean_schedule(plan, arm, family) for family in FAMILY_NAMES}
+            plan["schedules"][name] = {family: self._mean_schedule(plan, arm, family) for family in self.scale.families}
         self._write(plan)
         return True
 
@@ -130,22 +132,22 @@ class Contest:
         for kind in ("even", "search"):
             table = {
                 (family, lr): np.array(known[f"tune/{kind}/{family}/{lr:g}"])
-                for family in FAMILY_NAMES for lr in LEARNING_RATES
+                for family in self.scale.families for lr in LEARNING_RATES
             }  # fmt: skip
-            bests = {family: np.max([table[family, lr] for lr in LEARNING_RATES], axis=0) for family in FAMILY_NAMES}
+            bests = {family: np.max([table[family, lr] for lr in LEARNING_RATES], axis=0) for family in self.scale.families}
             # sites differ between families: of the searched list only what all families have can be shared
-            shared = int(np.mean([bests[family] for family in TRAINING], axis=0).argmax())
+            shared = int(np.mean([bests[family] for family in TUNED], axis=0).argmax())
             plan["schedules"][kind] = _growths(_list(kind, "teacher")[shared])
-            own = {family: int(bests[family].argmax()) for family in FAMILY_NAMES}
+            own = {family: int(bests[family].argmax()) for family in self.scale.families}
             plan["schedules"][f"{kind}-own"] = {f: _growths(_list(kind, f)[number]) for f, number in own.items()}
-            for name, chosen in ((kind, dict.fromkeys(FAMILY_NAMES, shared)), (f"{kind}-own", own)):
+            for name, chosen in ((kind, dict.fromkeys(self.scale.families, shared)), (f"{kind}-own", own)):
                 plan["lr"][name] = {
-                    f: float(max(LEARNING_RATES, key=lambda lr: table[f, lr][chosen[f]])) for f in FAMILY_NAMES
+                    f: float(max(LEARNING_RATES, key=lambda lr: table[f, lr][chosen[f]])) for f in self.scale.families
                 }
-        for family in FAMILY_NAMES:  # a list for other sites has other schedules: the shared one was not tried there
+        for family in self.scale.families:  # a list for other sites has other schedules: the shared one was not tried there
             if FAMILIES[family].num_sites != FAMILIES["teacher"].num_sites:
                 plan["lr"]["search"][family] = plan["lr"]["even"][family]
-        for family in FAMILY_NAMES:
+        for family in self.scale.families:
             plan["static"][family] = max(known[f"tune/static/{family}"], key=lambda found: found["reward"])
         return plan
 
@@ -153,7 +155,7 @@ class Contest:
         """Germinations of the heuristic a decision, on tuning tasks of the training families."""
         asked = [
             len(run)
-            for family in TRAINING
+            for family in TUNED
             for run in self.cells.known[f"tune/arm/heuristic/{family}"]["asked"][str(plan["lr"]["heuristic"][family])]
         ]
         return float(np.mean(asked)) / 19
@@ -213,7 +215,7 @@ class Contest:
         num_tasks = self.scale.stack_tasks if is_stack else self.scale.real_tasks
         return self.cells.fill(runs.evaluate_stack if is_stack else runs.evaluate_real, {
             f"{mode}/{arm}/{family}/{seed}": (arm, family, seed, str(self.work), num_tasks)
-            for seed in seeds for arm in arms for family in FAMILY_NAMES
+            for seed in seeds for arm in arms for family in self.scale.families
         })  # fmt: skip
 
     def _write(self, plan: dict[str, Any]) -> None:

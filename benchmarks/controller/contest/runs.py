@@ -25,6 +25,7 @@ from esper.karn import AdvisedController, Architect, Collector, Snapshot
 from esper.protocol import Germinate, Lifecycle
 from esper.tamiyo import Controller, HeuristicController
 from esper.tamiyo.features import FeatureReader, Features
+from esper.tamiyo.neural.controller import NeuralController
 
 TOGETHER = 8
 """Schedules played as one stack."""
@@ -39,10 +40,10 @@ class Watched:
     """Notes what a controller asks for."""
 
     def __init__(self, inner: Controller) -> None:
-        self.inner, self.asked = inner, list[tuple[int, int, float]]()
+        self.inner, self.asked, self.calls = inner, list[tuple[int, int, float]](), 0
 
     def decide(self, observation: Any) -> tuple[Any, ...]:
-        found = self.inner.decide(observation)
+        found, self.calls = self.inner.decide(observation), self.calls + 1
         for command in found:
             if isinstance(command, Germinate):
                 rows = [observation.site_names.index(plan.site) for plan in command.seeds]
@@ -67,9 +68,9 @@ def run_stack(specs: Sequence[HostSpec], controllers: Sequence[Any]) -> tuple[li
     return ends, kept, hosts
 
 
-def _told(end: Outcome, kept: int, asked: int, strange: bool = False) -> list[float]:
-    """Reward, loss, FLOPs, parameters, cohorts asked for and kept, whether the heuristic stood in."""
-    return [round(end.reward, 4), round(end.loss, 6), end.flops, end.params, asked, kept, int(strange)]
+def _told(end: Outcome, kept: int, asked: int, strange: float = 0.0) -> list[float]:
+    """Reward, loss, FLOPs, parameters, cohorts asked for and kept, how often the heuristic stood in."""
+    return [round(end.reward, 4), round(end.loss, 6), end.flops, end.params, asked, kept, round(strange, 3)]
 
 
 def tune_schedules(family: str, kind: str, lr: float, most: int | None = None) -> list[float]:
@@ -148,7 +149,7 @@ def evaluate_stack(arm: str, family: str, seed: int, folder: str, num_tasks: int
     watched = [Watched(one) for one in controllers]
     ends, kept, _ = run_stack(specs, watched)
     return [
-        _told(end, num, len(one.asked), _strange(one.inner)) for end, num, one in zip(ends, kept, watched, strict=True)
+        _told(end, num, len(one.asked), _strange(one)) for end, num, one in zip(ends, kept, watched, strict=True)
     ]
 
 
@@ -187,7 +188,7 @@ def _real(spec: HostSpec, watched: Watched) -> list[float]:
         host = RealHost(spec, _Passing(watched))
         end = host.run()
     kept = sum(v.state is Lifecycle.FOSSILIZED for v in host.grower.verdicts)
-    return _told(end, kept, len(watched.asked), _strange(watched.inner))
+    return _told(end, kept, len(watched.asked), _strange(watched))
 
 
 class _Passing:
@@ -206,10 +207,12 @@ class _Passing:
         self._watched.inner.load(state)
 
 
-def _strange(controller: Any) -> bool:
-    """Whether a policy has handed over to the heuristic anywhere."""
-    notes = getattr(controller, "notes", None)
-    return bool(notes()) if notes is not None else False
+def _strange(watched: Watched) -> float:
+    """Share of the decision points at which the heuristic stood in for a policy."""
+    inner = getattr(watched.inner, "inner", watched.inner)
+    if not isinstance(inner, NeuralController):
+        return 0.0
+    return 1.0 - inner.state()["decisions"] / max(1, watched.calls)
 
 
 def gather(chunk: int, num: int) -> list[dict[str, Any]]:

@@ -105,6 +105,8 @@ FAMILIES: dict[str, Family] = {
             lr=4e-2,
         ),
         Family(name="tabular", task=tasks.tabular, inputs=16, outputs=4, widths=(_SMALL, _SMALL), purpose="training"),
+        Family(name="deep", task=tasks.teacher, inputs=4, outputs=2, widths=(_SMALL,) * 3, purpose="training"),
+        Family(name="flat", task=tasks.tabular, inputs=8, outputs=2, widths=(_SMALL,), purpose="training"),
         Family(
             name="checkers", task=tasks.checkers, inputs=3, outputs=2, widths=(_SMALL, _SMALL), purpose="evaluation"
         ),

@@ -104,7 +104,7 @@ class EnvironmentFactory(Protocol):
     def __call__(self, num: int) -> HostEnvironment: ...
 
 
-_HOSTS = ("", "/teacher", "/spirals", "/tabular", "/checkers", "/waves", "/shells", "/planted", "/null")
+_HOSTS = ("", "/teacher", "/spirals", "/tabular", "/deep", "/flat", "/checkers", "/waves", "/shells", "/planted", "/null")
 _HOMES = {
     "planted": "esper.learning.planted",
     **{f"greenhouse{family}": "esper.greenhouse.field" for family in _HOSTS},
