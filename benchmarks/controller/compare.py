@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from benchmarks.controller.contest import runs
 from benchmarks.controller.contest.arms import ADVISED, CONTROLS
 from benchmarks.controller.contest.cells import Cells
@@ -28,6 +27,7 @@ from benchmarks.controller.contest.policies import Extent, train
 from benchmarks.controller.contest.recipes import RECIPES
 from benchmarks.controller.contest.verdict import summary
 from benchmarks.controller.schedules import Growth, Schedule, schedules, tuned_schedules
+
 from esper.files import replace_text
 from esper.greenhouse.family import FAMILIES
 from esper.greenhouse.frontier import LEARNING_RATES
@@ -37,6 +37,9 @@ TUNED = ("teacher", "spirals", "tabular")
 FAMILY_NAMES = (*TUNED, *(name for name, family in FAMILIES.items() if family.purpose == "evaluation"))
 RETUNED = ("always", "heuristic", "bandit", "never")
 """Controls without schedules, whose learning rate is looked for."""
+
+
+USUAL = Extent(updates=70, hosts=15, copies=6, teachers=20, tried=12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ class Scale:
     real_tasks: int = 8
     chunks: int = 40
     chunk: int = 9
-    extent: Extent = Extent(updates=70, hosts=15, copies=6, teachers=20, tried=12)
+    extent: Extent = USUAL
     train_seconds: float | None = None
     families: tuple[str, ...] = FAMILY_NAMES
     schedules: int | None = None
@@ -64,7 +67,8 @@ class Scale:
 
 
 TINY = Scale(
-    policies=2, ablations=1, seeds=1, stack_tasks=2, real_tasks=1, chunks=2, chunk=3, schedules=4, families=(*TUNED, "waves"),
+    policies=2, ablations=1, seeds=1, stack_tasks=2, real_tasks=1, chunks=2, chunk=3, schedules=4,
+    families=(*TUNED, "waves"),
     extent=Extent(updates=2, hosts=5, copies=2, teachers=5, tried=2),
 )  # fmt: skip
 
@@ -103,7 +107,9 @@ class Contest:
             for kind in ("search", "even") for family in self.scale.families for lr in LEARNING_RATES
         }  # fmt: skip
         done = self.cells.fill(runs.tune_schedules, fixed)
-        done &= self.cells.fill(runs.tune_static, {f"tune/static/{family}": (family,) for family in self.scale.families})
+        done &= self.cells.fill(
+            runs.tune_static, {f"tune/static/{family}": (family,) for family in self.scale.families}
+        )
         if not done:
             return False
         plan = self._tuned_schedules()
@@ -115,7 +121,8 @@ class Contest:
             return False
         for arm in arms:
             plan["lr"][arm] = {
-                family: float(_best(self.cells.known[f"tune/arm/{arm}/{family}"]["lr"])) for family in self.scale.families
+                family: float(_best(self.cells.known[f"tune/arm/{arm}/{family}"]["lr"]))
+                for family in self.scale.families
             }
         plan["rate"] = self._rate(plan)
         plan["lr"]["random"] = plan["lr"]["heuristic"]
@@ -134,7 +141,9 @@ class Contest:
                 (family, lr): np.array(known[f"tune/{kind}/{family}/{lr:g}"])
                 for family in self.scale.families for lr in LEARNING_RATES
             }  # fmt: skip
-            bests = {family: np.max([table[family, lr] for lr in LEARNING_RATES], axis=0) for family in self.scale.families}
+            bests = {
+                family: np.max([table[family, lr] for lr in LEARNING_RATES], axis=0) for family in self.scale.families
+            }
             # sites differ between families: of the searched list only what all families have can be shared
             shared = int(np.mean([bests[family] for family in TUNED], axis=0).argmax())
             plan["schedules"][kind] = _growths(_list(kind, "teacher")[shared])
@@ -144,7 +153,9 @@ class Contest:
                 plan["lr"][name] = {
                     f: float(max(LEARNING_RATES, key=lambda lr: table[f, lr][chosen[f]])) for f in self.scale.families
                 }
-        for family in self.scale.families:  # a list for other sites has other schedules: the shared one was not tried there
+        for (
+            family
+        ) in self.scale.families:  # a list for other sites has other schedules: the shared one was not tried there
             if FAMILIES[family].num_sites != FAMILIES["teacher"].num_sites:
                 plan["lr"]["search"][family] = plan["lr"]["even"][family]
         for family in self.scale.families:

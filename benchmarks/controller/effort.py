@@ -18,14 +18,15 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-
 from benchmarks.controller.contest.cells import Cells
 from benchmarks.controller.contest.verdict import interval
+
 from esper.config import TamiyoConfig
 from esper.files import replace_text
 from esper.greenhouse.family import FAMILIES, Family, HostSpec, batch_order, data_of
@@ -71,7 +72,7 @@ def static_run(family: str, task: int, width: int, lr: float, seed: int) -> dict
 def static_flops(kind: Family, width: int) -> float:
     """Training FLOPs of a fixed network."""
     sizes = [kind.inputs, *(width,) * kind.num_sites, kind.outputs]
-    return 6.0 * STEPS * kind.batch_rows * sum(a * b for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+    return 6.0 * STEPS * kind.batch_rows * sum(a * b for a, b in pairwise(sizes))
 
 
 def growing_run(family: str, task: int, lr: float, seed: int) -> dict[str, float]:
@@ -156,10 +157,8 @@ def summary(targets: dict[str, float], found: dict[str, Any]) -> dict[str, Any]:
         made["reached"][name] = f"{sum(cell[name]['reached'] for cell in found.values())} of {len(found)}"
     for other in ("sweep", "optuna"):
         for what in ("flops", "runs", "cpu_s"):
-            ratios = np.array([
-                [math.log(paid(c, "growing", what) / paid(c, other, what)) for n, c in found.items() if n.rsplit("/", 1)[0] == task]
-                for task in names
-            ]).T[None]  # fmt: skip
+            logs = {n: math.log(paid(c, "growing", what) / paid(c, other, what)) for n, c in found.items()}
+            ratios = np.array([[v for n, v in logs.items() if n.rsplit("/", 1)[0] == task] for task in names]).T[None]
             over = interval([ratios], lambda values: float(values.mean()))
             made["ratio"][f"{what} over {other}"] = {
                 key: round(math.exp(over[key]), 3) for key in ("value", "low", "high")

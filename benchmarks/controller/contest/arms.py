@@ -20,9 +20,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-
 from benchmarks.controller.contest.recipes import FULL, RECIPES, lens
 from benchmarks.controller.schedules import NEVER, Growth, Schedule, scripted
+
 from esper.config import TamiyoConfig
 from esper.greenhouse.episodes import SCOPE
 from esper.greenhouse.family import FAMILIES, HostSpec, data_of
@@ -185,10 +185,14 @@ def make(arm: str, spec: HostSpec, folder: str) -> Controller:
     if head == "policy":
         return NeuralController(_following(plan.policy("policy", seed)))
     if head == "replay":
-        return scripted(plan.schedule(arm, spec.family), data_of(FAMILIES[spec.family], spec.task).widths, names_of(spec))
+        return scripted(
+            plan.schedule(arm, spec.family), data_of(FAMILIES[spec.family], spec.task).widths, names_of(spec)
+        )
     kind = "cloned" if head == "cloned" else "policy"
     recipe = "policy" if head in ("cloned", "sampled", "shuffled") else head
-    return Follower(_policy(str(plan.policy(recipe, seed, kind))), recipe, seed=spec.seed if head == "sampled" else None)
+    return Follower(
+        _policy(str(plan.policy(recipe, seed, kind))), recipe, seed=spec.seed if head == "sampled" else None
+    )
 
 
 def _following(path: Path) -> TamiyoConfig:

@@ -16,9 +16,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-
 from benchmarks.controller.contest.recipes import RECIPES, Recipe, earned, lens
 from benchmarks.controller.schedules import NEVER, Schedule, schedules, scripted
+
 from esper.config import TamiyoConfig
 from esper.files import replace_text
 from esper.greenhouse.episodes import SCOPE, Episodes
@@ -101,9 +101,7 @@ def play(specs: Sequence[HostSpec], act: Any, recipe: Recipe) -> Played:
             stack.step([a if s.masks.allow(a) else WAIT for a, s in zip(chosen, stack.sights, strict=True)])
             first += len(stack)
     ends = [end for stack in stacks for end in stack.outcomes]
-    returns = [
-        earned(recipe, end, frontier_of(spec.family, spec.task)) for end, spec in zip(ends, specs, strict=True)
-    ]
+    returns = [earned(recipe, end, frontier_of(spec.family, spec.task)) for end, spec in zip(ends, specs, strict=True)]
     return Played(sights, actions, np.array(returns), np.array([end.reward for end in ends]), raw)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 import numpy as np
-
 from benchmarks.controller.contest.arms import START, make, names_of, plan_in
 from benchmarks.controller.contest.policies import draw_hosts
 from benchmarks.controller.schedules import NEVER, schedules, scripted, tuned_schedules
+
 from esper.greenhouse.episodes import Outcome, outcome
 from esper.greenhouse.family import FAMILIES, HostSpec, data_of
 from esper.greenhouse.frontier import FACTORS, LEARNING_RATES, frontier_of, shapes_of
@@ -47,7 +47,14 @@ class Watched:
         for command in found:
             if isinstance(command, Germinate):
                 rows = [observation.site_names.index(plan.site) for plan in command.seeds]
-                size = float(np.mean([(p.width or 0) * p.seeds / observation.hidden[r] for p, r in zip(command.seeds, rows, strict=True)]))
+                size = float(
+                    np.mean(
+                        [
+                            (p.width or 0) * p.seeds / observation.hidden[r]
+                            for p, r in zip(command.seeds, rows, strict=True)
+                        ]
+                    )
+                )
                 self.asked.append((observation.step, -1 if len(rows) > 1 else rows[0], size))
         return found
 
@@ -63,7 +70,10 @@ def run_stack(specs: Sequence[HostSpec], controllers: Sequence[Any]) -> tuple[li
                     apply(hosts, number, command)
     finish(hosts)
     losses = hosts.test_losses().tolist()
-    ends = [outcome(hosts, n, loss, frontier_of(s.family, s.task)) for n, (s, loss) in enumerate(zip(specs, losses, strict=True))]
+    ends = [
+        outcome(hosts, n, loss, frontier_of(s.family, s.task))
+        for n, (s, loss) in enumerate(zip(specs, losses, strict=True))
+    ]
     kept = [sum(v.state is Lifecycle.FOSSILIZED for v in life.verdicts) for life in hosts.lives]
     return ends, kept, hosts
 
@@ -106,7 +116,9 @@ def tune_static(family: str) -> list[dict[str, float]]:
     for row, factor in enumerate(FACTORS):
         for lr in LEARNING_RATES:
             values = [run[0] for run in _static(family, row, lr, TUNING_SEED, TUNING)]
-            found.append({"factor": factor, "row": row, "lr": lr, "reward": float(np.mean(np.clip(values, -10.0, 10.0)))})
+            found.append(
+                {"factor": factor, "row": row, "lr": lr, "reward": float(np.mean(np.clip(values, -10.0, 10.0)))}
+            )
     return found
 
 
@@ -148,9 +160,7 @@ def evaluate_stack(arm: str, family: str, seed: int, folder: str, num_tasks: int
         _show_others(specs, controllers, folder, arm)
     watched = [Watched(one) for one in controllers]
     ends, kept, _ = run_stack(specs, watched)
-    return [
-        _told(end, num, len(one.asked), _strange(one)) for end, num, one in zip(ends, kept, watched, strict=True)
-    ]
+    return [_told(end, num, len(one.asked), _strange(one)) for end, num, one in zip(ends, kept, watched, strict=True)]
 
 
 def _show_others(specs: Sequence[HostSpec], controllers: Sequence[Any], folder: str, arm: str) -> None:

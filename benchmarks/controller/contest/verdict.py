@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from benchmarks.controller.contest.arms import ADVISED, CONTROLS
 
 COLUMNS = ("reward", "loss", "flops", "params", "asked", "kept", "fallback")
 MOST = 10.0
 DRAWS = 1000
 LEARNED = ("policy", "cloned", "sampled", "karn-policy", "replay", "shuffled")
+FEW = ["never", "heuristic", "even", "karn-uniform"]
+"""What arms other than the policy are held against."""
 Table = dict[str, dict[str, np.ndarray]]
 """By group and family: ``(P, S, T, columns)``."""
 
@@ -178,7 +179,7 @@ def summary(cells: dict[str, Any], seconds: dict[str, float], plan_path: Path) -
         found[mode] = {
             "arms": arms(known),
             "differences": {
-                name: against(known, name, others if name == "policy" else ["never", "heuristic", "even", "karn-uniform"])
+                name: against(known, name, others if name == "policy" else FEW)
                 for name in chosen
             },
         }  # fmt: skip
