@@ -76,9 +76,14 @@ class Plan:
         return self.folder / "policies" / f"{recipe}-{seed}" / kind
 
 
-@cache
 def plan_in(folder: str) -> Plan:
-    """Read once a process."""
+    """As it is now: read again when it has changed."""
+    return _plan(folder, (Path(folder) / "plan.json").stat().st_mtime_ns)
+
+
+@cache
+def _plan(folder: str, written: int) -> Plan:
+    del written
     return Plan(Path(folder))
 
 
