@@ -130,7 +130,7 @@ def test_evaluation_families_are_not_trained_on() -> None:
 
 def test_the_ledger_agrees_with_a_count_of_flops() -> None:
     """Within 2% of what PyTorch's counter finds for the same shapes: training, fit and evaluations."""
-    hosts = Hosts(specs(0, steps=160))
+    hosts = Hosts(specs(0, steps=320))
     hosts.advance(20)
     life, family = hosts.lives[0], hosts.family
     counted = 20 * _training_flops(MLP(family.inputs, life.widths, family.outputs), family.batch_rows)
