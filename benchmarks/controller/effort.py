@@ -40,6 +40,13 @@ START_WIDTH = 8
 STEPS = 1200
 REFERENCE_SEEDS = range(300, 305)
 TRIALS = 30
+SETTINGS = {
+    "usual": TamiyoConfig(first=0),
+    "double": TamiyoConfig(first=0, growth=2.0),
+    "compound": TamiyoConfig(first=0, compound=True),
+    "aggressive": TamiyoConfig(first=0, temper="aggressive", growth=2.0, patience=4),
+}
+"""Settings of growth; one is chosen for all tasks, on other tasks of the same families."""
 SHARE = 0.99
 
 
@@ -75,14 +82,14 @@ def static_flops(kind: Family, width: int) -> float:
     return 6.0 * STEPS * kind.batch_rows * sum(a * b for a, b in pairwise(sizes))
 
 
-def growing_run(family: str, task: int, lr: float, seed: int) -> dict[str, float]:
+def growing_run(family: str, task: int, lr: float, seed: int, settings: str = "usual") -> dict[str, float]:
     """One run of the heuristic from the smallest width."""
     kind, started = FAMILIES[family], time.process_time()
     widths = (START_WIDTH,) * kind.num_sites
     spec = HostSpec(family=family, task=task, seed=seed, lr=lr, widths=widths, steps=STEPS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        host = RealHost(spec, HeuristicController(TamiyoConfig(first=0)))
+        host = RealHost(spec, HeuristicController(SETTINGS[settings]))
         while len(host.losses) < host.steps:
             host.step()
         host.grower.finish()
@@ -136,9 +143,9 @@ def reference(family: str, task: int, width: int) -> float:
     return float(np.mean([run["score"] for run in made[best]]))
 
 
-def procedures(family: str, task: int, seed: int, target: float) -> dict[str, Any]:
+def procedures(family: str, task: int, seed: int, target: float, settings: str) -> dict[str, Any]:
     """All three on one task and seed."""
-    growing = spent([growing_run(family, task, lr, seed) for lr in LEARNING_RATES], target)
+    growing = spent([growing_run(family, task, lr, seed, settings) for lr in LEARNING_RATES], target)
     sweep = spent([static_run(family, task, width, lr, seed) for width in WIDTHS for lr in LEARNING_RATES], target)
     return {"growing": growing, "sweep": sweep, "optuna": optuna_search(family, task, seed, target)}
 
@@ -182,13 +189,21 @@ def main() -> None:
         if not cells.fill(reference, wanted):
             return
         targets = {f"{f}/{t}": SHARE * max(cells.known[f"reference/{f}/{t}/{w}"] for w in WIDTHS) for f, t in TASKS}
-        runs = {f"run/{f}/{t}/{s}": (f, t, s, targets[f"{f}/{t}"]) for s in range(given.seeds) for f, t in TASKS}
+        tried = {f"settings/{n}/{f}/{s}": (f, 0, 2e-2, s, n) for n in SETTINGS for f, _ in TASKS for s in range(2)}
+        if not cells.fill(growing_run, tried):
+            return
+        means = {
+            n: float(np.mean([cells.known[f"settings/{n}/{f}/{s}"]["score"] for f, _ in TASKS for s in range(2)]))
+            for n in SETTINGS
+        }
+        best = max(means, key=lambda name: means[name])
+        runs = {f"run/{f}/{t}/{s}": (f, t, s, targets[f"{f}/{t}"], best) for s in range(given.seeds) for f, t in TASKS}
         if not cells.fill(procedures, runs):
             return
     finally:
         cells.close()
     found = {name[4:]: cells.known[name] for name in runs}
-    replace_text(given.out, json.dumps(summary(targets, found), indent=1) + "\n")
+    replace_text(given.out, json.dumps(summary(targets, found) | {"settings": means}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
