@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ class RandomNote:
 
 def attach(plans: list[SitePlan], sites: dict[str, Site]) -> list[RemovableHandle]:
     """Register the hooks of all sites. A chain's upstream leaves before its downstream reads."""
+    _stay_compiled()
     handles: list[RemovableHandle] = []
     parents: dict[int, tuple[nn.Module, list[Site]]] = {}
     for plan in plans:
@@ -86,6 +88,20 @@ def attach(plans: list[SitePlan], sites: dict[str, Site]) -> list[RemovableHandl
     for parent, inside in parents.values():
         handles.append(parent.register_forward_pre_hook(ParentEnter(inside)))
     return handles
+
+
+def _stay_compiled() -> None:
+    """Let a compiler accept what the hooks note inside activation checkpointing: once, in the forward pass.
+
+    Without this setting it gives such a host up and runs all of it uncompiled, without a word, from then on. The
+    module is there as soon as an optimizer is.
+    """
+    settings = sys.modules.get("torch._dynamo.config")
+    if hasattr(settings, _NOTED_ONCE):
+        setattr(settings, _NOTED_ONCE, True)
+
+
+_NOTED_ONCE = "skip_fwd_side_effects_in_bwd_under_checkpoint"
 
 
 def is_attached(model: nn.Module) -> bool:
