@@ -19,41 +19,11 @@ from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import FusedBlueprint
 from esper.kasmina.capture import Capture, Shapes
 from esper.kasmina.geometry import Geometry
+from esper.kasmina.modes import edits, in_backward, in_transform, is_batched
 from esper.kasmina.telemetry import TelemetryBuffer
 from esper.protocol import SiteInfo, SiteKind
 
 SPLIT_REGIONS = "its layers and the module around them lie in different checkpoint regions (checkpoint whole modules)"
-
-
-def _version(x: Tensor) -> int:
-    """How often ``x`` was edited in place; constant where nobody counts (inference mode, a compiler's trace).
-
-    An edit inside a compiled graph shows in the held-out evaluations, which run the model uncompiled.
-    """
-    return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
-
-
-def in_backward() -> bool:
-    """True while autograd runs: a forward here is a recomputation (activation checkpointing).
-
-    A compiled graph is traced outside of it and cannot ask again.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # type: ignore[reportPrivateUsage]
-
-
-def in_transform(tensor: Tensor) -> bool:
-    """Whether a function transform (``torch.func``) runs; a compiler traces ordinary calls only."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[reportPrivateUsage]
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Whether vmap is among the function transforms around ``tensor`` (also below ``torch.func.grad``)."""
-    functorch = torch._C._functorch  # type: ignore[reportPrivateUsage]
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False
 
 
 def overlap(banks: list[Bank]) -> bool:
@@ -193,7 +163,7 @@ class Site:
         elif self._x is not None:
             self.refuse("its first layer runs more than once in a forward")
         else:
-            self._x, self._version = x, _version(x)
+            self._x, self._version = x, edits(x)
 
     def leave(self, module: nn.Module, layer_input: Tensor, y: Tensor, *, writable: bool = False) -> Tensor | None:
         """The tail has produced ``y``; returns what the host goes on with, or ``None`` for ``y`` itself.
@@ -300,7 +270,7 @@ class Site:
             self.refuse(SPLIT_REGIONS if in_backward() else "its last layer runs first or twice")
             return None
         self._open = False
-        if _version(x) != self._version:
+        if edits(x) != self._version:
             self.refuse("its input is edited in place before the span ends")
             return None
         return x
