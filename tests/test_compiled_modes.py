@@ -13,8 +13,6 @@ from tests.models import Mlp, Transformer, mse, tokens
 from tests.rigs import EVERY, Rig, attach, branch_gradients, graft, host_gradients
 from torch import Tensor
 
-from esper.kasmina.telemetry import snapshots
-
 pytestmark = pytest.mark.integration
 
 
@@ -32,7 +30,7 @@ def _fresh_dynamo() -> Iterator[None]:
 def seen(rig: Rig) -> npt.NDArray[np.float32]:
     """Mean and variance of every chunk of every site."""
     buffers = [site.telemetry for site in rig.grower.kasmina.sites.values() if site.telemetry is not None]
-    return np.concatenate([snapshot[:2].reshape(-1) for snapshot in snapshots(buffers)])
+    return np.concatenate([buffer.snapshot()[:2].reshape(-1) for buffer in buffers])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16-scaled"])

@@ -35,11 +35,16 @@ class Run(Protocol):
     watcher: Callable[[Observation], None] | None
 
 
-def look(run: Run, step: int) -> Observation:
-    """Measure the held-out loss where that is due, observe everything, and tell of it."""
+def look(run: Run, step: int, *, needed: bool = True) -> Observation | None:
+    """Measure the held-out loss where that is due, observe everything, and tell of it.
+
+    ``None`` where the observation is not ``needed`` for a decision and nobody else listens.
+    """
     if step % run.config.held_out_every == 0 or math.isnan(run.loop.held_out_initial):
         with run.journal.timed("evidence"):
             measure_held_out(run, step)
+    if not (needed or run.journal.is_heard or run.watcher is not None):
+        return None
     with run.journal.timed("observe"):
         observation = _observe(run, step)
     loss = float(run.loop.losses[-1]) if run.loop.losses else math.nan
@@ -82,17 +87,19 @@ def _observe(run: Run, step: int) -> Observation:
     )
 
 
-def recent_losses(losses: Sequence[Tensor]) -> tuple[float, float]:
+def recent_losses(losses: Sequence[Tensor | float]) -> tuple[float, float]:
     """Mean of the latest training losses, and their standard deviation as a share of it; NaN where unknown.
 
     Waits for the device.
     """
     if not losses:
         return math.nan, math.nan
-    values = stacked(losses).double().cpu()
-    mean = float(values.mean())
-    noise = float(values.std()) / abs(mean) if len(values) > 1 and mean != 0 else math.nan
-    return mean, noise
+    values: list[float] = stacked(losses).tolist()
+    mean = sum(values) / len(values)
+    if len(values) < 2 or mean == 0:
+        return mean, math.nan
+    squares = sum([(value - mean) ** 2 for value in values])
+    return mean, math.sqrt(squares / (len(values) - 1)) / abs(mean)
 
 
 def _lr_share(clock: HostClock) -> float:

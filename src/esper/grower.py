@@ -197,6 +197,9 @@ class Grower(Stored):
         step = self.loop.last_step
         self.loop.losses.append(read_loss(loss))
         self.guard.note(self.loop.losses[-1])
+        if self._is_quiet(step):
+            self.accounts.count_step()
+            return
         self.kasmina.note_rows(step, passes=max(1, self.clock.passes))
         with self.journal.timed("learn"):
             self.accounts.count_step()
@@ -222,6 +225,20 @@ class Grower(Stored):
         self.kasmina.watch((step + 1) % self.config.telemetry.every == 0)
         with self.journal.timed("safety"):
             self.guard.after_step(step)
+
+    def _is_quiet(self, step: int) -> bool:
+        """Whether nothing is due in this step, nothing in the next, and nothing that could ask for more is alive."""
+        return (
+            self.kasmina.is_idle
+            and step % self.config.interval != 0
+            and (step + 1) % self.config.telemetry.every != 0
+            and step > 1
+            and self._desk is None
+            and self._orders.is_empty
+            and self.guard.is_calm
+            and not self.clock.has_scaler
+            and not self.trials.are_open
+        )
 
     def submit(self, command: Command) -> None:
         """Queue a command; it is judged and applied inside the next :meth:`step`. Safe from any thread."""
@@ -355,8 +372,9 @@ class Grower(Stored):
     # ---------------------------------------------------------------------------------------------- how
 
     def _decide(self, step: int) -> None:
-        observation = look(self, step)
-        if self.stopped is None and self.loop.paused is None:
+        deciding = self.stopped is None and self.loop.paused is None
+        observation = look(self, step, needed=deciding)
+        if deciding and observation is not None:
             with self.journal.timed("decide"):
                 commands = self.controller.decide(observation)
             for note in self.controller.notes() if isinstance(self.controller, Noting) else ():

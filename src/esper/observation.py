@@ -14,7 +14,7 @@ from esper.kasmina.defaults import default_blueprint
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.germination import offers
 from esper.kasmina.site import Site
-from esper.kasmina.telemetry import snapshots
+from esper.kasmina.telemetry import Readout
 from esper.protocol import SITE_FEATURES, CohortView, Observation
 from esper.verdicts import Verdicts
 
@@ -46,48 +46,51 @@ def observe(
     ``losses`` are the mean of the latest training losses and its noise.
     """
     fixed = _fixed(kasmina)
-    free = kasmina.table.num_free_chunks(step)
-    refused = np.array([site.refused is not None for site in kasmina.sites.values()])
-    grown = np.array([kasmina.units(name) for name in fixed.names], dtype=np.int64)
-    rows, energies = _site_rows(kasmina, fixed, free / fixed.chunks, grown, verdicts, step)
-    pressing = _pressing(energies)
-    costs = [_unit_cost(site) for site in kasmina.sites.values()]
-    others, fits = _alternative_costs(kasmina, fixed), _fits(kasmina, fixed)
+    standing = _standing(kasmina, fixed, step)
+    refused = [site.refused is not None for site in kasmina.sites.values()]
+    eligible = standing.eligible & ~np.array(refused) if any(refused) else standing.eligible.copy()
     rows_per_step = np.array(list(kasmina.rows_per_step.values()))
+    unit_flops, other_flops = standing.unit_flops * rows_per_step, standing.others[1] * rows_per_step[:, None]
+    alive = tuple(_view(kasmina, number, step) for number in kasmina.cohorts)
+    rows = _site_rows(fixed, standing, verdicts, step)
+    blocks = fixed.readout.read()  # what a GPU has yet to do, it does while all of the above is made
+    for numbers, block in blocks:
+        rows[numbers, _SENSORS] = np.add.reduce(block, axis=2) / block.shape[2]
+    pressing = fixed.pressure.of(blocks)
     return Observation(
         step=step,
         total_steps=total_steps,
         held_out=held_out,
         held_out_initial=held_out_initial,
-        params=kasmina.params,
+        params=standing.params,
         host_params=kasmina.host_params,
         budget_params=budget_params,
-        flops_per_step=host_flops + kasmina.added_flops_per_step(),
+        flops_per_step=host_flops + (0.0 if kasmina.at_rest else kasmina.added_flops_per_step()),
         host_flops_per_step=host_flops,
         budget_flops=budget_flops,
         site_names=fixed.names,
         sites=rows,
         hidden=fixed.hidden.copy(),
-        grown=grown,
-        eligible=(free == fixed.chunks) & ~kasmina.table.has_seeds() & ~refused,
-        chunk_site=pressing[0],
-        chunk_index=pressing[1],
-        chunk_pressure=pressing[2],
-        alive=tuple(_view(kasmina, number, step) for number in kasmina.cohorts),
+        grown=standing.grown.copy(),
+        eligible=eligible,
+        chunk_site=pressing[0].copy(),
+        chunk_index=pressing[1].copy(),
+        chunk_pressure=pressing[2].copy(),
+        alive=alive,
         verdicts=verdicts.told(),
         untold=verdicts.num_untold,
         stopped=stopped,
-        unit_params=np.array([cost.params for cost in costs], dtype=np.float64),
-        unit_flops=np.array([cost.flops_per_row for cost in costs]) * rows_per_step,
+        unit_params=standing.unit_params.copy(),
+        unit_flops=unit_flops,
         train_loss=losses[0],
         loss_noise=losses[1],
         lr_share=lr_share,
         price=price,
-        fit_explained=fits[0],
-        fit_error=fits[1],
+        fit_explained=standing.fits[0].copy(),
+        fit_error=standing.fits[1].copy(),
         alternatives=fixed.alternatives,
-        alternative_params=others[0].copy(),
-        alternative_flops=others[1] * rows_per_step[:, None],
+        alternative_params=standing.others[0].copy(),
+        alternative_flops=other_flops,
         kinds=fixed.kinds,
         offers=fixed.offers,
         family=kasmina.family,
@@ -160,6 +163,8 @@ class _Fixed:
     """Blueprints that can sit on some site besides its default one."""
     sits: tuple[tuple[int, int], ...]
     """Row and alternative that go together."""
+    readout: Readout
+    pressure: _Pressure
     priced: dict[tuple[int, ...], npt.NDArray[np.float64]] = field(
         default_factory=dict[tuple[int, ...], npt.NDArray[np.float64]]
     )
@@ -184,10 +189,11 @@ def _fixed(kasmina: Kasmina) -> _Fixed:
         chunks = np.array([info.num_chunks for info in infos], dtype=np.int64)
         hidden = np.array([info.hidden_features for info in infos], dtype=np.int64)
         alternatives, sits = _alternatives(kasmina)
+        buffers = [site.telemetry for site in kasmina.sites.values() if site.telemetry is not None]
         found = _known[kasmina] = _Fixed(
             names=tuple(kasmina.sites), chunks=chunks, hidden=hidden, kinds=tuple(str(info.kind) for info in infos),
             offers=tuple(offers(site) for site in kasmina.sites.values()), rows=rows, alternatives=alternatives,
-            sits=sits,
+            sits=sits, readout=Readout(buffers), pressure=_Pressure(),
         )  # fmt: skip
     return found
 
@@ -205,25 +211,77 @@ def _alternatives(kasmina: Kasmina) -> tuple[tuple[str, ...], tuple[tuple[int, i
     return names, tuple((row, names.index(name)) for row, name in pairs)
 
 
-def _site_rows(
-    kasmina: Kasmina,
-    fixed: _Fixed,
-    free_share: npt.NDArray[np.float64],
-    grown: npt.NDArray[np.int64],
-    verdicts: Verdicts,
-    step: int,
-) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.float32]]]:
-    table = fixed.rows.copy()
-    table[:, _COLUMN["free_chunk_share"]] = free_share
+@dataclass(frozen=True)
+class _Standing:
+    """What of an observation stays the same while nothing is alive and nothing has been grown."""
+
+    changes: int
+    """Of the execution layer, when this was made."""
+    settled: bool
+    """No chunk rests any more: it holds in later steps as well."""
+    grown: npt.NDArray[np.int64]
+    free_share: npt.NDArray[np.float64]
+    eligible: npt.NDArray[np.bool_]
+    params: int
+    unit_params: npt.NDArray[np.float64]
+    unit_flops: npt.NDArray[np.float64]
+    others: npt.NDArray[np.float64]
+    fits: npt.NDArray[np.float64]
+
+
+_stood: weakref.WeakKeyDictionary[Kasmina, _Standing] = weakref.WeakKeyDictionary()
+
+
+def _standing(kasmina: Kasmina, fixed: _Fixed, step: int) -> _Standing:
+    found = _stood.get(kasmina) if kasmina.at_rest else None
+    if found is not None and found.settled and found.changes == kasmina.num_changes:
+        return found
+    free = kasmina.table.num_free_chunks(step)
+    costs = [_unit_cost(site) for site in kasmina.sites.values()]
+    found = _stood[kasmina] = _Standing(
+        changes=kasmina.num_changes,
+        settled=step >= int(kasmina.table.embargo_until.max(initial=0)),
+        grown=np.array([kasmina.units(name) for name in fixed.names], dtype=np.int64),
+        free_share=free / fixed.chunks,
+        eligible=(free == fixed.chunks) & ~kasmina.table.has_seeds(),
+        params=kasmina.params,
+        unit_params=np.array([cost.params for cost in costs], dtype=np.float64),
+        unit_flops=np.array([cost.flops_per_row for cost in costs]),
+        others=_alternative_costs(kasmina, fixed),
+        fits=_fits(kasmina, fixed),
+    )
+    return found
+
+
+def _site_rows(fixed: _Fixed, standing: _Standing, verdicts: Verdicts, step: int) -> npt.NDArray[np.float64]:
+    """All but what sensors tell."""
+    table, grown = fixed.rows.copy(), standing.grown
+    table[:, _COLUMN["free_chunk_share"]] = standing.free_share
     if grown.any():
         spans = fixed.hidden > 0
         table[spans, _COLUMN["grown_share"]] = grown[spans] / fixed.hidden[spans]
-    sensed = snapshots([site.telemetry for site in kasmina.sites.values() if site.telemetry is not None])
-    for row, (name, snapshot) in enumerate(zip(fixed.names, sensed, strict=True)):
-        table[row, _SENSORS] = np.add.reduce(snapshot, axis=1) / snapshot.shape[1]
-        table[row, _COLUMN["last_gain"]] = verdicts.last_gain.get(name, math.nan)
-        table[row, _COLUMN["steps_since_growth"]] = step - verdicts.last_growth.get(name, math.nan)
-    return table, [snapshot[2] for snapshot in sensed]
+    if verdicts.last_gain or verdicts.last_growth:
+        for row, name in enumerate(fixed.names):
+            table[row, _COLUMN["last_gain"]] = verdicts.last_gain.get(name, math.nan)
+            table[row, _COLUMN["steps_since_growth"]] = step - verdicts.last_growth.get(name, math.nan)
+    return table
+
+
+class _Pressure:
+    """The pressing chunks: looked for again when a gradient energy has changed."""
+
+    def __init__(self) -> None:
+        self._seen: list[npt.NDArray[np.uint32]] = []
+        self._found = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+
+    def of(
+        self, blocks: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        energies = [block[:, 2].view(np.uint32) for _, block in blocks]  # as bits: a NaN is what it was before
+        if len(self._seen) != len(energies) or not all(map(np.array_equal, energies, self._seen)):
+            found = {int(n): one[2] for numbers, block in blocks for n, one in zip(numbers, block, strict=True)}
+            self._seen, self._found = energies, _pressing([found[number] for number in range(len(found))])
+        return self._found
 
 
 def _pressing(

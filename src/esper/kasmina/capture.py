@@ -7,6 +7,7 @@ pass waits for the device, and a compiled graph holds only tensor operations.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -45,8 +46,9 @@ class Rows:
     cluster: Tensor
     batch: Tensor
 
-    def select(self, mask: Tensor) -> Rows:
-        return Rows(self.x[mask], self.y[mask], self.g[mask], self.cluster[mask], self.batch[mask])
+    def select(self, which: Tensor | slice) -> Rows:
+        """Rows of a mask, copied; or of a slice, which shares their memory."""
+        return Rows(self.x[which], self.y[which], self.g[which], self.cluster[which], self.batch[which])
 
     @property
     def positions(self) -> int:
@@ -224,27 +226,41 @@ class Capture:
         ``reads`` is what a branch reads now: where an upstream span has grown since the capture, the further features
         count as zero (nothing is learnt about them).
         """
-        xs, ys, gs, clusters, batches = [], [], [], [], []
-        offset = 0
         self.dropped_batches = 0
-        for number, (x, y, g, cluster) in enumerate(self._done):
-            g = g.float()
-            size = g.square().mean().sqrt()
-            finite = torch.isfinite(size) & torch.isfinite(x).all() & torch.isfinite(y).all()
+        usable: list[tuple[int, Captured, Tensor]] = []
+        for number, part in enumerate(self._done):
+            size = part[2].float().square().mean().sqrt()
+            finite = torch.isfinite(size) & torch.isfinite(part[0]).all() & torch.isfinite(part[1]).all()
             if not bool(finite) or float(size) == 0.0:
                 self.dropped_batches += 1
                 continue
-            missing = reads - x.shape[1] if reads is not None and self.geometry.kind.is_span else 0
-            xs.append(torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1) if missing > 0 else x)
-            ys.append(y.float())
-            gs.append(g / size)
-            clusters.append(cluster + offset)
-            batches.append(torch.full_like(cluster, number))
-            offset += int(cluster.max()) + 1
-        if not xs:
+            usable.append((number, part, size))
+        if not usable:
             empty = torch.zeros(0)
             return Rows(empty, empty, empty, empty.long(), empty.long())
-        return Rows(torch.cat(xs), torch.cat(ys), torch.cat(gs), torch.cat(clusters), torch.cat(batches))
+        return self._joined(usable, reads)
+
+    def _joined(self, usable: list[tuple[int, Captured, Tensor]], reads: int | None) -> Rows:
+        """The batches behind each other, each written to its place once: nothing is held twice."""
+        x, y, _, _ = usable[0][1]
+        total = sum(part[0].shape[0] for _, part, _ in usable)
+        width = x.shape[1] if reads is None or not self.geometry.kind.is_span else max(reads, x.shape[1])
+        dtype = functools.reduce(torch.promote_types, (part[0].dtype for _, part, _ in usable))
+        rows = Rows(
+            x.new_zeros(total, width, *x.shape[2:], dtype=dtype), y.new_empty(total, *y.shape[1:], dtype=torch.float32),
+            y.new_empty(total, *y.shape[1:], dtype=torch.float32),
+            *torch.empty(2, total, dtype=torch.int64, device=x.device),
+        )  # fmt: skip
+        at = offset = 0
+        for number, (x, y, g, cluster), size in usable:
+            place = slice(at, at + x.shape[0])
+            rows.x[place, : x.shape[1]], rows.y[place] = x, y
+            rows.g[place] = g
+            rows.g[place] /= size
+            rows.cluster[place], rows.batch[place] = cluster + offset, number
+            offset += int(cluster.max()) + 1
+            at = place.stop
+        return rows
 
 
 def _rows(y: Tensor, conv: bool) -> Tensor:

@@ -79,15 +79,19 @@ class Kasmina:
             samples_per_batch=self.samples_per_batch, generator=self.generator,
         )  # fmt: skip
         self._grown = self._working = False
+        self.num_changes = 0
+        """Rises whenever something is added, moved, removed or restored."""
         self._watching: bool | None = None
         self._prepare_sites()
-        self._handles = attach(list(discovery.sites), self.sites)
+        self._switch = attach(list(discovery.sites), self.sites)
 
     def _prepare_sites(self) -> None:
         for name, site in self.sites.items():
             device = self.plans[name].weight.device
             bounds = self.table.bounds[self.index[name]]
             site.telemetry = TelemetryBuffer(bounds, self.config.telemetry.rows, device)
+            recompute = self.config.graft.recompute
+            site.thrifty = device.type == "cuda" if recompute is None else recompute
             # only a dropout span draws on the device; its own stream leaves the host's alone
             if site.geometry.dropout > 0:
                 site.generator = torch.Generator(device)
@@ -136,9 +140,7 @@ class Kasmina:
 
     def detach(self) -> None:
         """Remove every hook; the host is as it was before."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._switch.detach()
 
     # ---------------------------------------------------------------------------------------------- measures
 
@@ -163,6 +165,10 @@ class Kasmina:
             active = [bank for cohort, bank in site.banks.items() if waiting or cohort in site.grafted]
             total += rows[name] * sum(bank.flops_per_row for bank in [*active, *site.permanent])
         return total
+
+    def repeated_flops_per_step(self) -> float:
+        """FLOPs a step of what branches compute a second time, in the backward pass."""
+        return sum(self.rows_per_step[name] * site.repeated_flops_per_row for name, site in self.sites.items())
 
     def units(self, site: str) -> int:
         """Hidden units a site has grown: annex and live seeds in the forward pass."""
@@ -322,6 +328,11 @@ class Kasmina:
         """Whether nothing is alive and nothing has been grown: every site is as the host made it."""
         return not self._grown
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is at rest, without a cohort, and no hook has work in the step just taken or in the next."""
+        return not (self._grown or self._working or self.cohorts) and self._watching is False
+
     def learn(self, hosts: dict[str, Hyperparameters], *, inverse_scale: float) -> None:
         """One update of everything that learns, after a real host step."""
         if self.at_rest:
@@ -397,16 +408,22 @@ class Kasmina:
             return  # whatever else changes what hooks do refreshes by itself
         self._watching = due
         for site in self.sites.values():
-            site.telemetry_due = due and site.refused is None
-        self.refresh()
+            site.watch(due)
+        self._note_work()
 
     def refresh(self) -> None:
         """After a change: let every site decide what its hooks have to do from now on."""
+        self.num_changes += 1
         self._grown = False
         for site in self.sites.values():
             site.refresh()
             self._grown = self._grown or bool(site.banks) or site.adds
+        self._note_work()
+
+    def _note_work(self) -> None:
         self._working = any(site.engaged for site in self.sites.values())
+        if not self._working and self._switch.armed:
+            self._switch.disarm()
 
 
 def _translated(codes: npt.NDArray[Any], names: list[str], registry: Registry[Any]) -> npt.NDArray[Any]:

@@ -320,7 +320,7 @@ class Nursery:
         config, name = self.config.capture, site.info.name
         device = self.plans[name].weight.device
         held = sum(other.capture.num_bytes for other in self.sites.values() if other.capture is not None)
-        budget, shortage = memory.capture_budget(config.max_bytes, device, held)
+        budget, shortage = memory.capture_budget(config.max_bytes, device, held, memory.used_bytes(device))
         if shortage is not None:
             notes.append(shortage)
         capturing = 1 + sum(1 for other in self.sites.values() if other.capture is not None)

@@ -29,7 +29,7 @@ class TelemetryBuffer:
         """What a compiled graph has left, until :func:`settle`."""
         self.rows = rows
         self.latest: npt.NDArray[np.float32] | None = None
-        """``(3, C)`` as :func:`snapshots` has read it last, on the host; nothing writes into it afterwards."""
+        """``(3, C)`` as :class:`Readout` has read it last, on the host; nothing writes into it afterwards."""
 
     def record(self, y: Tensor, feature_axis: int) -> None:
         """Read up to ``rows`` rows of ``y``, strided over the whole batch; ``y`` is not changed or kept.
@@ -79,7 +79,7 @@ class TelemetryBuffer:
 
     def snapshot(self) -> npt.NDArray[np.float32]:
         """``(3, C)``: mean, variance, gradient energy. Synchronises with the device."""
-        return snapshots([self])[0]
+        return Readout([self]).read()[0][1][0]
 
 
 def settle(buffers: Iterable[TelemetryBuffer]) -> None:
@@ -96,27 +96,53 @@ def settle(buffers: Iterable[TelemetryBuffer]) -> None:
         torch._foreach_copy_(places, values)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]  one launch
 
 
-def snapshots(buffers: Sequence[TelemetryBuffer]) -> list[npt.NDArray[np.float32]]:
-    """``(3, C)`` of each buffer: mean, variance, gradient energy; one copy and one wait a device for all of them."""
-    groups: dict[torch.device, list[int]] = {}
-    for number, buffer in enumerate(buffers):
-        groups.setdefault(buffer.statistics.device, []).append(number)
-    found: dict[int, npt.NDArray[np.float32]] = {}
-    for device, members in groups.items():
-        parts = [part for n in members for part in (buffers[n].statistics.view(-1), buffers[n].gradient_energy)]
-        flat = _on_host(torch.cat(parts), device)
-        start = 0
-        for number in members:
-            size = 3 * buffers[number].gradient_energy.numel()
-            buffers[number].latest = found[number] = flat[start : start + size].reshape(3, -1)
-            start += size
-    return [found[number] for number in range(len(buffers))]
+class Readout:
+    """The buffers of a run, read together: one copy and one wait a device, however many there are."""
+
+    def __init__(self, buffers: Sequence[TelemetryBuffer]) -> None:
+        self._buffers = tuple(buffers)
+        devices: dict[torch.device, dict[int, list[int]]] = {}
+        for number, buffer in enumerate(buffers):
+            sizes = devices.setdefault(buffer.statistics.device, {})
+            sizes.setdefault(buffer.gradient_energy.numel(), []).append(number)
+        self._devices = [(_Parts(device, self._tensors(sizes)), sizes) for device, sizes in devices.items()]
+        self._rows = {id(rows): np.array(rows) for _, sizes in self._devices for rows in sizes.values()}
+
+    def _tensors(self, sizes: dict[int, list[int]]) -> list[Tensor]:
+        """They are written in place for as long as they live."""
+        chosen = [self._buffers[number] for rows in sizes.values() for number in rows]
+        return [part for buffer in chosen for part in (buffer.statistics.view(-1), buffer.gradient_energy)]
+
+    def read(self) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+        """Buffers of one size together: their numbers ``(N,)``, and ``(N, 3, C)`` mean, variance, gradient energy."""
+        blocks: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] = []
+        for parts, sizes in self._devices:
+            flat, start = parts.on_host(), 0
+            for size, numbers in sizes.items():
+                end = start + 3 * size * len(numbers)
+                block = flat[start:end].reshape(-1, 3, size)
+                for number, snapshot in zip(numbers, block, strict=True):
+                    self._buffers[number].latest = snapshot
+                blocks.append((self._rows[id(numbers)], block))
+                start = end
+        return blocks
 
 
-def _on_host(flat: Tensor, device: torch.device) -> npt.NDArray[np.float32]:
-    if device.type != "cuda":
-        return flat.cpu().numpy()
-    pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-    pinned.copy_(flat, non_blocking=True)
-    torch.cuda.current_stream(device).synchronize()
-    return pinned.numpy()
+class _Parts:
+    """Tensors of one device, side by side on the host."""
+
+    def __init__(self, device: torch.device, tensors: list[Tensor]) -> None:
+        self._device, self._tensors = device, tensors
+        self._arrays = [tensor.numpy() for tensor in tensors] if device.type == "cpu" else []
+
+    def on_host(self) -> npt.NDArray[np.float32]:
+        """A copy of them all. Waits for the device."""
+        if self._arrays:
+            return np.concatenate(self._arrays)
+        flat = torch.cat(self._tensors)
+        if self._device.type != "cuda":
+            return flat.cpu().numpy()
+        pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+        pinned.copy_(flat, non_blocking=True)
+        torch.cuda.current_stream(self._device).synchronize()
+        return pinned.numpy()

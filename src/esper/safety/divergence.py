@@ -14,9 +14,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
-
-import numpy as np
 
 FEWEST = 20
 """Losses that must be known before anything is called a divergence."""
@@ -41,11 +40,12 @@ class LossWatch:
         """What is wrong with ``recent`` losses (finite, oldest first) against those before, or ``None``."""
         if len(self.losses) < min(FEWEST, self.losses.maxlen or FEWEST) or not recent:
             return None
-        before = np.asarray(self.losses)
-        middle = float(np.median(before))
-        scatter = _TO_SIGMA * float(np.median(np.abs(before - middle)))
-        rise = float(np.median(recent)) - middle
-        if not (rise > self.max_z * scatter and rise > (self.ratio - 1) * abs(middle)):
+        middle = median(self.losses)
+        rise = median(recent) - middle
+        if not rise > (self.ratio - 1) * abs(middle):
+            return None
+        scatter = _TO_SIGMA * median([abs(loss - middle) for loss in self.losses])
+        if not rise > self.max_z * scatter:
             return None
         z = rise / scatter if scatter > 0 else math.inf
         return f"the training loss diverges: {middle + rise:.4g} after {middle:.4g} (z = {z:.3g})"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from esper.kasmina.ops import dispatch
-from esper.kasmina.ops.telemetry.reference import chunk_statistics
+from esper.kasmina.ops.telemetry.reference import chunk_statistics, feature_statistics_into
 
 __all__ = ["chunk_statistics", "record_statistics", "traced_statistics"]
 
@@ -53,11 +53,17 @@ def traced_statistics(y: Tensor, feature_axis: int, max_rows: int, chunk_of: Ten
 def _sampled_reference(
     out: Tensor, y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor
 ) -> None:
-    out.copy_(chunk_statistics(_sampled_rows(y, feature_axis, max_rows), chunk_of, chunk_sizes))
+    rows = _sampled_rows(y, feature_axis, max_rows)
+    if chunk_of.numel() == chunk_sizes.numel():
+        feature_statistics_into(out, rows)
+    else:
+        out.copy_(chunk_statistics(rows, chunk_of, chunk_sizes))
 
 
 def _sampled_rows(y: Tensor, feature_axis: int, max_rows: int) -> Tensor:
     """``(N, F)``: at most ``max_rows`` rows, strided over all of ``y``."""
+    if y.dim() == 2 and feature_axis in (1, -1) and y.shape[0] <= max_rows:
+        return y
     features = y.shape[feature_axis]
     total = y.numel() // max(1, features)
     stride = max(1, total // max_rows)
