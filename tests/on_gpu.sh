@@ -4,7 +4,7 @@
 # msgspec, safetensors, pytest and hypothesis. PARTS (default "tests kernels sanitizer") names the parts to run.
 cd "$(dirname "$0")/.." || exit 2
 PYTHON="${PYTHON:-python3}"
-TESTS="${GPU_TESTS:-tests/test_dormant.py tests/test_isolation.py tests/test_on_gpu.py}"
+TESTS="${GPU_TESTS:-tests/test_dormant.py tests/test_isolation.py tests/test_on_gpu.py tests/test_compiled.py tests/test_compiled_modes.py}"
 export PYTHONPATH="src:.${PYTHONPATH:+:$PYTHONPATH}" CUBLAS_WORKSPACE_CONFIG=:4096:8
 status=0
 summary=""

@@ -83,6 +83,7 @@ class RandomNote:
 
 def attach(plans: list[SitePlan], sites: dict[str, Site]) -> Switch:
     """Register the hooks of all sites. A chain's upstream leaves before its downstream reads."""
+    _stay_compiled()
     switch = Switch()
     parents: dict[int, tuple[nn.Module, list[Site]]] = {}
     for plan in plans:
@@ -96,6 +97,20 @@ def attach(plans: list[SitePlan], sites: dict[str, Site]) -> Switch:
     for site in sites.values():
         site.switch = switch
     return switch
+
+
+def _stay_compiled() -> None:
+    """Let a compiler accept what the hooks note inside activation checkpointing: once, in the forward pass.
+
+    Without this setting it gives such a host up and runs all of it uncompiled, without a word, from then on. The
+    module is there as soon as an optimizer is.
+    """
+    settings = sys.modules.get("torch._dynamo.config")
+    if hasattr(settings, _NOTED_ONCE):
+        setattr(settings, _NOTED_ONCE, True)
+
+
+_NOTED_ONCE = "skip_fwd_side_effects_in_bwd_under_checkpoint"
 
 
 def is_attached(model: nn.Module) -> bool:

@@ -93,7 +93,7 @@ def settle(buffers: Iterable[TelemetryBuffer]) -> None:
             buffer.reports += 1
             buffer.fresh = None
     for places, values in groups.values():
-        torch._foreach_copy_(places, values)
+        torch._foreach_copy_(places, values)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]  one launch
 
 
 class Readout:
