@@ -134,7 +134,7 @@ def _shared(device: torch.device, dtype: torch.dtype) -> Iterator[Line]:
 
     scale = parity.scale_of(device)
     for seeds, width, units, blocks in ((4, 3, 5, 2), (3, 4, 8, 3), (1, 20, 17, 2)):
-        problem = Problem.scattered(90, 64, seeds, width, units, 3, 100 * scale, "anywhere", device, dtype)
+        problem = Problem.scattered(90, 64, seeds, width, units, 2, 150 * scale, "anywhere", device, dtype)
         wanted, got = problem.copied(torch.float64), problem.copied()
         problem.run_loop(wanted)
         kernels.fit(

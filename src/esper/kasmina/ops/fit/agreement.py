@@ -11,7 +11,7 @@ from esper.kasmina.ops.graft import Seats
 _CASES = (
     # rows, features, seeds, columns, hidden units, rows of a step, programs a group
     (90, 33, 4, 3, 5, 70, 1),
-    (90, 40, 3, 4, 8, 100, 2),
+    (90, 40, 2, 4, 8, 150, 2),
     (60, 24, 1, 20, 17, 40, 1),
 )
 _EPS = 1e-2
