@@ -230,7 +230,7 @@ def _memory(results: Results) -> str:
 
 
 def _size(row: Row) -> str:
-    names = {"rows": "rows", "rows_read": "read", "chunks": "chunks", "seeds": "seeds", "slots": "slots"}
+    names = {"steps": "steps", "rows": "rows", "rows_read": "read", "chunks": "chunks", "seeds": "seeds", "slots": "slots"}
     parts = [f"{row[key]:,} {word}" for key, word in names.items() if key in row]
     return ", ".join([*parts, *([f"{row['columns']} x {row['hidden']}"] if "hidden" in row else [])])
 

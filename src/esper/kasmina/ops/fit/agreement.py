@@ -11,7 +11,7 @@ from esper.kasmina.ops.graft import Seats
 _CASES = (
     # rows, features, seeds, columns, hidden units, rows of a step, programs a group
     (90, 33, 4, 3, 5, 70, 1),
-    (90, 40, 3, 4, 8, 100, 2),
+    (90, 40, 2, 4, 8, 150, 2),
     (60, 24, 1, 20, 17, 40, 1),
 )
 _EPS = 1e-2
@@ -39,8 +39,8 @@ def check(device: torch.device) -> None:
         columns = torch.randperm(features, generator=source)[: seeds * width].view(seeds, width)
         seats = Seats.of(columns, features, device)
         y, target = draw(rows, features), draw(rows, features)
-        got = [draw(seeds, units, width), draw(seeds, units), draw(seeds, width, units)]
-        exact = [value.double() for value in got]
+        got = draw(seeds, units, width), draw(seeds, units), draw(seeds, width, units)
+        exact = got[0].double(), got[1].double(), got[2].double()
         draws = torch.randint(rows, (2, batch), generator=source)
         triton.fit(*got, seats.columns, y, target, draws, 0.1, _EPS, runs=seats.runs, blocks=blocks)
         loop(*exact, seats, y.double(), target.double(), draws, 0.1, _EPS)

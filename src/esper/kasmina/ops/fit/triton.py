@@ -1,5 +1,7 @@
 # Kernel arguments have no types that Python knows, and a launch takes options that the kernel does not name.
+# How seeds are put together is the graft kernels' own matter, which these share.
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportCallIssue=false
+# pyright: reportPrivateUsage=false, reportGeneralTypeIssues=false
 """A whole isolated fit in one launch: gather rows, forward, error, gradients and Adam, step after step.
 
 A program belongs to one *group* of seeds (a block-diagonal matrix, as in the graft kernels) and keeps their weights in
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -235,29 +238,33 @@ def fit(
         part.view(value.shape).copy_(value)
     counts = torch.zeros(2, groups, device=device)  # zeros are zeros in any type
     parts = torch.empty(2 * blocks * total if blocks > 1 else 0, device=device)
-    launch = functools.partial(
+    launch: Any = functools.partial(
         fit_kernel[(groups * blocks,)],
         y_NF, target_NF, _beside(draws_TB, device), columns, weights, state, counts[0], parts,
-        counts[1].view(torch.int32),
-        batch=batch, tiles=-(-batch // (plan.rows * blocks)), features=y_NF.shape[1],
-        target_features=target_NF.shape[1], seeds=seeds, groups=groups, blocks=blocks,
-        total=total,
+        counts[1].view(torch.int32), **_sizes(plan, width, units, runs), PRECISION=precision or precision_for(plan),
+        SHARED=blocks > 1, batch=batch, tiles=-(-batch // (plan.rows * blocks)), features=y_NF.shape[1],
+        target_features=target_NF.shape[1], seeds=seeds, groups=groups, blocks=blocks, total=total,
         scale=2.0 / (batch * seeds * width), lr=lr, share1=1.0 - _BETAS[0], share2=1.0 - _BETAS[1],
-        log_beta1=math.log(_BETAS[0]), log_beta2=math.log(_BETAS[1]), eps=eps,
-        K=width, H=units, G=plan.seeds, GK=plan.columns, GH=plan.units, ROWS=plan.rows, SHARED=blocks > 1,
-        DENSE=runs >= _WHOLE_RUNS and plan.is_full(width), RUN=math.gcd(min(runs, 8), plan.seeds * width),
-        PRECISION=precision or precision_for(plan), SUMS=True, UPDATES=True,
-        num_warps=plan.warps, num_stages=plan.stages, launch_cooperative_grid=blocks > 1,
+        log_beta1=math.log(_BETAS[0]), log_beta2=math.log(_BETAS[1]), eps=eps, launch_cooperative_grid=blocks > 1,
     )  # fmt: skip
     if dispatch.INTERPRETED and blocks > 1:
         # programs run one after the other here: none could wait for another
         for step in range(steps):
-            launch(begin=step, end=step + 1, UPDATES=False)
-            launch(begin=step, end=step + 1, SUMS=False)
+            launch(begin=step, end=step + 1, SUMS=True, UPDATES=False)
+            launch(begin=step, end=step + 1, SUMS=False, UPDATES=True)
     else:
-        launch(begin=0, end=steps)
+        launch(begin=0, end=steps, SUMS=True, UPDATES=True)
     for value, part in zip((w1, w2, b1), own, strict=True):
         value.copy_(part.view(value.shape))
+
+
+def _sizes(plan: Grouping, width: int, units: int, runs: int) -> dict[str, Any]:
+    """What a kernel is compiled for."""
+    return {
+        "K": width, "H": units, "G": plan.seeds, "GK": plan.columns, "GH": plan.units, "ROWS": plan.rows,
+        "DENSE": runs >= _WHOLE_RUNS and plan.is_full(width), "RUN": math.gcd(min(runs, 8), plan.seeds * width),
+        "num_warps": plan.warps, "num_stages": plan.stages,
+    }  # fmt: skip
 
 
 def _beside(draws: Tensor, device: torch.device) -> Tensor:
