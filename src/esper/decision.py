@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
+import torch
 
 from esper.accounts import Accounts
 from esper.config import Config
@@ -14,11 +17,18 @@ from esper.errors import CONTAINED, contained
 from esper.evidence.judge import Judge
 from esper.journal import Journal
 from esper.kasmina.execution import Kasmina
-from esper.kasmina.host import HostClock, stacked
-from esper.observation import observe
+from esper.kasmina.host import HostClock
+from esper.kasmina.reading import Reading
+from esper.observation import Frame, prepare
 from esper.protocol import HeldOut, Observation
 from esper.stages import Stages
 from esper.state import Loop
+
+
+class Watch(Protocol):
+    """Reads losses and damage: the guard, seen from here."""
+
+    def ask(self, *, sensors: bool) -> Reading: ...
 
 
 class Run(Protocol):
@@ -34,21 +44,58 @@ class Run(Protocol):
     loop: Loop
     watcher: Callable[[Observation], None] | None
 
+    @property
+    def guard(self) -> Watch: ...
 
-def look(run: Run, step: int) -> Observation:
-    """Measure the held-out loss where that is due, observe everything, and tell of it."""
-    if step % run.config.held_out_every == 0 or math.isnan(run.loop.held_out_initial):
+
+@dataclass(frozen=True)
+class Glance:
+    """What a decision point reads, on its way to the host.
+
+    ``frame`` is what could be prepared meanwhile: only while nothing is alive and nothing is to be measured first, for
+    then nothing comes between the guard's look and the controller's. ``changes`` tells whether anything did.
+    """
+
+    reading: Reading
+    frame: Frame | None
+    changes: int
+    lr_share: float
+
+
+def glance(run: Run, step: int) -> Glance:
+    """Begin to read everything at once, before anybody waits, and prepare while the device still works."""
+    with run.journal.timed("observe"):
+        is_calm = not run.kasmina.cohorts and not _measures(run, step)
+        reading, frame = run.guard.ask(sensors=is_calm), None
+        if is_calm:
+            # what the sensors do next is known, and no forward pass comes before the next step
+            run.kasmina.watch((step + 1) % run.config.telemetry.every == 0)
+            frame = prepare(run.kasmina, step=step, verdicts=run.stages.verdicts)
+        return Glance(reading, frame, run.kasmina.changes, _lr_share(run.clock))
+
+
+def look(run: Run, step: int, begun: Glance | None = None) -> Observation:
+    """Measure the held-out loss where that is due, observe everything, and tell of it.
+
+    What has ``begun`` is used if nothing has changed since.
+    """
+    if _measures(run, step):
         with run.journal.timed("evidence"):
             measure_held_out(run, step)
     with run.journal.timed("observe"):
-        observation = _observe(run, step)
-    loss = float(run.loop.losses[-1]) if run.loop.losses else math.nan
+        losses, observation = _observe(run, step, begun)
     flops = run.accounts.ledger.total
+    loss = float(losses[-1]) if losses.size else math.nan
     run.journal.publish(observation, run.kasmina.cohorts.values(), loss=loss, flops=flops)
     if run.watcher is not None:
         with run.journal.timed("bus"):
             run.watcher(observation)
     return observation
+
+
+def _measures(run: Run, step: int) -> bool:
+    """Whether the held-out loss is due."""
+    return step % run.config.held_out_every == 0 or math.isnan(run.loop.held_out_initial)
 
 
 def measure_held_out(run: Run, step: int) -> None:
@@ -64,32 +111,35 @@ def measure_held_out(run: Run, step: int) -> None:
     run.journal.emit(HeldOut(step=step, loss=loss, params=run.kasmina.params, flops=run.accounts.ledger.total))
 
 
-def _observe(run: Run, step: int) -> Observation:
-    return observe(
-        run.kasmina,
-        step=step,
+def _observe(run: Run, step: int, begun: Glance | None) -> tuple[npt.NDArray[np.float64], Observation]:
+    """The losses of the last steps, and the observation."""
+    if begun is None or begun.frame is None or begun.changes != run.kasmina.changes:
+        reading = Reading((), (), run.loop.losses, run.kasmina.panel)
+        frame, lr_share = prepare(run.kasmina, step=step, verdicts=run.stages.verdicts), _lr_share(run.clock)
+    else:
+        reading, frame, lr_share = begun.reading, begun.frame, begun.lr_share
+    losses = reading.window if run.loop.losses else np.zeros(0)  # the guard forgets those of an incident
+    observation = frame.complete(
+        reading.sensed,
         total_steps=run.config.total_steps,
         held_out=run.stages.held_out,
         held_out_initial=run.loop.held_out_initial,
         host_flops=run.accounts.host_flops_per_step,
         budget_params=run.accounts.budget.params,
         budget_flops=run.accounts.budget_flops,
-        verdicts=run.stages.verdicts,
         stopped=run.loop.stopped,
-        losses=recent_losses(run.loop.losses),
-        lr_share=_lr_share(run.clock),
+        losses=level_and_noise(losses),
+        lr_share=lr_share,
         price=run.config.tamiyo.min_gain_per_cost,
     )
+    return losses, observation
 
 
-def recent_losses(losses: Sequence[Tensor]) -> tuple[float, float]:
-    """Mean of the latest training losses, and their standard deviation as a share of it; NaN where unknown.
-
-    Waits for the device.
-    """
-    if not losses:
+def level_and_noise(losses: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Mean of training losses, and their standard deviation as a share of it, of fp32 numbers; NaN where unknown."""
+    if not losses.size:
         return math.nan, math.nan
-    values = stacked(losses).double().cpu()
+    values = torch.from_numpy(losses).float().double()
     mean = float(values.mean())
     noise = float(values.std()) / abs(mean) if len(values) > 1 and mean != 0 else math.nan
     return mean, noise

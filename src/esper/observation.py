@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,9 @@ from esper.kasmina.blueprints import BLUEPRINTS, Cost
 from esper.kasmina.defaults import default_blueprint
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.germination import offers
+from esper.kasmina.reading import Reading
 from esper.kasmina.site import Site
-from esper.kasmina.telemetry import snapshots
+from esper.kasmina.telemetry import Sensed
 from esper.protocol import SITE_FEATURES, CohortView, Observation
 from esper.verdicts import Verdicts
 
@@ -25,98 +27,121 @@ NUM_PRESSING = 64
 """Chunks listed as pressing; a controller that wants more can read the telemetry itself."""
 
 
-def observe(
-    kasmina: Kasmina,
-    *,
-    step: int,
-    total_steps: int | None,
-    held_out: float,
-    held_out_initial: float,
-    host_flops: float,
-    budget_params: int | None,
-    budget_flops: float | None,
-    verdicts: Verdicts,
-    stopped: str | None,
-    losses: tuple[float, float] = (math.nan, math.nan),
-    lr_share: float = math.nan,
-    price: float = math.nan,
-) -> Observation:
-    """Build the observation. Waits for the device once (telemetry).
+@dataclass(frozen=True)
+class Frame:
+    """An observation without what the sensors, the losses and the run's settings say."""
 
-    ``losses`` are the mean of the latest training losses and its noise.
-    """
+    kasmina: Kasmina
+    fixed: _Fixed
+    rows: npt.NDArray[np.float64]
+    """Site features; NaN where sensors tell."""
+    added_flops: float
+    told: dict[str, Any]
+    """Fields of the observation."""
+
+    def complete(
+        self,
+        sensed: Sensed,
+        *,
+        total_steps: int | None,
+        held_out: float,
+        held_out_initial: float,
+        host_flops: float,
+        budget_params: int | None,
+        budget_flops: float | None,
+        stopped: str | None,
+        losses: tuple[float, float] = (math.nan, math.nan),
+        lr_share: float = math.nan,
+        price: float = math.nan,
+    ) -> Observation:
+        """The observation, once; ``losses`` are the mean of the latest training losses and its noise."""
+        sensed.publish()
+        self.rows[:, _SENSORS] = sensed.means()
+        pressing = self.fixed.pressing(sensed.energies(), self.kasmina.table.offsets)
+        return Observation(
+            total_steps=total_steps,
+            held_out=held_out,
+            held_out_initial=held_out_initial,
+            budget_params=budget_params,
+            flops_per_step=host_flops + self.added_flops,
+            host_flops_per_step=host_flops,
+            budget_flops=budget_flops,
+            sites=self.rows,
+            chunk_site=pressing[0].copy(),
+            chunk_index=pressing[1].copy(),
+            chunk_pressure=pressing[2].copy(),
+            stopped=stopped,
+            train_loss=losses[0],
+            loss_noise=losses[1],
+            lr_share=lr_share,
+            price=price,
+            **self.told,
+        )
+
+
+def prepare(kasmina: Kasmina, *, step: int, verdicts: Verdicts) -> Frame:
+    """All of an observation that can be made without waiting for the device; it holds as long as nothing changes."""
     fixed = _fixed(kasmina)
     free = kasmina.table.num_free_chunks(step)
     refused = np.array([site.refused is not None for site in kasmina.sites.values()])
     grown = np.array([kasmina.units(name) for name in fixed.names], dtype=np.int64)
-    rows, energies = _site_rows(kasmina, fixed, free / fixed.chunks, grown, verdicts, step)
-    pressing = _pressing(energies)
-    costs = [_unit_cost(site) for site in kasmina.sites.values()]
-    others, fits = _alternative_costs(kasmina, fixed), _fits(kasmina, fixed)
+    prices, fits = _prices(kasmina, fixed), _fits(kasmina, fixed)
     rows_per_step = np.array(list(kasmina.rows_per_step.values()))
-    return Observation(
-        step=step,
-        total_steps=total_steps,
-        held_out=held_out,
-        held_out_initial=held_out_initial,
-        params=kasmina.params,
-        host_params=kasmina.host_params,
-        budget_params=budget_params,
-        flops_per_step=host_flops + kasmina.added_flops_per_step(),
-        host_flops_per_step=host_flops,
-        budget_flops=budget_flops,
-        site_names=fixed.names,
-        sites=rows,
-        hidden=fixed.hidden.copy(),
-        grown=grown,
-        eligible=(free == fixed.chunks) & ~kasmina.table.has_seeds() & ~refused,
-        chunk_site=pressing[0],
-        chunk_index=pressing[1],
-        chunk_pressure=pressing[2],
-        alive=tuple(_view(kasmina, number, step) for number in kasmina.cohorts),
-        verdicts=verdicts.told(),
-        untold=verdicts.num_untold,
-        stopped=stopped,
-        unit_params=np.array([cost.params for cost in costs], dtype=np.float64),
-        unit_flops=np.array([cost.flops_per_row for cost in costs]) * rows_per_step,
-        train_loss=losses[0],
-        loss_noise=losses[1],
-        lr_share=lr_share,
-        price=price,
-        fit_explained=fits[0],
-        fit_error=fits[1],
-        alternatives=fixed.alternatives,
-        alternative_params=others[0].copy(),
-        alternative_flops=others[1] * rows_per_step[:, None],
-        kinds=fixed.kinds,
-        offers=fixed.offers,
-        family=kasmina.family,
-        optimizer=kasmina.optimizer_family,
-    )
+    told: dict[str, Any] = {
+        "step": step,
+        "params": kasmina.params,
+        "host_params": kasmina.host_params,
+        "site_names": fixed.names,
+        "hidden": fixed.hidden.copy(),
+        "grown": grown,
+        "eligible": (free == fixed.chunks) & ~kasmina.table.has_seeds() & ~refused,
+        "alive": tuple(_view(kasmina, number, step) for number in kasmina.cohorts),
+        "verdicts": verdicts.told(),
+        "untold": verdicts.num_untold,
+        "unit_params": prices.params.copy(),
+        "unit_flops": prices.flops_per_row * rows_per_step,
+        "fit_explained": fits[0],
+        "fit_error": fits[1],
+        "alternatives": fixed.alternatives,
+        "alternative_params": prices.others[0].copy(),
+        "alternative_flops": prices.others[1] * rows_per_step[:, None],
+        "kinds": fixed.kinds,
+        "offers": fixed.offers,
+        "family": kasmina.family,
+        "optimizer": kasmina.optimizer_family,
+    }
+    rows = _site_rows(fixed, free / fixed.chunks, grown, verdicts, step)
+    return Frame(kasmina, fixed, rows, kasmina.added_flops_per_step(), told)
 
 
-def _unit_cost(site: Site) -> Cost:
-    """What one more unit over all columns costs with the site kind's default blueprint."""
-    blueprint = BLUEPRINTS[default_blueprint(site.info.kind)]
-    return blueprint.cost(site.geometry, units=1, columns=site.info.out_features, reads=site.reads)
+def observe(kasmina: Kasmina, *, step: int, verdicts: Verdicts, **settings: Any) -> Observation:
+    """Build the observation now; ``settings`` are those of :meth:`Frame.complete`. Waits for the device once."""
+    reading = Reading((), (), (), kasmina.panel)
+    return prepare(kasmina, step=step, verdicts=verdicts).complete(reading.sensed, **settings)
 
 
-def _alternative_costs(kasmina: Kasmina, fixed: _Fixed) -> npt.NDArray[np.float64]:
-    """``(2, S, B)``: parameters, and forward FLOPs a row, of one more unit of what is not the default.
-
-    They change only when a site reads more than before; until then the last ones are returned.
-    """
-    reads = tuple(kasmina.sites[fixed.names[row]].reads for row, _ in fixed.sits)
+def _prices(kasmina: Kasmina, fixed: _Fixed) -> _Prices:
+    """What one more unit costs; it changes only when a site reads more than before, until then it is known."""
+    reads = tuple([site.reads for site in kasmina.sites.values()])
     if reads in fixed.priced:
         return fixed.priced[reads]
     fixed.priced.clear()
-    found = fixed.priced[reads] = np.full((2, len(fixed.names), len(fixed.alternatives)), np.nan)
+    costs = [_unit_cost(site, default_blueprint(site.info.kind)) for site in kasmina.sites.values()]
+    others = np.full((2, len(fixed.names), len(fixed.alternatives)), np.nan)
     for row, index in fixed.sits:
-        site = kasmina.sites[fixed.names[row]]
-        blueprint = BLUEPRINTS[fixed.alternatives[index]]
-        cost = blueprint.cost(site.geometry, units=1, columns=site.info.out_features, reads=site.reads)
-        found[:, row, index] = cost.params, cost.flops_per_row
+        cost = _unit_cost(kasmina.sites[fixed.names[row]], fixed.alternatives[index])
+        others[:, row, index] = cost.params, cost.flops_per_row
+    found = fixed.priced[reads] = _Prices(
+        params=np.array([cost.params for cost in costs], dtype=np.float64),
+        flops_per_row=np.array([cost.flops_per_row for cost in costs]),
+        others=others,
+    )
     return found
+
+
+def _unit_cost(site: Site, blueprint: str) -> Cost:
+    """What one more unit over all columns costs."""
+    return BLUEPRINTS[blueprint].cost(site.geometry, units=1, columns=site.info.out_features, reads=site.reads)
 
 
 def _fits(kasmina: Kasmina, fixed: _Fixed) -> npt.NDArray[np.float64]:
@@ -145,7 +170,19 @@ def _view(kasmina: Kasmina, number: int, step: int) -> CohortView:
     )
 
 
-@dataclass(frozen=True)
+class _Prices(NamedTuple):
+    """Of one more unit on each site: parameters and forward FLOPs a row, ``(S,)``, with the site kind's default
+    blueprint; ``(2, S, B)`` the same of what is not the default."""
+
+    params: npt.NDArray[np.float64]
+    flops_per_row: npt.NDArray[np.float64]
+    others: npt.NDArray[np.float64]
+
+
+_Pressing = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]
+
+
+@dataclass
 class _Fixed:
     """What of an observation stays the same as long as the sites do."""
 
@@ -160,9 +197,15 @@ class _Fixed:
     """Blueprints that can sit on some site besides its default one."""
     sits: tuple[tuple[int, int], ...]
     """Row and alternative that go together."""
-    priced: dict[tuple[int, ...], npt.NDArray[np.float64]] = field(
-        default_factory=dict[tuple[int, ...], npt.NDArray[np.float64]]
-    )
+    priced: dict[tuple[int, ...], _Prices] = field(default_factory=dict[tuple[int, ...], _Prices])
+    """By what the sites read."""
+    _pressed: tuple[npt.NDArray[np.float32], _Pressing] | None = None
+
+    def pressing(self, energies: npt.NDArray[np.float32], offsets: npt.NDArray[np.int64]) -> _Pressing:
+        """The pressing chunks; energies change only where a site has captured, until then they are known."""
+        if self._pressed is None or not np.array_equal(energies.view(np.int32), self._pressed[0].view(np.int32)):
+            self._pressed = energies, _pressing(energies, offsets)
+        return self._pressed[1]
 
 
 _known: weakref.WeakKeyDictionary[Kasmina, _Fixed] = weakref.WeakKeyDictionary()
@@ -206,34 +249,30 @@ def _alternatives(kasmina: Kasmina) -> tuple[tuple[str, ...], tuple[tuple[int, i
 
 
 def _site_rows(
-    kasmina: Kasmina,
     fixed: _Fixed,
     free_share: npt.NDArray[np.float64],
     grown: npt.NDArray[np.int64],
     verdicts: Verdicts,
     step: int,
-) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.float32]]]:
+) -> npt.NDArray[np.float64]:
     table = fixed.rows.copy()
     table[:, _COLUMN["free_chunk_share"]] = free_share
     if grown.any():
         spans = fixed.hidden > 0
         table[spans, _COLUMN["grown_share"]] = grown[spans] / fixed.hidden[spans]
-    sensed = snapshots([site.telemetry for site in kasmina.sites.values() if site.telemetry is not None])
-    for row, (name, snapshot) in enumerate(zip(fixed.names, sensed, strict=True)):
-        table[row, _SENSORS] = np.add.reduce(snapshot, axis=1) / snapshot.shape[1]
-        table[row, _COLUMN["last_gain"]] = verdicts.last_gain.get(name, math.nan)
-        table[row, _COLUMN["steps_since_growth"]] = step - verdicts.last_growth.get(name, math.nan)
-    return table, [snapshot[2] for snapshot in sensed]
+    last_gain, last_growth = verdicts.last_gain, verdicts.last_growth
+    if last_gain:
+        table[:, _COLUMN["last_gain"]] = [last_gain.get(name, math.nan) for name in fixed.names]
+    if last_growth:
+        table[:, _COLUMN["steps_since_growth"]] = [step - last_growth.get(name, math.nan) for name in fixed.names]
+    return table
 
 
-def _pressing(
-    energies: list[npt.NDArray[np.float32]],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+def _pressing(flat: npt.NDArray[np.float32], offsets: npt.NDArray[np.int64]) -> _Pressing:
     """The chunks with the highest gradient energy, strongest first; silent chunks (NaN) are left out.
 
     A million chunks are ordinary: the cut is found without sorting them.
     """
-    flat = np.concatenate(energies)
     known = np.isfinite(flat)
     if not known.any():
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
@@ -242,6 +281,5 @@ def _pressing(
         known &= flat >= cut
     candidates = np.flatnonzero(known)
     order = candidates[np.argsort(-flat[candidates], kind="stable")][:NUM_PRESSING]
-    offsets = np.concatenate(([0], np.cumsum([len(energy) for energy in energies])))
     site = np.searchsorted(offsets, order, side="right") - 1
     return site.astype(np.int64), (order - offsets[site]).astype(np.int64), flat[order].astype(np.float64)

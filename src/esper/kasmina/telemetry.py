@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ class TelemetryBuffer:
         self.reports = torch.zeros((), dtype=torch.int64, device=device)
         self.rows = rows
         self.latest: npt.NDArray[np.float32] | None = None
-        """``(3, C)`` as :func:`snapshots` has read it last, on the host; nothing writes into it afterwards."""
+        """``(3, C)`` as a :class:`Panel` has read it last, on the host; nothing writes into it afterwards."""
 
     def record(self, y: Tensor, feature_axis: int) -> None:
         """Read up to ``rows`` rows of ``y``, strided over the whole batch; ``y`` is not changed or kept.
@@ -70,31 +71,90 @@ class TelemetryBuffer:
         self.reports.copy_(state["reports"])
 
     def snapshot(self) -> npt.NDArray[np.float32]:
-        """``(3, C)``: mean, variance, gradient energy. Synchronises with the device."""
-        return snapshots([self])[0]
+        """``(3, C)``: mean, variance, gradient energy, at once. Synchronises with the device."""
+        return np.concatenate([self.statistics.cpu().numpy(), self.gradient_energy.cpu().numpy()[None]])
 
 
-def snapshots(buffers: Sequence[TelemetryBuffer]) -> list[npt.NDArray[np.float32]]:
-    """``(3, C)`` of each buffer: mean, variance, gradient energy; one copy and one wait a device for all of them."""
-    groups: dict[torch.device, list[int]] = {}
-    for number, buffer in enumerate(buffers):
-        groups.setdefault(buffer.statistics.device, []).append(number)
-    found: dict[int, npt.NDArray[np.float32]] = {}
-    for device, members in groups.items():
-        parts = [part for n in members for part in (buffers[n].statistics.view(-1), buffers[n].gradient_energy)]
-        flat = _on_host(torch.cat(parts), device)
-        start = 0
-        for number in members:
-            size = 3 * buffers[number].gradient_energy.numel()
-            buffers[number].latest = found[number] = flat[start : start + size].reshape(3, -1)
-            start += size
-    return [found[number] for number in range(len(buffers))]
+def words_of(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as flat int32, in the same memory."""
+    return tensor.reshape(-1).view(torch.int32)
 
 
-def _on_host(flat: Tensor, device: torch.device) -> npt.NDArray[np.float32]:
-    if device.type != "cuda":
-        return flat.cpu().numpy()
-    pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-    pinned.copy_(flat, non_blocking=True)
-    torch.cuda.current_stream(device).synchronize()
-    return pinned.numpy()
+@dataclass(frozen=True)
+class _Block:
+    """Buffers of one size on one device: on their way to the host they lie side by side from word ``first`` on."""
+
+    device: torch.device
+    first: int
+    chunks: int
+    rows: npt.NDArray[np.int64]
+
+
+class Panel:
+    """The buffers of many sites, read together.
+
+    Buffers of one size are neighbours on the host, so that many are reduced at once.
+
+    Attributes
+    ----------
+    words, sizes:
+        By device, what has to be copied for all of them (:func:`words_of` each), and how many words that is.
+    """
+
+    def __init__(self, buffers: Sequence[TelemetryBuffer]) -> None:
+        self._buffers = tuple(buffers)
+        groups: dict[tuple[torch.device, int], list[int]] = {}
+        for row, buffer in enumerate(buffers):
+            groups.setdefault((buffer.statistics.device, buffer.gradient_energy.numel()), []).append(row)
+        self.words: dict[torch.device, list[Tensor]] = {}
+        self.sizes: dict[torch.device, int] = {}
+        self._blocks: list[_Block] = []
+        for (device, chunks), rows in groups.items():
+            first = self.sizes.get(device, 0)
+            self._blocks.append(_Block(device, first, chunks, np.array(rows, dtype=np.int64)))
+            self.sizes[device] = first + 3 * chunks * len(rows)
+            for row in rows:
+                parts = (buffers[row].statistics, buffers[row].gradient_energy)
+                self.words.setdefault(device, []).extend(map(words_of, parts))
+
+    def sensed(self, host: Mapping[torch.device, npt.NDArray[np.int32]]) -> Sensed:
+        """What arrives, or has arrived, at the beginning of ``host``, in the order of :attr:`words`."""
+        arrays: list[npt.NDArray[np.float32]] = []
+        for block in self._blocks:
+            size = 3 * block.chunks * len(block.rows)
+            flat = host[block.device][block.first : block.first + size].view(np.float32)
+            arrays.append(flat.reshape(-1, 3, block.chunks))
+        return Sensed(self._buffers, [block.rows for block in self._blocks], arrays)
+
+
+class Sensed:
+    """What all buffers of a panel held, on the host. Made before it has arrived, looked at afterwards."""
+
+    def __init__(
+        self,
+        buffers: Sequence[TelemetryBuffer],
+        rows: Sequence[npt.NDArray[np.int64]],
+        arrays: Sequence[npt.NDArray[np.float32]],
+    ) -> None:
+        self._buffers, self._rows, self._arrays = buffers, rows, arrays
+        by_row: dict[int, npt.NDArray[np.float32]] = {}
+        for some, array in zip(rows, arrays, strict=True):
+            by_row.update(zip(some.tolist(), array, strict=True))
+        self._latest = [by_row[row] for row in range(len(buffers))]
+        self._energies = [one[2] for one in self._latest]
+
+    def publish(self) -> None:
+        """Let every buffer have what was read as its latest."""
+        for buffer, latest in zip(self._buffers, self._latest, strict=True):
+            buffer.latest = latest
+
+    def means(self) -> npt.NDArray[np.float32]:
+        """``(S, 3)``: mean, variance and gradient energy, averaged over the chunks of each buffer."""
+        found = np.empty((len(self._latest), 3), dtype=np.float32)
+        for rows, array in zip(self._rows, self._arrays, strict=True):
+            found[rows] = np.add.reduce(array, axis=2) / array.shape[2]
+        return found
+
+    def energies(self) -> npt.NDArray[np.float32]:
+        """Gradient energies of all chunks, buffer after buffer."""
+        return np.concatenate(self._energies)
