@@ -83,7 +83,7 @@ def test_a_dormant_decision_waits_once(task: Task, has_grown: bool, monkeypatch:
         site = next(info.name for info in rig.grower.sites() if info.kind.is_span)
         cohort = rig.germinate(site, start="random_zero")
         step = rig.grower.clock.steps
-        for state in (Lifecycle.TRAINING, *AFTER_TRAINING):
+        for state in AFTER_TRAINING:
             rig.grower.kasmina.move(cohort, state, step)
             if state is Lifecycle.GRAFTING:
                 rig.grower.kasmina.graft(cohort)
