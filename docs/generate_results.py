@@ -12,8 +12,13 @@ from __future__ import annotations
 
 import html
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # this script is also loaded by its path
+
+import growth_bars
 
 from esper.observe.report import plot, svg
 
@@ -179,8 +184,9 @@ paired.
 - **random growth** repeats the grown network's schedule with units of random inputs and zero outputs.
 - **gromo** grows to the same widths by TINY or GradMax (on MLPs; `src/esper/runs/peers/gromo.py` says how), or as far
   as makes the whole training cost what growing did (**same FLOPs**).
-- **grown in fewer steps** grows anew in as many steps as may cost at most 75% of the final shape's training; beside it
-  the **final shape, 75% of the steps**. Both ask whether the final shape's quality is to be had for less.
+- **grown in fewer steps** grows anew in as many steps as cost at most 75% of the final shape's training (found by
+  trying, up to three trainings, by their cost alone); beside it the **final shape, 75% of the steps**. Both ask whether
+  the final shape's quality is to be had for less.
 """
 
 
@@ -244,7 +250,7 @@ def _mean(values: list[float]) -> float:
 
 def _results_page() -> str:
     results = _results()
-    parts = [INTRO, "## In short", "", _overview(results)]
+    parts = [INTRO, "## Bars", "", growth_bars.table(results, RESULTS), "", "## In short", "", _overview(results)]
     for name, result in results.items():
         parts += ["", f"## {_title(name, result)}", "", _section(name, result)]
     sizings = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("sizing_*.json"))]

@@ -12,15 +12,14 @@ import pytest
 import torch
 from tests.models import CONV, TRANSFORMER, Pair, Task, mse
 from tests.rigs import Rig, S, attach, hold, keep_visible
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import esper
-from esper import decision
+from esper import decision, grower
 from esper.kasmina.blueprints import BLUEPRINTS
 from esper.kasmina.defaults import default_blueprint
 from esper.kasmina.reading import Reading
-from esper.kasmina.telemetry import Panel, TelemetryBuffer
+from esper.kasmina.telemetry import Readout, TelemetryBuffer
 from esper.observation import NUM_PRESSING
 from esper.protocol import SITE_FEATURES, Germinate, Observation, SeedPlan, TrainLoss
 
@@ -64,8 +63,9 @@ def waits(rig: Rig) -> list[str]:
 
 @pytest.fixture
 def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is computed from values that have arrived is no reading."""
-    monkeypatch.setattr(decision, "level_and_noise", lambda _: (1.0, 0.1))
+    """What is computed from values that have arrived is no reading; losses stay where they are, as on a GPU."""
+    monkeypatch.setattr(decision, "recent_losses", lambda _: (1.0, 0.1))
+    monkeypatch.setattr(grower, "read_loss", lambda loss: loss.detach().clone())
 
 
 ONCE = ["cpu", "numpy"]
@@ -95,13 +95,13 @@ def test_a_reading_is_of_its_moment() -> None:
     loss, later = torch.tensor(1.0), torch.tensor(2.0, dtype=torch.float64)
     buffer = TelemetryBuffer(np.arange(4), 8, torch.device("cpu"))
     buffer.statistics.copy_(torch.arange(6.0).view(2, 3))
-    reading = Reading((), [loss], [loss, later], Panel([buffer]))
+    reading = Reading((), [loss], [loss, later], Readout([buffer]))
     loss.zero_()
     buffer.statistics.zero_()
-    assert reading.losses == [1.0] and reading.window.tolist() == [1.0, 2.0]
-    assert reading.sensed.means()[0, :2].tolist() == [1.0, 4.0]
+    assert reading.losses == [1.0] and reading.window == [1.0, 2.0]
     assert buffer.latest is None
-    reading.sensed.publish()
+    ((numbers, block),) = reading.blocks
+    assert numbers.tolist() == [0] and np.array_equal(block[0], buffer.latest, equal_nan=True)  # type: ignore[arg-type]
     assert np.array_equal(buffer.latest[:2], np.arange(6.0).reshape(2, 3))
 
 
@@ -112,22 +112,23 @@ def test_means_of_buffers_of_any_sizes_are_those_of_each_alone() -> None:
     for buffer in buffers:
         buffer.statistics.copy_(torch.randn(buffer.statistics.shape, generator=source).exp())
         buffer.gradient_energy.copy_(torch.rand(buffer.gradient_energy.shape, generator=source))
-    sensed = Reading((), (), (), Panel(buffers)).sensed
+    blocks = Reading((), (), (), Readout(buffers)).blocks
     alone = [_sensors(buffer) for buffer in buffers]
-    assert np.array_equal(sensed.means(), [np.add.reduce(one, axis=1) / one.shape[1] for one in alone])
-    assert np.array_equal(sensed.energies(), np.concatenate([one[2] for one in alone]))
-    sensed.publish()
+    for numbers, block in blocks:
+        means = np.add.reduce(block, axis=2) / block.shape[2]
+        assert np.array_equal(means, [np.add.reduce(alone[n], axis=1) / alone[n].shape[1] for n in numbers])
+    assert sorted(number for numbers, _ in blocks for number in numbers) == list(range(len(sizes)))
     assert all(np.array_equal(buffer.latest, one) for buffer, one in zip(buffers, alone, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_losses_keep_every_digit_they_were_computed_with(dtype: torch.dtype) -> None:
     losses = [torch.tensor(value, dtype=dtype) for value in (1 / 3, -0.0, 1e-40, math.inf, math.nan)]
-    mixed = [*losses, torch.tensor(0.1), torch.tensor(7)]
+    mixed = [*losses, 1 / 3, torch.tensor(0.1), torch.tensor(7), 1e300]
     reading = Reading((), mixed, mixed)
     wanted = [float(value) for value in mixed]
     assert np.array_equal(reading.window, wanted, equal_nan=True)
-    rounded = torch.stack([value.to(torch.float32) for value in mixed]).tolist()
+    rounded = [float(torch.as_tensor(value).to(torch.float32)) for value in mixed]
     assert np.array_equal(reading.losses, rounded, equal_nan=True)
     assert Reading((), (), ()).losses == [] and Reading((), (), ()).damage == {}
 
@@ -149,7 +150,6 @@ def by_one_after_another(rig: Rig) -> dict[str, Any]:
     order = np.argsort(-energies, kind="stable")
     order = order[np.isfinite(energies[order])][:NUM_PRESSING]
     site_of = np.searchsorted(offsets, order, side="right") - 1
-    values = torch.stack([loss.to(torch.float32) for loss in loop.losses]).double()
     costs = [_cost(site, default_blueprint(site.info.kind)) for site in sites]
     per_step = np.array(list(kasmina.rows_per_step.values()))
     return {
@@ -157,8 +157,8 @@ def by_one_after_another(rig: Rig) -> dict[str, Any]:
         "chunk_site": site_of,
         "chunk_index": order - offsets[site_of],
         "chunk_pressure": energies[order].astype(np.float64),
-        "train_loss": float(values.mean()),
-        "loss_noise": float(values.std()) / abs(float(values.mean())) if len(values) > 1 else math.nan,
+        "train_loss": decision.recent_losses(loop.losses)[0],
+        "loss_noise": decision.recent_losses(loop.losses)[1],
         "unit_params": np.array([cost.params for cost in costs], dtype=np.float64),
         "unit_flops": np.array([cost.flops_per_row for cost in costs]) * per_step,
         "grown": np.array([kasmina.units(name) for name in kasmina.sites]),
@@ -223,7 +223,7 @@ def test_an_order_of_the_same_step_is_seen() -> None:
 def test_losses_of_an_incident_are_forgotten_and_double_precision_is_told() -> None:
     rig = attach(Pair())
     rig.train(9)
-    rig.grower.loop.losses[-1].fill_(math.nan)
+    rig.grower.guard.note(math.nan)
     with pytest.warns(RuntimeWarning, match="not finite"):
         rig.train(1)
     told = [event for event in rig.events if isinstance(event, TrainLoss)]
@@ -233,5 +233,4 @@ def test_losses_of_an_incident_are_forgotten_and_double_precision_is_told() -> N
     again = attach(model, batches=batches, held_out=batches * 2)
     again.train(10)
     (*_, last) = [event for event in again.events if isinstance(event, TrainLoss)]
-    assert last.loss == float(again.grower.loop.losses[-1]) != float(again.grower.loop.losses[-1].float())
-    assert isinstance(again.grower.loop.losses[-1], Tensor)
+    assert last.loss == again.grower.loop.losses[-1] != float(torch.tensor(last.loss).float())

@@ -15,7 +15,7 @@ from tests.rigs import QUICK, Idle, Rig, attach
 from torch import Tensor, nn
 
 import esper
-from esper.decision import level_and_noise, look
+from esper.decision import look, recent_losses
 from esper.kasmina.blueprints import BLUEPRINTS
 from esper.kasmina.defaults import default_blueprint
 from esper.observation import NUM_PRESSING, observe
@@ -170,8 +170,8 @@ def test_losses_learning_rate_and_price() -> None:
     assert seen.loss_noise == pytest.approx(np.std(losses, ddof=1) / np.mean(losses))
     assert seen.lr_share == pytest.approx(0.5)
     assert seen.price == rig.grower.config.tamiyo.min_gain_per_cost
-    assert all(math.isnan(value) for value in level_and_noise(np.zeros(0)))
-    assert math.isnan(level_and_noise(np.array([2.0]))[1])
+    assert all(math.isnan(value) for value in recent_losses([]))
+    assert math.isnan(recent_losses([torch.tensor(2.0)])[1])
 
 
 def test_what_a_fit_has_explained_is_told_as_long_as_its_seeds_live() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,8 +31,10 @@ TASKS = pytest.mark.parametrize("task", [MLP, CONV, TRANSFORMER], ids=str)
 @contextmanager
 def no_waiting() -> Iterator[None]:
     """Whatever would wait for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*prototype", category=UserWarning)  # said of the mode itself
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

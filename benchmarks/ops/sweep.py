@@ -7,6 +7,7 @@ Run from the repository root, on a machine with a GPU (a minute)::
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from functools import partial
@@ -20,14 +21,21 @@ from esper.kasmina.ops.telemetry import triton as telemetry_kernels
 
 
 def telemetry(clock: Clock) -> None:
-    """Widths of a tile."""
-    for rows in (256, 1024, 8192, 32768):
-        y = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
-        out = torch.empty(2, 1024, device="cuda")
+    """Columns and rows of a tile, tiles a program, and warps."""
+    for rows, features in ((256, 4096), (8192, 4096), (32768, 4096), (16384, 768), (16384, 3072)):
+        y = torch.randn(rows, features, device="cuda", dtype=torch.bfloat16)
+        out = torch.empty(2, min(features, 1024), device="cuda")
         for read in sorted({min(rows, 1024), rows}):
-            for width in (16, 32, 64, 128, 256):
-                call = partial(telemetry_kernels.chunk_statistics_into, out, y, -1, read, width=width)
-                tell(operation="telemetry", rows=rows, rows_read=read, tile_columns=width, gpu_us=clock.gpu_us(call))
+            heights, tiles = ((32, 64, 128, 256), (2, 4, 8, 16)) if read <= 1024 else ((16, 32, 64), (4, 8, 16))
+            for sizes in itertools.product((16, 32, 64, 128), heights, tiles, (2, 4, 8)):
+                if read <= 1024 < sizes[1] * sizes[2] or not 4 <= sizes[0] * sizes[1] // sizes[3] // 32 <= 32:
+                    continue
+                shape = telemetry_kernels.Shape(*sizes)
+                call = partial(telemetry_kernels.chunk_statistics_into, out, y, -1, read, shape=shape)
+                tell(
+                    operation="telemetry", rows=rows, features=features, rows_read=read, shape=sizes,
+                    gpu_us=clock.gpu_us(call),
+                )  # fmt: skip
 
 
 def graft(clock: Clock) -> None:

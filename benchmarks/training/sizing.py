@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own f
 
 from benchmarks.training.protocol.arms import ARMS, GROWN, Arm, Given, Result, register_arm, train_esper
 from benchmarks.training.protocol.cells import Cell, CellStore, Record
-from benchmarks.training.protocol.command import arguments_of, shown
+from benchmarks.training.protocol.command import arguments_of, ends, shown, source_of
 from benchmarks.training.protocol.plan import Plan
 from benchmarks.training.protocol.runner import run
 from benchmarks.training.protocol.summary import summarise
-from benchmarks.training.protocol.task import TASKS, Source, device_of, load_all
+from benchmarks.training.protocol.task import TASKS, load_all
 
 from esper.runs.preset import Preset
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = arguments_of(__doc__, argv, None)
     plan = Plan(
         TASKS[options.task], seeds=range(options.first_seed, options.first_seed + options.seeds),
-        source=Source(device=device_of(options.size), size=options.size, data=options.data), code=options.code,
+        source=source_of(options), code=options.code,
         arms=[GROWN, *map(width_arm, MULTIPLES)], lrs=options.lr, steps=options.steps,
         settings=tuple(options.settings),
     )  # fmt: skip
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{spent:6.0f} s  {cell.arm} seed {cell.seed} lr {cell.lr:g}: held-out {outcome.held_out:.4f}", flush=True
         )
 
-    run(plan, store, workers=options.workers, deadline=started + options.deadline, note=note)
+    run(plan, store, workers=options.workers, deadline=ends(options, started), note=note)
     summary = summarise(plan, store)
     if summary["incomplete"]:
         sys.exit(f"not complete: {', '.join(summary['incomplete'])}; the same command goes on from here")

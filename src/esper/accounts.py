@@ -65,14 +65,17 @@ class Accounts:
 
     @property
     def training_flops(self) -> float:
-        """FLOPs of one training step of the network as it is now: a forward, and a backward at twice its cost."""
-        return 3.0 * (self.host_flops_per_step + self._kasmina.added_flops_per_step())
+        """FLOPs of one training step of the network as it is now: a forward, a backward at twice its cost, and what
+        branches compute again in it."""
+        kasmina = self._kasmina
+        return 3.0 * (self.host_flops_per_step + kasmina.added_flops_per_step()) + kasmina.repeated_flops_per_step()
 
     def count_step(self) -> None:
         """Book one training step."""
         self.ledger.add("host", 3.0 * self.host_flops_per_step)
         if not self._kasmina.at_rest:
-            self.ledger.add("branches", 3.0 * self._kasmina.added_flops_per_step())
+            again = self._kasmina.repeated_flops_per_step()
+            self.ledger.add("branches", 3.0 * self._kasmina.added_flops_per_step() + again)
 
     def _evaluation_cost(self, num_batches: int) -> float:
         return num_batches * (self._probe_flops + self._kasmina.added_flops_per_step(self._probe_rows))

@@ -6,6 +6,7 @@ Durations are counted in *real* optimizer steps (skipped and accumulating calls 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from esper.errors import ConfigError
 
@@ -25,12 +26,14 @@ class SitesConfig:
     """Patterns of sites to leave out, applied after ``include``."""
     layers: bool = False
     """Also offer single layers (Linear, convolutions, norms, embeddings, attention, recurrent), not only spans."""
-    chunks: int | None = None
-    """Chunks a site; ``None`` takes one a feature up to 1,024. Never more than a site's output features."""
+    chunks: int | Literal["feature"] | None = None
+    """Chunks a site: a number (never more than a site's output features), ``"feature"`` for one a feature, or ``None``
+    for one a feature up to 1,024."""
 
     def __post_init__(self) -> None:
         _check(len(self.include) > 0, "sites.include must hold at least one pattern", self.include, "use ('*',)")
-        _check(self.chunks is None or self.chunks >= 1, "sites.chunks must be at least 1", self.chunks, "use None")
+        known = self.chunks in (None, "feature") or (isinstance(self.chunks, int) and self.chunks >= 1)
+        _check(known, "sites.chunks must be at least 1", self.chunks, 'use None, or "feature" for one a feature')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,8 @@ class CaptureConfig:
     rows: int = 131_072
     """Rows to keep over all these batches (positions; images for convolutions count as their output positions)."""
     max_bytes: int = 1 << 30
-    """Ceiling for all captures alive at once."""
+    """Ceiling for all captures alive at once. A quarter of the free memory is another, and on GPUs, unless you name one
+    here, a twentieth of what the training takes; ``esper doctor`` and the ``germinated`` event tell what was chosen."""
     timeout: int = 200
     """Steps after which an unfilled capture cancels its cohort."""
     max_age: int = 50
@@ -154,6 +158,9 @@ class GraftConfig:
     """Steps over which the learning rate of new units rises from zero."""
     embargo: int = 100
     """Steps a chunk rests after its seed was removed."""
+    recompute: bool | None = None
+    """Branches on Linear spans compute their hidden units again in the backward pass instead of keeping them: memory
+    for a sixth more of a branch's training FLOPs. ``None``: on GPUs. Spans with dropout keep them."""
 
     def __post_init__(self) -> None:
         _check(

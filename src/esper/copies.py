@@ -142,6 +142,7 @@ class Copies:
         networks = [Network.of(self.model, self.kasmina().sites) for _ in state["networks"]]
         for network, kept in zip(networks, state["networks"], strict=True):
             self._overwrite(network, kept)
+            network.park()
         return Kept(self._cohort_of(state["cohort"]), _KINDS[state["source"]](*networks))
 
     def _cohort_of(self, state: dict[str, Any]) -> Cohort:

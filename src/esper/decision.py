@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-import torch
+from torch import Tensor
 
 from esper.accounts import Accounts
 from esper.config import Config
@@ -17,7 +15,7 @@ from esper.errors import CONTAINED, contained
 from esper.evidence.judge import Judge
 from esper.journal import Journal
 from esper.kasmina.execution import Kasmina
-from esper.kasmina.host import HostClock
+from esper.kasmina.host import HostClock, stacked
 from esper.kasmina.reading import Reading
 from esper.observation import Frame, prepare
 from esper.protocol import HeldOut, Observation
@@ -62,30 +60,38 @@ class Glance:
     lr_share: float
 
 
-def glance(run: Run, step: int) -> Glance:
-    """Begin to read everything at once, before anybody waits, and prepare while the device still works."""
+def glance(run: Run, step: int, *, needed: bool = True) -> Glance:
+    """Begin to read everything at once, before anybody waits, and prepare while the device still works.
+
+    ``needed`` as for :func:`look`.
+    """
     with run.journal.timed("observe"):
         is_calm = not run.kasmina.cohorts and not _measures(run, step)
-        reading, frame = run.guard.ask(sensors=is_calm), None
+        prepares = is_calm and _is_wanted(run, needed)
+        reading, frame = run.guard.ask(sensors=prepares), None
         if is_calm:
             # what the sensors do next is known, and no forward pass comes before the next step
             run.kasmina.watch((step + 1) % run.config.telemetry.every == 0)
+        if prepares:
             frame = prepare(run.kasmina, step=step, verdicts=run.stages.verdicts)
-        return Glance(reading, frame, run.kasmina.changes, _lr_share(run.clock))
+        return Glance(reading, frame, run.kasmina.num_changes, _lr_share(run.clock) if prepares else math.nan)
 
 
-def look(run: Run, step: int, begun: Glance | None = None) -> Observation:
+def look(run: Run, step: int, begun: Glance | None = None, *, needed: bool = True) -> Observation | None:
     """Measure the held-out loss where that is due, observe everything, and tell of it.
 
-    What has ``begun`` is used if nothing has changed since.
+    What has ``begun`` is used if nothing has changed since. ``None`` where the observation is not ``needed`` for a
+    decision and nobody else listens.
     """
     if _measures(run, step):
         with run.journal.timed("evidence"):
             measure_held_out(run, step)
+    if not _is_wanted(run, needed):
+        return None
     with run.journal.timed("observe"):
         losses, observation = _observe(run, step, begun)
+    loss = losses[-1] if losses else math.nan
     flops = run.accounts.ledger.total
-    loss = float(losses[-1]) if losses.size else math.nan
     run.journal.publish(observation, run.kasmina.cohorts.values(), loss=loss, flops=flops)
     if run.watcher is not None:
         with run.journal.timed("bus"):
@@ -96,6 +102,11 @@ def look(run: Run, step: int, begun: Glance | None = None) -> Observation:
 def _measures(run: Run, step: int) -> bool:
     """Whether the held-out loss is due."""
     return step % run.config.held_out_every == 0 or math.isnan(run.loop.held_out_initial)
+
+
+def _is_wanted(run: Run, needed: bool) -> bool:
+    """Whether anybody is going to look at an observation."""
+    return needed or run.journal.is_heard or run.watcher is not None
 
 
 def measure_held_out(run: Run, step: int) -> None:
@@ -111,16 +122,16 @@ def measure_held_out(run: Run, step: int) -> None:
     run.journal.emit(HeldOut(step=step, loss=loss, params=run.kasmina.params, flops=run.accounts.ledger.total))
 
 
-def _observe(run: Run, step: int, begun: Glance | None) -> tuple[npt.NDArray[np.float64], Observation]:
+def _observe(run: Run, step: int, begun: Glance | None) -> tuple[list[float], Observation]:
     """The losses of the last steps, and the observation."""
-    if begun is None or begun.frame is None or begun.changes != run.kasmina.changes:
-        reading = Reading((), (), run.loop.losses, run.kasmina.panel)
+    if begun is None or begun.frame is None or begun.changes != run.kasmina.num_changes:
+        reading = Reading((), (), run.loop.losses, run.kasmina.readout)
         frame, lr_share = prepare(run.kasmina, step=step, verdicts=run.stages.verdicts), _lr_share(run.clock)
     else:
         reading, frame, lr_share = begun.reading, begun.frame, begun.lr_share
-    losses = reading.window if run.loop.losses else np.zeros(0)  # the guard forgets those of an incident
+    losses = reading.window if run.loop.losses else []  # the guard forgets those of an incident
     observation = frame.complete(
-        reading.sensed,
+        reading.blocks,
         total_steps=run.config.total_steps,
         held_out=run.stages.held_out,
         held_out_initial=run.loop.held_out_initial,
@@ -128,21 +139,26 @@ def _observe(run: Run, step: int, begun: Glance | None) -> tuple[npt.NDArray[np.
         budget_params=run.accounts.budget.params,
         budget_flops=run.accounts.budget_flops,
         stopped=run.loop.stopped,
-        losses=level_and_noise(losses),
+        losses=recent_losses(losses),
         lr_share=lr_share,
         price=run.config.tamiyo.min_gain_per_cost,
     )
     return losses, observation
 
 
-def level_and_noise(losses: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Mean of training losses, and their standard deviation as a share of it, of fp32 numbers; NaN where unknown."""
-    if not losses.size:
+def recent_losses(losses: Sequence[Tensor | float]) -> tuple[float, float]:
+    """Mean of the latest training losses, and their standard deviation as a share of it; NaN where unknown.
+
+    Waits for the device.
+    """
+    if not losses:
         return math.nan, math.nan
-    values = torch.from_numpy(losses).float().double()
-    mean = float(values.mean())
-    noise = float(values.std()) / abs(mean) if len(values) > 1 and mean != 0 else math.nan
-    return mean, noise
+    values: list[float] = stacked(losses).tolist()
+    mean = sum(values) / len(values)
+    if len(values) < 2 or mean == 0:
+        return mean, math.nan
+    squares = sum([(value - mean) ** 2 for value in values])
+    return mean, math.sqrt(squares / (len(values) - 1)) / abs(mean)
 
 
 def _lr_share(clock: HostClock) -> float:

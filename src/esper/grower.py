@@ -197,7 +197,10 @@ class Grower(Stored):
         step = self.loop.last_step
         self.loop.losses.append(read_loss(loss))
         self.guard.note(self.loop.losses[-1])
-        self.kasmina.note_rows(step)
+        if self._is_quiet(step):
+            self.accounts.count_step()
+            return
+        self.kasmina.note_rows(step, passes=max(1, self.clock.passes))
         with self.journal.timed("learn"):
             self.accounts.count_step()
             if self.clock.overflowed(stepped=True):
@@ -207,7 +210,7 @@ class Grower(Stored):
             self.trials.follow(batch, step)
         if step == 1:
             check_reports(self.kasmina, self.clock)
-        begun = glance(self, step) if step % self.config.interval == 0 else None
+        begun = glance(self, step, needed=self._is_deciding) if step % self.config.interval == 0 else None
         if begun is not None:
             self.guard.look(step, begun.reading)
         self._obey(step)
@@ -222,6 +225,20 @@ class Grower(Stored):
         self.kasmina.watch((step + 1) % self.config.telemetry.every == 0)
         with self.journal.timed("safety"):
             self.guard.after_step(step)
+
+    def _is_quiet(self, step: int) -> bool:
+        """Whether nothing is due in this step, nothing in the next, and nothing that could ask for more is alive."""
+        return (
+            self.kasmina.is_idle
+            and step % self.config.interval != 0
+            and (step + 1) % self.config.telemetry.every != 0
+            and step > 1
+            and self._desk is None
+            and self._orders.is_empty
+            and self.guard.is_calm
+            and not self.clock.has_scaler
+            and not self.trials.are_open
+        )
 
     def submit(self, command: Command) -> None:
         """Queue a command; it is judged and applied inside the next :meth:`step`. Safe from any thread."""
@@ -354,9 +371,14 @@ class Grower(Stored):
 
     # ---------------------------------------------------------------------------------------------- how
 
+    @property
+    def _is_deciding(self) -> bool:
+        return self.stopped is None and self.loop.paused is None
+
     def _decide(self, step: int, begun: Glance) -> None:
-        observation = look(self, step, begun)
-        if self.stopped is None and self.loop.paused is None:
+        deciding = self._is_deciding
+        observation = look(self, step, begun, needed=deciding)
+        if deciding and observation is not None:
             with self.journal.timed("decide"):
                 commands = self.controller.decide(observation)
             for note in self.controller.notes() if isinstance(self.controller, Noting) else ():

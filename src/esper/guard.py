@@ -26,7 +26,7 @@ from esper.errors import StateError
 from esper.journal import Journal
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.execution import Kasmina
-from esper.kasmina.host import HostClock
+from esper.kasmina.host import HostClock, as_tensors
 from esper.kasmina.lifecycle import Gate, in_slot
 from esper.kasmina.reading import Reading
 from esper.protocol import Incident, Lifecycle, Restored
@@ -87,7 +87,7 @@ class Guard:
         self._run, self._orders, self._whole = run, orders, whole
         self.snapshots = Snapshots(settings.snapshot_bytes, settings.stored_snapshot_bytes)
         self._watch = LossWatch(settings.window, settings.max_z, settings.ratio)
-        self._recent: list[Tensor] = []
+        self._recent: list[Tensor | float] = []
         """Losses since the last look."""
         self._suspicion: Suspicion | None = None
         self._seen: dict[int, int] = {}
@@ -101,10 +101,16 @@ class Guard:
 
     # ---------------------------------------------------------------------------------------------- every step
 
-    def note(self, loss: Tensor) -> None:
+    def note(self, loss: Tensor | float) -> None:
         """Take in the loss of a real step."""
         self._recent.append(loss)
-        del self._recent[: -max(self._run.config.interval, 1)]
+        if len(self._recent) > self._run.config.interval:
+            del self._recent[: -self._run.config.interval]
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether nobody is suspect and nothing is kept to go back to."""
+        return self._suspicion is None and not self._seen and not self.snapshots
 
     def may_graft(self, cohort: int) -> bool:
         """Whether there is what a graft could be taken back to, or never will be."""
@@ -164,11 +170,9 @@ class Guard:
     def ask(self, *, sensors: bool) -> Reading:
         """Begin to read what the next look is about, and the sensors of all sites with it, without waiting."""
         kasmina = self._run.kasmina
-        panel = kasmina.panel if sensors else None
-        reading = Reading(kasmina.sites.values(), self._recent, self._run.loop.losses, panel)
+        readout = kasmina.readout if sensors else None
+        reading = Reading(kasmina.sites.values(), self._recent, self._run.loop.losses, readout)
         self._recent.clear()
-        if self._watch.is_ready:
-            self._watch.level()  # while the device still works
         return reading
 
     def look(self, step: int, reading: Reading) -> None:
@@ -311,7 +315,7 @@ class Guard:
         suspicion = None if self._suspicion is None else asdict(self._suspicion)
         return {
             "watch": self._watch.state(),
-            "recent": list(self._recent),
+            "recent": as_tensors(self._recent),
             "suspicion": suspicion,
             "reported": self._reported,
             "seen": dict(self._seen),

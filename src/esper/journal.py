@@ -56,6 +56,11 @@ class Journal:
         self._seconds: dict[str, float] = defaultdict(float)
         self._overhead_since = 0
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether anybody listens to events."""
+        return self._on_event is not None
+
     def emit(self, event: AnyEvent) -> None:
         if self._on_event is not None:
             self._on_event(event)

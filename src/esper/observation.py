@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from esper.kasmina.execution import Kasmina
 from esper.kasmina.germination import offers
 from esper.kasmina.reading import Reading
 from esper.kasmina.site import Site
-from esper.kasmina.telemetry import Sensed
+from esper.kasmina.telemetry import Blocks
 from esper.protocol import SITE_FEATURES, CohortView, Observation
 from esper.verdicts import Verdicts
 
@@ -31,7 +31,6 @@ NUM_PRESSING = 64
 class Frame:
     """An observation without what the sensors, the losses and the run's settings say."""
 
-    kasmina: Kasmina
     fixed: _Fixed
     rows: npt.NDArray[np.float64]
     """Site features; NaN where sensors tell."""
@@ -41,7 +40,7 @@ class Frame:
 
     def complete(
         self,
-        sensed: Sensed,
+        blocks: Blocks,
         *,
         total_steps: int | None,
         held_out: float,
@@ -54,10 +53,11 @@ class Frame:
         lr_share: float = math.nan,
         price: float = math.nan,
     ) -> Observation:
-        """The observation, once; ``losses`` are the mean of the latest training losses and its noise."""
-        sensed.publish()
-        self.rows[:, _SENSORS] = sensed.means()
-        pressing = self.fixed.pressing(sensed.energies(), self.kasmina.table.offsets)
+        """The observation, once. ``blocks`` are what the sensors of all sites said, ``losses`` the mean of the latest
+        training losses and its noise."""
+        for numbers, block in blocks:
+            self.rows[numbers, _SENSORS] = np.add.reduce(block, axis=2) / block.shape[2]
+        pressing = self.fixed.pressure.of(blocks)
         return Observation(
             total_steps=total_steps,
             held_out=held_out,
@@ -82,66 +82,64 @@ class Frame:
 def prepare(kasmina: Kasmina, *, step: int, verdicts: Verdicts) -> Frame:
     """All of an observation that can be made without waiting for the device; it holds as long as nothing changes."""
     fixed = _fixed(kasmina)
-    free = kasmina.table.num_free_chunks(step)
-    refused = np.array([site.refused is not None for site in kasmina.sites.values()])
-    grown = np.array([kasmina.units(name) for name in fixed.names], dtype=np.int64)
-    prices, fits = _prices(kasmina, fixed), _fits(kasmina, fixed)
+    standing = _standing(kasmina, fixed, step)
+    refused = [site.refused is not None for site in kasmina.sites.values()]
     rows_per_step = np.array(list(kasmina.rows_per_step.values()))
     told: dict[str, Any] = {
         "step": step,
-        "params": kasmina.params,
+        "params": standing.params,
         "host_params": kasmina.host_params,
         "site_names": fixed.names,
         "hidden": fixed.hidden.copy(),
-        "grown": grown,
-        "eligible": (free == fixed.chunks) & ~kasmina.table.has_seeds() & ~refused,
+        "grown": standing.grown.copy(),
+        "eligible": standing.eligible & ~np.array(refused) if any(refused) else standing.eligible.copy(),
         "alive": tuple(_view(kasmina, number, step) for number in kasmina.cohorts),
         "verdicts": verdicts.told(),
         "untold": verdicts.num_untold,
-        "unit_params": prices.params.copy(),
-        "unit_flops": prices.flops_per_row * rows_per_step,
-        "fit_explained": fits[0],
-        "fit_error": fits[1],
+        "unit_params": standing.unit_params.copy(),
+        "unit_flops": standing.unit_flops * rows_per_step,
+        "fit_explained": standing.fits[0].copy(),
+        "fit_error": standing.fits[1].copy(),
         "alternatives": fixed.alternatives,
-        "alternative_params": prices.others[0].copy(),
-        "alternative_flops": prices.others[1] * rows_per_step[:, None],
+        "alternative_params": standing.others[0].copy(),
+        "alternative_flops": standing.others[1] * rows_per_step[:, None],
         "kinds": fixed.kinds,
         "offers": fixed.offers,
         "family": kasmina.family,
         "optimizer": kasmina.optimizer_family,
     }
-    rows = _site_rows(fixed, free / fixed.chunks, grown, verdicts, step)
-    return Frame(kasmina, fixed, rows, kasmina.added_flops_per_step(), told)
+    added_flops = 0.0 if kasmina.at_rest else kasmina.added_flops_per_step()
+    return Frame(fixed, _site_rows(fixed, standing, verdicts, step), added_flops, told)
 
 
 def observe(kasmina: Kasmina, *, step: int, verdicts: Verdicts, **settings: Any) -> Observation:
     """Build the observation now; ``settings`` are those of :meth:`Frame.complete`. Waits for the device once."""
-    reading = Reading((), (), (), kasmina.panel)
-    return prepare(kasmina, step=step, verdicts=verdicts).complete(reading.sensed, **settings)
+    reading = Reading((), (), (), kasmina.readout)
+    return prepare(kasmina, step=step, verdicts=verdicts).complete(reading.blocks, **settings)
 
 
-def _prices(kasmina: Kasmina, fixed: _Fixed) -> _Prices:
-    """What one more unit costs; it changes only when a site reads more than before, until then it is known."""
-    reads = tuple([site.reads for site in kasmina.sites.values()])
+def _unit_cost(site: Site) -> Cost:
+    """What one more unit over all columns costs with the site kind's default blueprint."""
+    blueprint = BLUEPRINTS[default_blueprint(site.info.kind)]
+    return blueprint.cost(site.geometry, units=1, columns=site.info.out_features, reads=site.reads)
+
+
+def _alternative_costs(kasmina: Kasmina, fixed: _Fixed) -> npt.NDArray[np.float64]:
+    """``(2, S, B)``: parameters, and forward FLOPs a row, of one more unit of what is not the default.
+
+    They change only when a site reads more than before; until then the last ones are returned.
+    """
+    reads = tuple(kasmina.sites[fixed.names[row]].reads for row, _ in fixed.sits)
     if reads in fixed.priced:
         return fixed.priced[reads]
     fixed.priced.clear()
-    costs = [_unit_cost(site, default_blueprint(site.info.kind)) for site in kasmina.sites.values()]
-    others = np.full((2, len(fixed.names), len(fixed.alternatives)), np.nan)
+    found = fixed.priced[reads] = np.full((2, len(fixed.names), len(fixed.alternatives)), np.nan)
     for row, index in fixed.sits:
-        cost = _unit_cost(kasmina.sites[fixed.names[row]], fixed.alternatives[index])
-        others[:, row, index] = cost.params, cost.flops_per_row
-    found = fixed.priced[reads] = _Prices(
-        params=np.array([cost.params for cost in costs], dtype=np.float64),
-        flops_per_row=np.array([cost.flops_per_row for cost in costs]),
-        others=others,
-    )
+        site = kasmina.sites[fixed.names[row]]
+        blueprint = BLUEPRINTS[fixed.alternatives[index]]
+        cost = blueprint.cost(site.geometry, units=1, columns=site.info.out_features, reads=site.reads)
+        found[:, row, index] = cost.params, cost.flops_per_row
     return found
-
-
-def _unit_cost(site: Site, blueprint: str) -> Cost:
-    """What one more unit over all columns costs."""
-    return BLUEPRINTS[blueprint].cost(site.geometry, units=1, columns=site.info.out_features, reads=site.reads)
 
 
 def _fits(kasmina: Kasmina, fixed: _Fixed) -> npt.NDArray[np.float64]:
@@ -170,19 +168,7 @@ def _view(kasmina: Kasmina, number: int, step: int) -> CohortView:
     )
 
 
-class _Prices(NamedTuple):
-    """Of one more unit on each site: parameters and forward FLOPs a row, ``(S,)``, with the site kind's default
-    blueprint; ``(2, S, B)`` the same of what is not the default."""
-
-    params: npt.NDArray[np.float64]
-    flops_per_row: npt.NDArray[np.float64]
-    others: npt.NDArray[np.float64]
-
-
-_Pressing = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Fixed:
     """What of an observation stays the same as long as the sites do."""
 
@@ -197,15 +183,10 @@ class _Fixed:
     """Blueprints that can sit on some site besides its default one."""
     sits: tuple[tuple[int, int], ...]
     """Row and alternative that go together."""
-    priced: dict[tuple[int, ...], _Prices] = field(default_factory=dict[tuple[int, ...], _Prices])
-    """By what the sites read."""
-    _pressed: tuple[npt.NDArray[np.float32], _Pressing] | None = None
-
-    def pressing(self, energies: npt.NDArray[np.float32], offsets: npt.NDArray[np.int64]) -> _Pressing:
-        """The pressing chunks; energies change only where a site has captured, until then they are known."""
-        if self._pressed is None or not np.array_equal(energies.view(np.int32), self._pressed[0].view(np.int32)):
-            self._pressed = energies, _pressing(energies, offsets)
-        return self._pressed[1]
+    pressure: _Pressure
+    priced: dict[tuple[int, ...], npt.NDArray[np.float64]] = field(
+        default_factory=dict[tuple[int, ...], npt.NDArray[np.float64]]
+    )
 
 
 _known: weakref.WeakKeyDictionary[Kasmina, _Fixed] = weakref.WeakKeyDictionary()
@@ -230,7 +211,7 @@ def _fixed(kasmina: Kasmina) -> _Fixed:
         found = _known[kasmina] = _Fixed(
             names=tuple(kasmina.sites), chunks=chunks, hidden=hidden, kinds=tuple(str(info.kind) for info in infos),
             offers=tuple(offers(site) for site in kasmina.sites.values()), rows=rows, alternatives=alternatives,
-            sits=sits,
+            sits=sits, pressure=_Pressure(),
         )  # fmt: skip
     return found
 
@@ -248,31 +229,85 @@ def _alternatives(kasmina: Kasmina) -> tuple[tuple[str, ...], tuple[tuple[int, i
     return names, tuple((row, names.index(name)) for row, name in pairs)
 
 
-def _site_rows(
-    fixed: _Fixed,
-    free_share: npt.NDArray[np.float64],
-    grown: npt.NDArray[np.int64],
-    verdicts: Verdicts,
-    step: int,
-) -> npt.NDArray[np.float64]:
-    table = fixed.rows.copy()
-    table[:, _COLUMN["free_chunk_share"]] = free_share
+@dataclass(frozen=True)
+class _Standing:
+    """What of an observation stays the same while nothing is alive and nothing has been grown."""
+
+    changes: int
+    """Of the execution layer, when this was made."""
+    settled: bool
+    """No chunk rests any more: it holds in later steps as well."""
+    grown: npt.NDArray[np.int64]
+    free_share: npt.NDArray[np.float64]
+    eligible: npt.NDArray[np.bool_]
+    params: int
+    unit_params: npt.NDArray[np.float64]
+    unit_flops: npt.NDArray[np.float64]
+    others: npt.NDArray[np.float64]
+    fits: npt.NDArray[np.float64]
+
+
+_stood: weakref.WeakKeyDictionary[Kasmina, _Standing] = weakref.WeakKeyDictionary()
+
+
+def _standing(kasmina: Kasmina, fixed: _Fixed, step: int) -> _Standing:
+    found = _stood.get(kasmina) if kasmina.at_rest else None
+    if found is not None and found.settled and found.changes == kasmina.num_changes:
+        return found
+    free = kasmina.table.num_free_chunks(step)
+    costs = [_unit_cost(site) for site in kasmina.sites.values()]
+    found = _stood[kasmina] = _Standing(
+        changes=kasmina.num_changes,
+        settled=step >= int(kasmina.table.embargo_until.max(initial=0)),
+        grown=np.array([kasmina.units(name) for name in fixed.names], dtype=np.int64),
+        free_share=free / fixed.chunks,
+        eligible=(free == fixed.chunks) & ~kasmina.table.has_seeds(),
+        params=kasmina.params,
+        unit_params=np.array([cost.params for cost in costs], dtype=np.float64),
+        unit_flops=np.array([cost.flops_per_row for cost in costs]),
+        others=_alternative_costs(kasmina, fixed),
+        fits=_fits(kasmina, fixed),
+    )
+    return found
+
+
+def _site_rows(fixed: _Fixed, standing: _Standing, verdicts: Verdicts, step: int) -> npt.NDArray[np.float64]:
+    """All but what sensors tell."""
+    table, grown = fixed.rows.copy(), standing.grown
+    table[:, _COLUMN["free_chunk_share"]] = standing.free_share
     if grown.any():
         spans = fixed.hidden > 0
         table[spans, _COLUMN["grown_share"]] = grown[spans] / fixed.hidden[spans]
-    last_gain, last_growth = verdicts.last_gain, verdicts.last_growth
-    if last_gain:
-        table[:, _COLUMN["last_gain"]] = [last_gain.get(name, math.nan) for name in fixed.names]
-    if last_growth:
-        table[:, _COLUMN["steps_since_growth"]] = [step - last_growth.get(name, math.nan) for name in fixed.names]
+    if verdicts.last_gain or verdicts.last_growth:
+        for row, name in enumerate(fixed.names):
+            table[row, _COLUMN["last_gain"]] = verdicts.last_gain.get(name, math.nan)
+            table[row, _COLUMN["steps_since_growth"]] = step - verdicts.last_growth.get(name, math.nan)
     return table
 
 
-def _pressing(flat: npt.NDArray[np.float32], offsets: npt.NDArray[np.int64]) -> _Pressing:
+class _Pressure:
+    """The pressing chunks: looked for again when a gradient energy has changed."""
+
+    def __init__(self) -> None:
+        self._seen: list[npt.NDArray[np.uint32]] = []
+        self._found = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+
+    def of(self, blocks: Blocks) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        energies = [block[:, 2].view(np.uint32) for _, block in blocks]  # as bits: a NaN is what it was before
+        if len(self._seen) != len(energies) or not all(map(np.array_equal, energies, self._seen)):
+            found = {int(n): one[2] for numbers, block in blocks for n, one in zip(numbers, block, strict=True)}
+            self._seen, self._found = energies, _pressing([found[number] for number in range(len(found))])
+        return self._found
+
+
+def _pressing(
+    energies: list[npt.NDArray[np.float32]],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """The chunks with the highest gradient energy, strongest first; silent chunks (NaN) are left out.
 
     A million chunks are ordinary: the cut is found without sorting them.
     """
+    flat = np.concatenate(energies)
     known = np.isfinite(flat)
     if not known.any():
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
@@ -281,5 +316,6 @@ def _pressing(flat: npt.NDArray[np.float32], offsets: npt.NDArray[np.int64]) -> 
         known &= flat >= cut
     candidates = np.flatnonzero(known)
     order = candidates[np.argsort(-flat[candidates], kind="stable")][:NUM_PRESSING]
+    offsets = np.concatenate(([0], np.cumsum([len(energy) for energy in energies])))
     site = np.searchsorted(offsets, order, side="right") - 1
     return site.astype(np.int64), (order - offsets[site]).astype(np.int64), flat[order].astype(np.float64)

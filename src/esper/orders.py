@@ -56,6 +56,11 @@ class Orders:
         with self._lock:
             self._waiting.append(Order(command=command))
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether none waits, and none that was applied could still be undone."""
+        return not self._waiting and not self.applied
+
     def take(self, step: int) -> Order | None:
         """The oldest one, or ``None``; it is remembered as applied in ``step``."""
         with self._lock:

@@ -42,7 +42,7 @@ class Stages:
     config: Config
     emit: Callable[[AnyEvent], None]
     trials: Trials
-    losses: deque[torch.Tensor]
+    losses: deque[torch.Tensor | float]
     """Detached task losses of the last steps, oldest first."""
     may_graft: Callable[[int], bool]
     """Whether a cohort may be grafted now: it waits for the snapshot from before its graft."""
@@ -121,13 +121,13 @@ class Stages:
             return
         for name in list(cohort.sites):
             gate = self.fitting.fit(cohort, name, step)
+            self.kasmina.drop_captures(cohort, [name])
             if not gate.passed:
                 self._drop(cohort, name, step, gate)
         if cohort.members:
             self._thin(cohort, step)
         if not cohort.members:
             return
-        self.kasmina.drop_captures(cohort)
         if self.trials.withholds(cohort, step):
             return
         self.trials.grafting(cohort, step)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from esper.config import Config
 from esper.errors import EsperError, StateError
+from esper.kasmina.host import as_tensors
 from esper.protocol import SiteInfo
 from esper.safety.training import KEYS, Training, plain
 from esper.safety.tree import Tree, copy_of, digest
@@ -36,7 +37,7 @@ class Part(Protocol):
 class Loop:
     """What the grower itself remembers from step to step."""
 
-    losses: deque[Tensor]
+    losses: deque[Tensor | float]
     """Detached task losses of the last steps, oldest first."""
     last_step: int = 0
     calls_without_step: int = 0
@@ -49,7 +50,7 @@ class Loop:
 
     def state(self) -> dict[str, Tree]:
         """All of it as a state tree."""
-        return {**vars(self), "losses": list(self.losses)}
+        return {**vars(self), "losses": as_tensors(self.losses)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` has told."""

@@ -85,6 +85,11 @@ class Trials:
         """Twins that train beside the host, by their cohorts."""
         return self.copies.twins
 
+    @property
+    def are_open(self) -> bool:
+        """Whether a twin trains, or a window waits for its end."""
+        return self.copies.watch is not None or bool(self._windows)
+
     def state(self) -> dict[str, Any]:
         """Scores and open windows, and which copies there are, as a state tree; :attr:`copies` tells those."""
         return {
@@ -218,15 +223,16 @@ class Trials:
             )
         )  # fmt: skip
         if self.audit is not None and twin.cohort.state in _MAY_STAY:
-            host = Network.of(self.model, self.kasmina.sites)
-            self.copies.kept.append(Kept(twin.cohort, HostAndTwin(host, Network(twin.model, twin.sites))))
+            host = Network.of(self.model, self.kasmina.sites).park()
+            alone = Network(twin.model, twin.sites).park()
+            self.copies.kept.append(Kept(twin.cohort, HostAndTwin(host, alone)))
 
     # ---------------------------------------------------------------------------------------------- audit
 
     def keeping(self, cohort: Cohort) -> None:
         """A cohort is about to become permanent: keep the network as it is, if it will be audited."""
         if self.audit is not None:
-            self.copies.kept.append(Kept(cohort, OnOff(Network.of(self.model, self.kasmina.sites))))
+            self.copies.kept.append(Kept(cohort, OnOff(Network.of(self.model, self.kasmina.sites).park())))
 
     def finish(self, step: int, verdicts: Sequence[Verdict]) -> None:
         """The run is over: score what is left, and audit every cohort that was kept."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import random
 import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +18,7 @@ from unittest.mock import patch
 import pytest
 from benchmarks.training.protocol import ARMS, Arm, CellStore, Plan, Record, Source, Task, register_arm, run, summarise
 from benchmarks.training.protocol.plan import MAX_RATES
+from benchmarks.training.protocol.runner import gpus, settle
 from benchmarks.training.protocol.task import TASKS, register_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -191,6 +194,29 @@ def test_worker_processes_train_the_same_cells(tmp_path: Path) -> None:
     _, store, _ = finish(tmp_path / "pool", plan(arms=("grown", "wide")), workers=2)
     there = store.read()
     assert {r.cell: (r.outcome, r.given) for r in there} == {r.cell: (r.outcome, r.given) for r in here}
+
+
+def test_plans_that_are_trained_side_by_side_share_their_cells(tmp_path: Path) -> None:
+    alone, _, first = finish(tmp_path / "alone", plan(arms=("grown",)))
+    _, _, second = finish(tmp_path / "alone", plan(arms=("grown", "small")))
+    plans, trained = [plan(arms=("grown",)), plan(arms=("grown", "small"))], list[Record]()
+    assert run(plans, CellStore(tmp_path / "both"), workers=0, deadline=NEVER, note=trained.append)
+    assert [record.cell.name for record in trained] == [record.cell.name for record in first + second]
+    assert plans[0].complete("grown") == plans[1].complete("grown") == alone.complete("grown")
+
+
+def test_workers_take_the_visible_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,0")
+    places, turn, seen = gpus(), get_context("spawn").Value("i", 0), list[str]()
+    for _ in range(3):
+        settle(turn, places)
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["3", "0", "3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert gpus() == ["0", "1"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from benchmarks.training import recipe, sizing
-from benchmarks.training.protocol import ARMS, TASKS, Outcome, Plan, Source, Task
-from benchmarks.training.protocol.arms import static_flops
+from benchmarks.training import image_starts, recipe, sizing
+from benchmarks.training.protocol import ARMS, TASKS, Cell, Outcome, Plan, Record, Result, Source, Task
+from benchmarks.training.protocol.arms import Given, static_flops
 from benchmarks.training.protocol.command import command
 from benchmarks.training.protocol.task import device_of, load_all
 from benchmarks.training.rows import Rows, parts
+from benchmarks.training.variants import compare, compared
 from tests.runs.conftest import images
 from torch import Tensor
 
+from esper.config import Config
 from esper.errors import ConfigError
 from esper.kasmina.isolation import undisturbed
 from esper.runs.preset import Preset
@@ -53,7 +57,7 @@ def preset_of(name: str, data: Path, seed: int = 0) -> Preset:
 
 def test_every_task_is_found() -> None:
     assert set(NAMES) == {
-        "cifar10", "code_lm", "digits_arms", "fashion_mnist", "mnist1d", "teacher_student",
+        "cifar10", "cifar10_adamw", "code_lm", "digits_arms", "fashion_mnist", "mnist1d", "teacher_student",
         "teacher_student_constant", "tinyshakespeare", "uci_kin8nm",
     }  # fmt: skip
 
@@ -188,6 +192,57 @@ def test_every_variant_of_the_recipe_changes_what_is_shipped() -> None:
     assert changed["allocation: half the units"].tamiyo.growth == shipped.tamiyo.growth / 2
 
 
+def test_every_variant_of_the_starts_is_one_that_images_can_have(data: Path) -> None:
+    shipped = preset_of("cifar10", data).config(100)
+    changed = {
+        label: with_settings(shipped, dict(word.split("=", 1) for word in words))
+        for label, words in image_starts.variants(shipped).items()
+    }
+    assert len({repr(config) for config in changed.values()}) == len(changed) == 15
+    assert all(config.evidence.accept == "always" for config in changed.values())
+    assert changed["negative gradient, 8 times the rows"].capture.rows == 8 * shipped.capture.rows
+
+
+@pytest.mark.integration
+def test_variants_are_compared_with_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(TASKS, "small_rows", Task(name="small_rows", title="Small rows", make=make_small))
+    out, cells = tmp_path / "variants.json", tmp_path / "cells"
+    words = ["small_rows", "--seeds", "2", "--steps", "40", "--workers", "0", "--out", str(out)]
+    words += ["--lr", "3e-3", "--lr", "1e-2", "--lr", "3e-2"]
+
+    def changes(shipped: Config) -> dict[str, tuple[str, ...]]:
+        grown = ("evidence.accept=always", "capture.batches=2", "fit.max_share=none", "tamiyo.first=10")
+        grown += ("graft.settle_steps=0", "graft.ramp_steps=1", "graft.stabilize_steps=1", "graft.fine_tune_steps=1")
+        return {"fitted": (*grown, "fit.start=negative_gradient"), "random": (*grown, "fit.start=random_zero")}
+
+    compare([*words, "--cells", str(cells), "--deadline", "0"], "", changes, {}, "recipe")
+    assert json.loads(out.read_text(encoding="utf-8"))["missing"] == ["fitted", "random"]
+    assert "not complete" in capsys.readouterr().out
+    compare([*words, "--cells", str(cells)], "", changes, {}, "recipe")
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["base"] == "fitted" and result["missing"] == [] and list(result["variants"]) == ["fitted", "random"]
+    fitted, drawn = result["variants"]["fitted"], result["variants"]["random"]
+    assert fitted["minus_shipped"] == 0 and fitted["flops_ratio"] == 1 and len(drawn["held_out"]) == 2
+    assert fitted["fits"]["num"] > 0 and drawn["fits"] == {"num": 0, "explained": None, "sure": 0}
+    assert drawn["minus_shipped"] == pytest.approx(
+        sum(b - a for a, b in zip(fitted["held_out"], drawn["held_out"], strict=True)) / 2
+    )
+
+
+def test_a_variant_that_diverged_has_no_difference() -> None:
+    cell = Plan(TASKS["teacher_student"], seeds=(0,), source=Source(), code="").cell("grown", 0, 0.1, None)
+
+    def record(held: float) -> Record:
+        counts = {"germinated": 1, "accepted": 1}
+        outcome = Outcome(held_out=held, flops=1.0, params=1, seconds=1.0, widths=(1,), cohorts=counts)
+        return Record(cell=cell, outcome=outcome)
+
+    line = compared([record(math.inf)], [record(1.0)])
+    assert line["minus_shipped"] is None and line["held_out"] == [None]
+
+
 def test_variants_that_are_no_setting_change_what_they_say() -> None:
     preset, task = make_small(Source()), Task(name="small_rows", title="", make=make_small)
     plan = Plan(task, seeds=(0,), source=Source(), code="test", steps=400)
@@ -200,11 +255,41 @@ def test_variants_that_are_no_setting_change_what_they_say() -> None:
 
 def test_growing_for_three_quarters_of_the_final_shapes_flops() -> None:
     preset, steps = make_small(Source()), 400
-    twin = Outcome(held_out=1.0, flops=2 * static_flops(preset, (6, 6), steps), params=0, seconds=0.0, widths=(6, 6))
+    final = static_flops(preset, (6, 6), steps)
+    twin = Outcome(held_out=1.0, flops=2 * final, params=0, seconds=0.0, widths=(6, 6))
     given = ARMS["grown_short"].derive(preset, twin, steps)
-    assert given == {"steps": 150}  # 0.75 / 2 of the steps
+    assert given == {"steps": 150, "flops": 0.75 * final}  # 0.75 / 2 of the steps
     cheap = dataclasses.replace(twin, flops=twin.flops / 4)
-    assert ARMS["grown_short"].derive(preset, cheap, steps) == {"steps": steps}, "never longer than the others"
+    assert ARMS["grown_short"].derive(preset, cheap, steps)["steps"] == steps, "never longer than the others"
+
+
+@pytest.mark.parametrize(
+    ("cost", "tried"),
+    [
+        (lambda steps: 0.7 * steps, [100]),  # spends 70 of 75: near enough
+        (lambda steps: 0.2 * steps, [100, 346]),  # too little
+        (lambda steps: 0.01 * steps, [100, 400]),  # no more than there are
+        (lambda steps: 1.5 * steps, [100, 46]),  # too much
+        (lambda steps: 60 if steps < 200 else 90, [100, 115, 132]),  # never near: the longest within
+        (lambda steps: 500, [100, 13, 1]),  # whatever it does
+    ],
+)
+def test_how_long_growing_may_take_is_found_by_its_cost(
+    cost: Callable[[int], float], tried: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def train(preset: Preset, cell: Cell, given: Given) -> Result:
+        seen.append(cell.steps)
+        outcome = Outcome(held_out=1.0, flops=cost(cell.steps), params=1, seconds=1.0, widths=(cell.steps,))
+        return Result(outcome=outcome, score=0.0, loss=0.0)
+
+    monkeypatch.setattr("benchmarks.training.protocol.arms.train_esper", train)
+    cell = Plan(TASKS["teacher_student"], seeds=(0,), source=Source(), code="", steps=400).cell("grown", 0, 0.1, None)
+    result = ARMS["grown_short"].train(make_small(Source()), cell, {"steps": 100, "flops": 75.0})
+    assert seen == tried
+    affordable = [steps for steps in tried if cost(steps) <= 75]
+    assert result.outcome.widths == (max(affordable, default=min(tried)),)
 
 
 @pytest.mark.integration
@@ -220,6 +305,12 @@ def test_the_command_trains_sums_up_and_goes_on(
     command("", words)
     second = capsys.readouterr().out
     assert "static_small seed 0" in first and "seed 0" not in second
+    whole = out.read_text(encoding="utf-8")
+    command("", [*words, "--sum-up"])
+    assert out.read_text(encoding="utf-8") == whole, "a summary needs the cells alone"
+    command("", [*words, "--seeds", "2", "--sum-up"])
+    assert json.loads(out.read_text(encoding="utf-8"))["incomplete"] == ["grown", "static_small"]
+    command("", words)
     text = out.read_text(encoding="utf-8")
     assert '"incomplete": []' in text and str(tmp_path) not in text and str(data) not in text
     assert "run.py small_rows --data FOLDER --seeds 1" in text

@@ -18,7 +18,7 @@ from benchmarks.training.protocol.cells import Cell, Outcome
 from esper.errors import ConfigError
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.ledger import forward_flops
-from esper.protocol import Germinated, Judged
+from esper.protocol import Fitted, Germinated, Judged
 from esper.runs import arms as training
 from esper.runs.options import RunOptions
 from esper.runs.preset import Preset
@@ -27,9 +27,13 @@ Given = Mapping[str, Any]
 GROWN = "grown"
 SHORT = 0.75
 """Of the FLOPs of the final shape's training: what the arms with fewer steps may cost."""
+SPENT, TRIES = 0.85, 3
+"""Growing in fewer steps is tried again with another number of steps while it spends less than this share of what it
+may, or more than all of it; so many times at most."""
 JUDGED = (
     "step", "stage", "gain", "gain_low", "gain_high", "e_value", "e_threshold", "confirm_p", "accepted", "reason",
 )  # fmt: skip
+FITTED = ("step", "site", "start", "explained", "t_statistic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +111,13 @@ def train_esper(preset: Preset, cell: Cell, given: Given) -> Result:
     if math.isfinite(trained.held_out):
         training.score(trained, preset)
     judged = [event for event in trained.events if isinstance(event, Judged)]
+    fitted = [event for event in trained.events if isinstance(event, Fitted)]
     outcome = Outcome(
         held_out=trained.held_out, flops=trained.flops, params=trained.params, seconds=trained.seconds,
         widths=tuple(trained.widths), flops_parts=trained.flops_parts, cohorts=trained.cohorts,
         stopped=trained.stopped, schedule=tuple(msgspec.to_builtins(event) for event in trained.kept),
         judged=tuple({key: msgspec.to_builtins(getattr(event, key)) for key in JUDGED} for event in judged),
+        fitted=tuple({key: msgspec.to_builtins(getattr(event, key)) for key in FITTED} for event in fitted),
     )  # fmt: skip
     return Result(outcome=outcome, score=trained.score, loss=trained.loss)
 
@@ -182,9 +188,9 @@ def static_flops(preset: Preset, widths: Sequence[int], steps: int) -> float:
 
 
 def short_growth(preset: Preset, twin: Outcome, steps: int) -> Given:
-    """As many steps of growing as cost ``SHORT`` of the final shape's training, by what a step cost the twin."""
+    """What growing may cost, ``SHORT`` of the final shape's training, and the steps for it by what the twin's cost."""
     allowed = SHORT * static_flops(preset, twin.widths, steps)
-    return {"steps": max(1, min(steps, int(steps * allowed / twin.flops)))}
+    return {"steps": max(1, min(steps, int(steps * allowed / twin.flops))), "flops": allowed}
 
 
 def short_training(preset: Preset, twin: Outcome, steps: int) -> Given:
@@ -196,11 +202,29 @@ def train_shorter(preset: Preset, cell: Cell, given: Given, *, arm: str) -> Resu
     return train_esper(preset, replace(cell, arm=arm, steps=int(given["steps"])), given)
 
 
+def grow_shorter(preset: Preset, cell: Cell, given: Given) -> Result:
+    """Growing in as many steps as may cost ``given["flops"]``. What a step costs depends on what is grown, so their
+    number is found by trying: the costs alone decide, and the longest training that keeps to them is the result."""
+    allowed, steps = float(given["flops"]), int(given["steps"])
+    tried: dict[int, Result] = {}
+    while len(tried) < TRIES and steps not in tried:
+        tried[steps] = result = train_shorter(preset, cell, {"steps": steps}, arm=GROWN)
+        share = result.outcome.flops / allowed
+        if SPENT <= share <= 1 or (share < 1 and steps == cell.steps):
+            break
+        within = [number for number, done in tried.items() if done.outcome.flops <= allowed]
+        beyond = [number for number in tried if number not in within]
+        lowest, highest = max(within, default=1), min(beyond, default=cell.steps + 1) - 1
+        steps = max(lowest, min(highest, int(steps * (1 + SPENT) / 2 / share)))
+    affordable = [number for number, done in tried.items() if done.outcome.flops <= allowed]
+    return tried[max(affordable) if affordable else min(tried)]
+
+
 register_arm(
     Arm(
         name="grown_short",
         title="grown, at 75% of the final shape's FLOPs",
-        train=functools.partial(train_shorter, arm=GROWN),
+        train=grow_shorter,
         follows_grown=True,
         derive=short_growth,
         priority=3,

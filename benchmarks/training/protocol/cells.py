@@ -54,6 +54,8 @@ class Outcome:
     schedule: tuple[Mapping[str, Any], ...] = ()
     """Germinations whose branches stayed, for the arm that repeats them."""
     judged: tuple[Mapping[str, Any], ...] = ()
+    fitted: tuple[Mapping[str, Any], ...] = ()
+    """Isolated trainings: how much of their target they explain on other batches, with what certainty."""
 
     @property
     def rank(self) -> float:
@@ -115,8 +117,8 @@ class CellStore:
         cell["settings"] = tuple(cell["settings"])
         if outcome["held_out"] is None:
             outcome["held_out"] = math.inf
-        for key in ("widths", "schedule", "judged"):
-            outcome[key] = tuple(outcome[key])
+        for key in ("widths", "schedule", "judged", "fitted"):
+            outcome[key] = tuple(outcome.get(key, ()))
         return Record(
             cell=Cell(**cell), outcome=Outcome(**outcome), given=content["given"], environment=content["environment"]
         )

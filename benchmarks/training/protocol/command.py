@@ -33,6 +33,9 @@ def arguments_of(description: str | None, argv: Sequence[str] | None, task: str 
     parser.add_argument("--arm", action="append", default=[], choices=sorted(ARMS), help="only these (and grown)")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="NAME=VALUE")
     parser.add_argument("--workers", type=int, default=1, help="processes; 0 trains in this one")
+    parser.add_argument(
+        "--sum-up", action="store_true", help="train nothing, write the summary of what is finished (needs no GPU)"
+    )
     parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which unfinished trainings are left")
     parser.add_argument(
         "--cells", "--cache", type=Path, help="folder of finished trainings, one JSON each (default: OUT with .cells)"
@@ -40,6 +43,16 @@ def arguments_of(description: str | None, argv: Sequence[str] | None, task: str 
     parser.add_argument("--code", default="unnamed", help="version of the code; other versions' cells are not used")
     parser.add_argument("--out", type=Path, required=True, help="where to write the summary (JSON)")
     return parser.parse_args(argv)
+
+
+def source_of(options: argparse.Namespace) -> Source:
+    device = "cpu" if options.sum_up else device_of(options.size)
+    return Source(device=device, size=options.size, data=options.data)
+
+
+def ends(options: argparse.Namespace, started: float) -> float:
+    """The moment (:func:`time.monotonic`) at which training ends."""
+    return started + (0 if options.sum_up else options.deadline)
 
 
 def command(description: str | None, argv: Sequence[str] | None = None, *, task: str | None = None) -> None:
@@ -50,7 +63,7 @@ def command(description: str | None, argv: Sequence[str] | None = None, *, task:
     plan = Plan(
         TASKS[task or options.task],
         seeds=range(options.first_seed, options.first_seed + options.seeds),
-        source=Source(device=device_of(options.size), size=options.size, data=options.data),
+        source=source_of(options),
         code=options.code, arms=options.arm, lrs=options.lr, steps=options.steps, settings=tuple(options.settings),
     )  # fmt: skip
     store = CellStore(options.cells or options.out.with_suffix(".cells"))
@@ -67,7 +80,7 @@ def command(description: str | None, argv: Sequence[str] | None = None, *, task:
     for arm in plan.arms.values():
         if not arm.can_train:
             print(f"{arm.name} is not trained: {arm.requires} is not installed; pip install 'esper-morph[bench]'")
-    done = run(plan, store, workers=options.workers, deadline=started + options.deadline, note=note)
+    done = run(plan, store, workers=options.workers, deadline=ends(options, started), note=note)
     summary = summarise(plan, store)
     summary["command"] = shown(sys.argv if argv is None else ["", *argv], plan.task.name, task)
     options.out.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -75,7 +88,7 @@ def command(description: str | None, argv: Sequence[str] | None = None, *, task:
         print(f"{name:20s} {arm['score']} {arm['score_interval']} {arm['flops']:.4g} FLOPs, lr {arm['lr']:g}")
     print(json.dumps(summary.get("grown_minus"), indent=1))
     if summary["incomplete"]:
-        reason = "" if done else " (the deadline has passed)"
+        reason = "" if done or options.sum_up else " (the deadline has passed)"
         print(f"not complete{reason}: {', '.join(summary['incomplete'])}; the same command goes on from here")
 
 
@@ -87,6 +100,8 @@ def shown(argv: Sequence[str], name: str, fixed: str | None) -> str:
         flag, _, value = word.partition("=")
         if flag == "--data":
             kept += [flag, "FOLDER"]
+        if flag == "--sum-up":
+            continue
         if flag in ("--data", "--cells", "--cache", "--out", "--workers", "--deadline"):
             if not value:
                 next(words, None)

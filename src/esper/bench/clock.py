@@ -13,7 +13,7 @@ import torch
 from esper.bench.record import Line
 
 _FLUSH_BYTES = 256 << 20
-"""Several times the L2 cache of any GPU."""
+"""Several times the L2 cache of any GPU; reading it leaves a cache that holds nothing of the call's."""
 _COPY_BYTES = 1 << 30
 _HEAD_START_CYCLES = 2_000_000
 """The GPU idles this long (about a millisecond) before each timed call, so that launches are queued, not waited for."""
@@ -33,13 +33,17 @@ class Clock:
         self.device, self.repeats = device, repeats
         self._on_gpu = device.type == "cuda"
         shrink = 1 if self._on_gpu else 1024
-        self._flush = torch.empty(_FLUSH_BYTES // 4 // shrink, dtype=torch.int32, device=device)
+        self._flush = torch.zeros(_FLUSH_BYTES // 4 // shrink, dtype=torch.int32, device=device)
         source = torch.ones(_COPY_BYTES // 4 // shrink, device=device)
         target = torch.empty_like(source)
         self.copy_bytes_per_us = 2 * source.nbytes / self.gpu_us(partial(target.copy_, source))
 
-    def gpu_us(self, call: Callable[[], object]) -> float:
-        """Median microseconds between two events around ``call``: its kernels and the gaps between them."""
+    def gpu_us(self, call: Callable[[], object], *, dirty: bool = False) -> float:
+        """Median microseconds between two events around ``call``: its kernels and the gaps between them.
+
+        Caches are cold and clean. With ``dirty`` they are full of what somebody has just written, and the call pays for
+        writing that back: tens of megabytes that are not its own.
+        """
         for _ in range(min(_WARM_UP, self.repeats)):
             call()
         if not self._on_gpu:
@@ -47,7 +51,7 @@ class Clock:
         spans: list[tuple[Any, Any]] = []
         for _ in range(self.repeats):
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._flush.zero_()
+            self._flush.zero_() if dirty else self._flush.max()
             torch.cuda._sleep(_HEAD_START_CYCLES)  # pyright: ignore[reportPrivateUsage]  there is no public one
             before.record()
             call()

@@ -105,7 +105,7 @@ def gpt2(device: torch.device, *, shape: Shape | None = None, compiled: bool = T
     return Host(
         "gpt2", lambda: GPT2(given).to(device), batch,
         lambda model: torch.optim.AdamW(model.parameters(), 1e-4, fused=True), loss,
-        SitesConfig(include=("blocks.*",), exclude=("*norm*",), layers=True), compiled=compiled,
+        SitesConfig(include=("blocks.*",), exclude=("*norm*",), layers=True, chunks="feature"), compiled=compiled,
     )  # fmt: skip
 
 

@@ -38,15 +38,18 @@ class Training:
         Settings of a grower, or ``None`` for a training without Esper.
     controller:
         Decides; ``None`` waits for orders.
+    model:
+        Trained in place of the host's own.
     """
 
     def __init__(
-        self, host: Host, device: torch.device, config: Config | None, *, controller: Any = None, on_event: Any = None
-    ) -> None:
+        self, host: Host, device: torch.device, config: Config | None, *, controller: Any = None, on_event: Any = None,
+        model: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         torch.manual_seed(0)
         self.host, self.device = host, device
         self.data = host.batch(True)
-        self.model = host.build()
+        self.model = host.build() if model is None else model
         self.optimizer = host.optimizer(self.model)
         before = allocated(device)
         self.grower: Grower | None = None
@@ -59,11 +62,17 @@ class Training:
         self.persistent_bytes = allocated(device) - before
         self.run: nn.Module = torch.compile(self.model) if host.compiled else self.model  # pyright: ignore[reportAttributeAccessIssue]  a callable module
 
-    def step(self) -> None:
+    def train(self) -> torch.Tensor:
+        """One step of the user's own; returns the loss."""
         loss = self.host.loss(self.run, self.data)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def step(self) -> None:
+        """One step, and the grower's if there is one."""
+        loss = self.train()
         if self.grower is not None:
             self.grower.step(loss)
 

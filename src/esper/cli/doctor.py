@@ -115,6 +115,8 @@ def check_memory() -> Iterator[Finding]:
             yield Finding(f"memory {device}", "ok", "nobody tells what is free; chunks and captures are as asked for")
             continue
         why = f" ({shortage})" if shortage else ""
+        if device.type == "cuda":
+            why += f", and by default {memory.TRAINING_SHARE:.0%} of what the training takes"
         yield Finding(
             f"memory {device}", "ok",
             f"{memory.in_mib(free)} free; telemetry takes at most {memory.in_mib(memory.TELEMETRY_SHARE * free)}, "

@@ -13,39 +13,47 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from esper.kasmina import memory
 from esper.kasmina.site import Site
 
 
 class HostBefore:
-    """Copies of the host's parameters, and of permanent and other grafted branches, at the time of a graft."""
+    """Copies of the host's parameters, and of permanent and other grafted branches, at the time of a graft.
+
+    They lie in the CPU's memory, and come to the network's device only while something is measured with them.
+    """
 
     def __init__(self, model: nn.Module, sites: dict[str, Site], cohort: int) -> None:
         banks = [bank for site in sites.values() for bank in site.permanent]
         banks += [site.banks[number] for site in sites.values() for number in site.grafted if number != cohort]
         tensors: list[Tensor] = [*model.parameters(), *(value for bank in banks for value in bank.params.values())]
-        self._pairs = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        self._parked = memory.Parked(tensors)
+        self._pairs = list(zip(tensors, self._parked.copies, strict=True))
 
     def state(self, names: Mapping[int, str]) -> dict[str, Tensor]:
         """The copies by the names of what they are copies of (``names`` by the tensors' id); not copied again.
 
         What has left the network since then is left out: it would not run.
         """
+        self._parked.wait()
         return {names[id(tensor)]: before for tensor, before in self._pairs if id(tensor) in names}
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> HostBefore:
         """The copies that :meth:`state` has told of, for a network with these tensors."""
         before = object.__new__(cls)
-        before._pairs = [(tensors[name], copy.to(tensors[name].device)) for name, copy in state.items()]
+        before._parked = memory.Parked(state.values())
+        before._pairs = list(zip((tensors[name] for name in state), before._parked.copies, strict=True))
         return before
 
     @contextmanager
     def restored(self) -> Generator[None, None, None]:
         """The network as it was then, the judged cohort as it is now; weights are the same tensors again on exit."""
+        self._parked.wait()
         now = [tensor.data for tensor, _ in self._pairs]
         try:
             for tensor, before in self._pairs:
-                tensor.data = before
+                tensor.data = before.to(tensor.device)
             yield
         finally:
             for (tensor, _), data in zip(self._pairs, now, strict=True):

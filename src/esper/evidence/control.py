@@ -74,6 +74,12 @@ class Recorder:
         self.sums: list[Tensor] = []
         """Features (F), added (O), features x features, features x added, added squared (a number)."""
 
+    @staticmethod
+    def num_bytes(site: Site) -> int:
+        """Memory of the sums at a site."""
+        features = _num_features(site)
+        return 8 * features * (features + site.info.out_features)
+
     @property
     def flops(self) -> float:
         """FLOPs of the regression that follows: products over the rows, an eigenvalue problem (9 n^3, Golub & Van Loan
@@ -98,7 +104,11 @@ class Recorder:
     def _add(self, phi: Tensor, delta: Tensor) -> None:
         sums = [phi.sum(0), delta.sum(0), phi.T @ phi, phi.T @ delta, delta.square().sum()]
         self.rows += phi.shape[0]
-        self.sums = [old + new for old, new in zip(self.sums, sums, strict=True)] if self.sums else sums
+        if not self.sums:
+            self.sums = sums
+            return
+        for total, part in zip(self.sums, sums, strict=True):
+            total.add_(part)
 
 
 _LINEAR = (SiteKind.LINEAR_LAYER, SiteKind.CONV_LAYER)

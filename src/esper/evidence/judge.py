@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from esper.evidence.paired import PairedResult, paired_difference
 from esper.evidence.ranking import Ranking, rank
 from esper.evidence.splits import Rotation
 from esper.evidence.tokens import recorder_for, stand_in_of
+from esper.kasmina import memory
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.lifecycle import Gate, evidence_gate, hold_gate
 from esper.kasmina.site import Site
@@ -228,15 +230,39 @@ class Judge:
         plain = {name: WithoutCohort(cohort) for name in members}
         if self.config.control == "plain" or cohort in self._before:
             return _Control(plain, self._before.get(cohort))
-        rows = -(-self.config.projection_rows // len(self.calibration))
-        recorders = {name: recorder_for(self.sites[name], cohort, rows, self.generator) for name in members}
-        self._arm(recorders, self.calibration)
-        projected = {name: stand_in_of(recorders[name], self.sites[name]) for name in members}
-        self.evaluator.ledger.add("evidence", sum(recorder.flops for recorder in recorders.values()))
+        projected: dict[str, WithoutCohort] = {}
+        for group in self._groups(members):
+            projected |= self._stand_ins(cohort, group)
         if not any(probe.stands_in for probe in projected.values()):
             return _Control(plain)
         losses = [float(np.mean(self._arm(arm, self.calibration))) for arm in (plain, projected)]
         return _Control(projected if losses[1] < losses[0] else plain)
+
+    def _groups(self, members: Sequence[str]) -> list[list[str]]:
+        """Sites whose sums are held at once: all of them, unless memory is short."""
+        groups: list[list[str]] = [[]]
+        room = self._room()
+        held = 0
+        for name in members:
+            needed = Recorder.num_bytes(self.sites[name])
+            if groups[-1] and held + needed > room:
+                groups.append([])
+                held = 0
+            groups[-1].append(name)
+            held += needed
+        return groups
+
+    def _room(self) -> float:
+        device = next((parameter.device for parameter in self.evaluator.model.parameters()), torch.device("cpu"))
+        free = memory.free_bytes(device)
+        return math.inf if free is None else memory.SUMS_SHARE * free
+
+    def _stand_ins(self, cohort: int, members: Sequence[str]) -> dict[str, WithoutCohort]:
+        rows = -(-self.config.projection_rows // len(self.calibration))
+        recorders = {name: recorder_for(self.sites[name], cohort, rows, self.generator) for name in members}
+        self._arm(recorders, self.calibration)
+        self.evaluator.ledger.add("evidence", sum(recorder.flops for recorder in recorders.values()))
+        return {name: stand_in_of(recorders.pop(name), self.sites[name]) for name in members}
 
     def _gate_batches(self) -> tuple[int, ...]:
         """All gate batches, starting somewhere else each time."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.kasmina.cohort import Cohort
-from esper.kasmina.hooks import RandomNote
+from esper.kasmina.hooks import RandomNote, armed
 from esper.kasmina.isolation import RandomState, replayed_rng
 from esper.kasmina.optim import Hyperparameters, SlotAdamW
 from esper.kasmina.site import Site
@@ -108,7 +108,8 @@ class Twin:
         self.steps = 0
         self.learner = learner
         # one copy of all: optimizers and hooks keep referring to what is theirs
-        self.model, self.optimizers, self.sites = copy.deepcopy((model, list(optimizers), dict(sites)))
+        with armed(sites):
+            self.model, self.optimizers, self.sites = copy.deepcopy((model, list(optimizers), dict(sites)))
         for name, site in sites.items():
             twin = self.sites[name]
             twin.annex = None if site.annex is None else site.annex.learning_copy()

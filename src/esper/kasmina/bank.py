@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from esper.kasmina.blueprints import BLUEPRINTS, Blueprint, FusedBlueprint, Port
 from esper.kasmina.geometry import Geometry
 from esper.kasmina.ops.graft import Seats
+from esper.kasmina.recompute import Recipe, recomputed
 
 Tensors = dict[str, Tensor]
 
@@ -114,6 +115,16 @@ class Bank:
         cost = self.plan.cost(self.geometry, units=self.units, columns=self.width, reads=self.reads)
         return cost.flops_per_row * self.num_slots
 
+    @property
+    def may_repeat(self) -> bool:
+        """Whether its hidden units can be computed a second time: dropout's masks would not come again."""
+        return self.plan.product_with is not None and self.geometry.dropout == 0
+
+    @property
+    def repeated_flops_per_row(self) -> float:
+        """FLOPs of its hidden units, where they are computed a second time."""
+        return self.flops_per_row - 2.0 * self.num_slots * self.units * self.width if self.may_repeat else 0.0
+
     def set_columns(self, columns: Tensor | None) -> None:
         """Seat the slots on ``columns (S, K)`` (on the CPU), or one slot on all columns."""
         self.columns = columns
@@ -157,9 +168,22 @@ class Bank:
         return self.plan.project(self.params, h, self.geometry, alpha=self.alpha if alpha is None else alpha)
 
     def branch(
-        self, x: Tensor, *, alpha: Tensor | None = None, training: bool, generator: torch.Generator | None
+        self,
+        x: Tensor,
+        *,
+        alpha: Tensor | None = None,
+        training: bool,
+        generator: torch.Generator | None,
+        thrifty: bool = False,
     ) -> Tensor:
-        """``alpha * branch(x)`` over the bank's own columns."""
+        """``alpha * branch(x)`` over the bank's own columns; ``thrifty``: no hidden unit is kept for the backward."""
+        plan, buffers, geometry = self.plan, self.buffers, self.geometry
+        if thrifty and plan.product_with is not None and self.may_repeat:
+
+            def hidden(params: Tensors, x: Tensor) -> Tensor:
+                return plan.hidden(params, buffers, x, geometry, training=training, generator=None)
+
+            return recomputed(Recipe(hidden, plan.product_with), self.params, x, self.alpha if alpha is None else alpha)
         return self.project(self.hidden(x, training=training, generator=generator), alpha=alpha)
 
     def scatter(self, y: Tensor, delta: Tensor) -> Tensor:
@@ -171,8 +195,9 @@ class Bank:
 
     def graft(self, y: Tensor, *, writable: bool) -> Tensor:
         """``y`` plus the branches of a fused blueprint; ``writable``: the memory of ``y`` may be used for it."""
-        assert isinstance(self.plan, FusedBlueprint) and self._seats is not None
-        return self.plan.graft(self.params, y, self._seats, alpha=self.alpha, writable=writable)
+        assert self._seats is not None, "only banks of a fused blueprint have seats"
+        plan = cast("FusedBlueprint", self.plan)
+        return plan.graft(self.params, y, self._seats, alpha=self.alpha, writable=writable)
 
     def scale_output(self, factor: float | Tensor) -> None:
         """Multiply the output weights in place; ``factor`` is a number or one value a slot ``(S,)``."""

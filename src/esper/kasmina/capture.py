@@ -7,9 +7,10 @@ pass waits for the device, and a compiled graph holds only tensor operations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,15 @@ from esper.kasmina.geometry import Geometry
 
 Captured = tuple[Tensor, Tensor, Tensor, Tensor]
 """Rows of x, of y and of dL/dy, and the cluster of each."""
+
+
+class Shapes(NamedTuple):
+    """What a site has seen in one call."""
+
+    x: tuple[int, ...]
+    x_dtype: torch.dtype
+    y: tuple[int, ...]
+    y_dtype: torch.dtype
 
 
 @dataclass
@@ -36,8 +46,9 @@ class Rows:
     cluster: Tensor
     batch: Tensor
 
-    def select(self, mask: Tensor) -> Rows:
-        return Rows(self.x[mask], self.y[mask], self.g[mask], self.cluster[mask], self.batch[mask])
+    def select(self, which: Tensor | slice) -> Rows:
+        """Rows of a mask, copied; or of a slice, which shares their memory."""
+        return Rows(self.x[which], self.y[which], self.g[which], self.cluster[which], self.batch[which])
 
     @property
     def positions(self) -> int:
@@ -122,8 +133,24 @@ class Capture:
         capture.completed_at = state["completed_at"]
         return capture
 
-    def after_step(self, step: int) -> None:
-        """Take what a compiled graph has left, then draw the places of the next batch's rows, or close."""
+    def expect(self, shapes: Shapes) -> None:
+        """Make the slots of a compiled graph now, for calls like that: its first one would need a graph of its own."""
+        conv = self.geometry.kind.channels_first
+        total = shapes.y[0] if conv else math.prod(shapes.y[:-1])
+        size, device = min(total, self.rows_per_batch), self._shares.device
+        x, y = (shape[1:] if conv else shape[-1:] for shape in (shapes.x, shapes.y))
+        self._slots = (
+            torch.zeros(size, *x, dtype=shapes.x_dtype, device=device),
+            torch.zeros(size, *y, dtype=shapes.y_dtype, device=device),
+            torch.full((size, *y), torch.nan, dtype=shapes.y_dtype, device=device),
+            torch.zeros(size, dtype=torch.int64, device=device),
+        )
+
+    def after_step(self, step: int) -> bool:
+        """Take what a compiled graph has left, then draw the places of the next batch's rows, or close.
+
+        Returns whether it has closed now.
+        """
         if self._slots is not None and self._ran and not self.full:
             x, y, g, cluster = self._slots
             self._keep((x.clone(), y.clone(), g.clone(), cluster.clone()))
@@ -136,18 +163,24 @@ class Capture:
             self._places.uniform_(generator=self._generator)
         elif self.completed_at is None:
             self.completed_at, self.open = step, False
+            self._slots = None
+            return True
+        return False
 
     @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for part in self._done for t in part)
 
-    def record(self, x: Tensor, y: Tensor) -> None:
-        """Copy sampled rows of ``x`` and ``y`` now, and of ``dL/dy`` when the backward pass reaches ``y``."""
+    def record(self, x: Tensor, y: Tensor) -> Tensor:
+        """Copy sampled rows of ``x`` and ``y`` now, and of ``dL/dy`` when the backward pass reaches what is returned.
+
+        That is ``y`` itself, or the same numbers in a compiled graph: the host has to go on with them.
+        """
         if not self.open or not y.requires_grad:
-            return
+            return y
         conv = self.geometry.kind.channels_first
         flat_x = x.detach() if conv else x.detach().reshape(-1, x.shape[-1])
-        flat_y = y.detach() if conv else y.detach().reshape(-1, y.shape[-1])
+        flat_y = _rows(y.detach(), conv)
         total = flat_y.shape[0]
         size = min(total, self.rows_per_batch)
         # a row from each of `size` shares that have none in common, as equal as whole rows allow: no row twice
@@ -158,22 +191,18 @@ class Capture:
         if self.geometry.sample_axis == 1:  # sequence first: rows of one sample lie a batch apart
             cluster = index % y.shape[1]
         kept_x, kept_y = flat_x[index], flat_y[index]
-
-        def rows_of(g: Tensor) -> Tensor:
-            return (g.detach() if conv else g.detach().reshape(-1, g.shape[-1]))[index]
-
         if torch.compiler.is_compiling():
-            self._record_compiled(y, (kept_x, kept_y, kept_y, cluster), rows_of)
-            return
+            return self._record_compiled(y, index, (kept_x, kept_y, kept_y, cluster))
 
         def read(g: Tensor) -> None:
             if not self.full:
-                self._keep((kept_x, kept_y, rows_of(g), cluster))
+                self._keep((kept_x, kept_y, _rows(g.detach(), conv)[index], cluster))
 
         y.register_hook(read)
+        return y
 
-    def _record_compiled(self, y: Tensor, rows: Captured, rows_of: Callable[[Tensor], Tensor]) -> None:
-        """A hook in a compiled graph may write to tensors that were there before it, and to nothing else.
+    def _record_compiled(self, y: Tensor, index: Tensor, rows: Captured) -> Tensor:
+        """A backward pass in a compiled graph may write to tensors that were there before it, and to nothing else.
 
         So each batch is written as a whole, by its backward pass, into slots that :meth:`after_step` empties; of
         several batches in one step the last is kept. The slots are made after the first call, like its rows.
@@ -181,14 +210,10 @@ class Capture:
         slots = self._slots
         if slots is None or any(slot.shape != r.shape or slot.dtype != r.dtype for slot, r in zip(slots, rows)):  # noqa: B905  # the compiler's zip is not strict
             self._like = rows
-            return
+            return y
         self._ran = True
-
-        def write(g: Tensor) -> None:
-            for slot, value in zip(slots, (rows[0], rows[1], rows_of(g), rows[3])):  # noqa: B905
-                slot.copy_(value)
-
-        y.register_hook(write)
+        x_rows, y_rows, _, cluster = rows
+        return _Tap.apply(y, self.geometry.kind.channels_first, index, x_rows, y_rows, cluster, *slots)  # type: ignore[reportReturnType]
 
     def _keep(self, captured: Captured) -> None:
         if self._done and self._done[0][0].shape[1] != captured[0].shape[1]:
@@ -201,27 +226,69 @@ class Capture:
         ``reads`` is what a branch reads now: where an upstream span has grown since the capture, the further features
         count as zero (nothing is learnt about them).
         """
-        xs, ys, gs, clusters, batches = [], [], [], [], []
-        offset = 0
         self.dropped_batches = 0
-        for number, (x, y, g, cluster) in enumerate(self._done):
-            g = g.float()
-            size = g.square().mean().sqrt()
-            finite = torch.isfinite(size) & torch.isfinite(x).all() & torch.isfinite(y).all()
+        usable: list[tuple[int, Captured, Tensor]] = []
+        for number, part in enumerate(self._done):
+            size = part[2].float().square().mean().sqrt()
+            finite = torch.isfinite(size) & torch.isfinite(part[0]).all() & torch.isfinite(part[1]).all()
             if not bool(finite) or float(size) == 0.0:
                 self.dropped_batches += 1
                 continue
-            missing = reads - x.shape[1] if reads is not None and self.geometry.kind.is_span else 0
-            xs.append(torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1) if missing > 0 else x)
-            ys.append(y.float())
-            gs.append(g / size)
-            clusters.append(cluster + offset)
-            batches.append(torch.full_like(cluster, number))
-            offset += int(cluster.max()) + 1
-        if not xs:
+            usable.append((number, part, size))
+        if not usable:
             empty = torch.zeros(0)
             return Rows(empty, empty, empty, empty.long(), empty.long())
-        return Rows(torch.cat(xs), torch.cat(ys), torch.cat(gs), torch.cat(clusters), torch.cat(batches))
+        return self._joined(usable, reads)
+
+    def _joined(self, usable: list[tuple[int, Captured, Tensor]], reads: int | None) -> Rows:
+        """The batches behind each other, each written to its place once: nothing is held twice."""
+        x, y, _, _ = usable[0][1]
+        total = sum(part[0].shape[0] for _, part, _ in usable)
+        width = x.shape[1] if reads is None or not self.geometry.kind.is_span else max(reads, x.shape[1])
+        dtype = functools.reduce(torch.promote_types, (part[0].dtype for _, part, _ in usable))
+        rows = Rows(
+            x.new_zeros(total, width, *x.shape[2:], dtype=dtype), y.new_empty(total, *y.shape[1:], dtype=torch.float32),
+            y.new_empty(total, *y.shape[1:], dtype=torch.float32),
+            *torch.empty(2, total, dtype=torch.int64, device=x.device),
+        )  # fmt: skip
+        at = offset = 0
+        for number, (x, y, g, cluster), size in usable:
+            place = slice(at, at + x.shape[0])
+            rows.x[place, : x.shape[1]], rows.y[place] = x, y
+            rows.g[place] = g
+            rows.g[place] /= size
+            rows.cluster[place], rows.batch[place] = cluster + offset, number
+            offset += int(cluster.max()) + 1
+            at = place.stop
+        return rows
+
+
+def _rows(y: Tensor, conv: bool) -> Tensor:
+    """Images stay as they are; of anything else every position is a row."""
+    return y if conv else y.reshape(-1, y.shape[-1])
+
+
+class _Tap(torch.autograd.Function):
+    """``y``; its backward pass writes a batch into slots, in a compiled graph.
+
+    Not a hook of the tensor: what the compiler makes of one differs from release to release (2.11 loses itself in deep
+    graphs, earlier ones break them), while autograd functions are compiled alike by all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, conv: bool, *tensors: Tensor) -> Tensor:
+        ctx.conv = conv
+        ctx.save_for_backward(*tensors)
+        return y.clone()  # what is behind the site may edit it in place, which a view forbids; Inductor leaves it out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[reportIncompatibleMethodOverride]
+        index, x_rows, y_rows, cluster, x_slot, y_slot, g_slot, cluster_slot = ctx.saved_tensors
+        x_slot.copy_(x_rows)
+        y_slot.copy_(y_rows)
+        g_slot.copy_(_rows(g, ctx.conv)[index])
+        cluster_slot.copy_(cluster)
+        return g, *(None,) * 9
 
 
 def rows_per_batch(

@@ -7,6 +7,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import msgspec
 import torch
@@ -339,13 +340,16 @@ def _raise_unmatched(pattern: str, names: list[str]) -> None:
     )
 
 
-def _with_chunks(plans: list[SitePlan], chunks: int | None, chunked: Mapping[int, int]) -> list[SitePlan]:
+def _with_chunks(
+    plans: list[SitePlan], chunks: int | Literal["feature"] | None, chunked: Mapping[int, int]
+) -> list[SitePlan]:
     """As many chunks as a layer asks for by itself, else as the configuration says, else the default."""
     result: list[SitePlan] = []
     for plan in plans:
-        wanted = chunked.get(id(plan.tail), chunks)
+        width = plan.info.out_features
+        wanted = chunked.get(id(plan.tail), width if chunks == "feature" else chunks)
         if wanted is not None:
-            chunk_bounds(plan.info.out_features, wanted)  # raises with rule, value and remedy
+            chunk_bounds(width, wanted)  # raises with rule, value and remedy
             plan = replace(plan, info=msgspec.structs.replace(plan.info, num_chunks=wanted))
         result.append(plan)
     return result

@@ -31,7 +31,7 @@ from esper.kasmina.seeds import SeedTable
 from esper.kasmina.site import Site
 from esper.kasmina.starts import STARTS, HostUnits
 from esper.kasmina.strategies import STRATEGIES
-from esper.kasmina.telemetry import Panel, TelemetryBuffer
+from esper.kasmina.telemetry import Readout, TelemetryBuffer, settle
 from esper.protocol import Lifecycle, SeedPlan
 
 
@@ -79,25 +79,25 @@ class Kasmina:
             rows_per_step=self.rows_per_step, rows_per_batch=self.rows_per_batch,
             samples_per_batch=self.samples_per_batch, generator=self.generator,
         )  # fmt: skip
-        self.changes = 0
-        """Raised whenever anything may have grown, moved or left."""
         self._grown = self._working = False
+        self.num_changes = 0
+        """Rises whenever something is added, moved, removed or restored."""
         self._watching: bool | None = None
         self._prepare_sites()
-        self._handles = attach(list(discovery.sites), self.sites)
+        self._switch = attach(list(discovery.sites), self.sites)
 
     def _prepare_sites(self) -> None:
-        buffers: list[TelemetryBuffer] = []
         for name, site in self.sites.items():
             device = self.plans[name].weight.device
             bounds = self.table.bounds[self.index[name]]
             site.telemetry = TelemetryBuffer(bounds, self.config.telemetry.rows, device)
-            buffers.append(site.telemetry)
+            recompute = self.config.graft.recompute
+            site.thrifty = device.type == "cuda" if recompute is None else recompute
             # only a dropout span draws on the device; its own stream leaves the host's alone
             if site.geometry.dropout > 0:
                 site.generator = torch.Generator(device)
                 site.mask_seed = self.config.seed + self.index[name]
-        self.panel = Panel(buffers)
+        self.readout = Readout([site.telemetry for site in self.sites.values() if site.telemetry is not None])
 
     def go_on_from(self, earlier: Kasmina) -> None:
         """Count cohorts and seeds, and draw, where an earlier one of the same run has left off."""
@@ -142,9 +142,7 @@ class Kasmina:
 
     def detach(self) -> None:
         """Remove every hook; the host is as it was before."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._switch.detach()
 
     # ---------------------------------------------------------------------------------------------- measures
 
@@ -169,6 +167,10 @@ class Kasmina:
             active = [bank for cohort, bank in site.banks.items() if waiting or cohort in site.grafted]
             total += rows[name] * sum(bank.flops_per_row for bank in [*active, *site.permanent])
         return total
+
+    def repeated_flops_per_step(self) -> float:
+        """FLOPs a step of what branches compute a second time, in the backward pass."""
+        return sum(self.rows_per_step[name] * site.repeated_flops_per_row for name, site in self.sites.items())
 
     def units(self, site: str) -> int:
         """Hidden units a site has grown: annex and live seeds in the forward pass."""
@@ -328,6 +330,11 @@ class Kasmina:
         """Whether nothing is alive and nothing has been grown: every site is as the host made it."""
         return not self._grown
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is at rest, without a cohort, and no hook has work in the step just taken or in the next."""
+        return not (self._grown or self._working or self.cohorts) and self._watching is False
+
     def learn(self, hosts: dict[str, Hyperparameters], *, inverse_scale: float) -> None:
         """One update of everything that learns, after a real host step."""
         if self.at_rest:
@@ -358,18 +365,25 @@ class Kasmina:
                 for value in bank.params.values():
                     value.grad = None
 
-    def note_rows(self, step: int) -> None:
-        """Read and reset what the hooks counted since the last real step; note which captures are complete."""
+    def note_rows(self, step: int, *, passes: int = 1) -> None:
+        """Read and reset what the hooks counted since the last real step; note which captures are complete.
+
+        ``passes`` backward passes made that step: a compiled graph notes the rows of one.
+        """
         if not self._working:
             return  # no hook had anything to do
+        settle(site.telemetry for site in self.sites.values() if site.telemetry is not None)
+        closed = False
         for name, site in self.sites.items():
             if site.capture is not None:
-                site.capture.after_step(step)
-            calls, rows, samples = site.take_counts()
+                closed |= site.capture.after_step(step)
+            calls, rows, samples = site.take_counts(passes)
             if calls:
                 self.rows_per_step[name] = rows
                 self.rows_per_batch[name] = rows // calls
                 self.samples_per_batch[name] = samples // calls
+        if closed:
+            self.refresh()
 
     def watch(self, due: bool) -> None:
         """Arm or disarm telemetry for the next step."""
@@ -377,17 +391,22 @@ class Kasmina:
             return  # whatever else changes what hooks do refreshes by itself
         self._watching = due
         for site in self.sites.values():
-            site.telemetry_due = due and site.refused is None
-        self.refresh()
+            site.watch(due)
+        self._note_work()
 
     def refresh(self) -> None:
         """After a change: let every site decide what its hooks have to do from now on."""
-        self.changes += 1
+        self.num_changes += 1
         self._grown = False
         for site in self.sites.values():
             site.refresh()
             self._grown = self._grown or bool(site.banks) or site.adds
+        self._note_work()
+
+    def _note_work(self) -> None:
         self._working = any(site.engaged for site in self.sites.values())
+        if not self._working and self._switch.armed:
+            self._switch.disarm()
 
 
 def _translated(codes: npt.NDArray[Any], names: list[str], registry: Registry[Any]) -> npt.NDArray[Any]:

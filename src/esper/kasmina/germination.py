@@ -320,7 +320,7 @@ class Nursery:
         config, name = self.config.capture, site.info.name
         device = self.plans[name].weight.device
         held = sum(other.capture.num_bytes for other in self.sites.values() if other.capture is not None)
-        budget, shortage = memory.capture_budget(config.max_bytes, device, held)
+        budget, shortage = memory.capture_budget(config.max_bytes, device, held, memory.used_bytes(device))
         if shortage is not None:
             notes.append(shortage)
         capturing = 1 + sum(1 for other in self.sites.values() if other.capture is not None)
@@ -332,10 +332,13 @@ class Nursery:
             batches=config.batches,
             max_bytes=budget // max(capturing, len(self.sites)),
         )
-        return Capture(
+        capture = Capture(
             site.geometry, num_batches=config.batches, rows_per_batch=per_batch, generator=self.generator,
             device=device,
         )  # fmt: skip
+        if site.shapes is not None:
+            capture.expect(site.shapes)
+        return capture
 
 
 def _check_scales(plan: SeedPlan, blueprint: str, start: str) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.kasmina.discovery import SitePlan
 from esper.kasmina.isolation import RandomState, random_state
-from esper.kasmina.layer_kinds import PACKED, first_input, first_output, with_first_output
+from esper.kasmina.layer_kinds import PACKED, first_input, first_output, with_first_input, with_first_output
 from esper.kasmina.site import Site
 
 
@@ -32,9 +37,12 @@ class HeadEnter:
     def __init__(self, site: Site) -> None:
         self.site = site
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.site.engaged:
-            self.site.enter(first_input(args, kwargs))
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not self.site.engaged:
+            return None
+        x = first_input(args, kwargs)
+        read = self.site.enter(x)
+        return None if read is x else with_first_input(args, kwargs, read)
 
 
 class TailLeave:
@@ -73,23 +81,27 @@ class RandomNote:
         return {"state": None, "armed": False}
 
 
-def attach(plans: list[SitePlan], sites: dict[str, Site]) -> list[RemovableHandle]:
+def attach(plans: list[SitePlan], sites: dict[str, Site]) -> Switch:
     """Register the hooks of all sites. A chain's upstream leaves before its downstream reads."""
-    handles: list[RemovableHandle] = []
+    switch = Switch()
     parents: dict[int, tuple[nn.Module, list[Site]]] = {}
     for plan in plans:
         site = sites[plan.info.name]
         if plan.info.kind.is_span:
             parents.setdefault(id(plan.parent), (plan.parent, []))[1].append(site)
-            handles.append(plan.head.register_forward_pre_hook(HeadEnter(site), with_kwargs=True))
-        handles.append(plan.tail.register_forward_hook(TailLeave(site), with_kwargs=True))
+            switch.add(plan.head, HeadEnter(site), [site])
+        switch.add(plan.tail, TailLeave(site), [site])
     for parent, inside in parents.values():
-        handles.append(parent.register_forward_pre_hook(ParentEnter(inside)))
-    return handles
+        switch.add(parent, ParentEnter(inside), inside)
+    for site in sites.values():
+        site.switch = switch
+    return switch
 
 
 def is_attached(model: nn.Module) -> bool:
-    """Whether any module already carries Esper's hooks."""
+    """Whether a grower watches any module, or one carries Esper's hooks (a copy does)."""
+    if any(module in _carriers for module in model.modules()):
+        return True
     stores = (store for module in model.modules() for store in _stores(module))
     return any(isinstance(hook, _OURS) for store in stores for hook in store.values())
 
@@ -103,12 +115,140 @@ def strip(model: nn.Module) -> None:
                 flags.pop(key, None)
 
 
+@dataclass
+class _Store:
+    """Hooks of ours in one dictionary of a module, by number, and the sites that they are for."""
+
+    hooks: dict[int, Any]
+    flags: dict[int, bool]
+    sites: list[Site]
+    ours: dict[int, Any] = field(default_factory=dict[int, Any])
+    our_flags: dict[int, bool] = field(default_factory=dict[int, bool])
+
+    def fill(self) -> None:
+        """What came while ours were off goes behind them, as if they had hung there."""
+        others, flags = dict(self.hooks), dict(self.flags)
+        for store, first, then in ((self.hooks, self.ours, others), (self.flags, self.our_flags, flags)):
+            store.clear()
+            store.update(first)
+            store.update(then)
+
+    def empty(self) -> bool:
+        """Take ours off, if they hang alone and Python has been seen to call them; whether it was done."""
+        if len(self.hooks) != len(self.ours) or not all(site.ran_eagerly for site in self.sites):
+            return False
+        self.hooks.clear()
+        self.flags.clear()
+        return True
+
+
+class Switch:
+    """Takes hooks that have nothing to do off their modules, and puts them back in the order in which they hung.
+
+    PyTorch calls a module with a hook on it the long way, microseconds more even for one that returns at once. A
+    compiled graph keeps the hooks that it was traced with and need not look at a module again: what has not been seen
+    to be called by Python stays where it is, and all are back before a compiler starts.
+    """
+
+    def __init__(self) -> None:
+        self.armed = True
+        self._stores: dict[int, _Store] = {}
+        self._handles: list[RemovableHandle] = []
+        self._off: list[_Store] = []
+        self._modules: list[nn.Module] = []
+        self._num_compilations = 0
+        _switches.add(self)
+
+    def add(self, module: nn.Module, hook: Any, sites: list[Site]) -> None:
+        """Hang ``hook`` on ``module``, behind what hangs there."""
+        before, keywords = not isinstance(hook, TailLeave), not isinstance(hook, ParentEnter)
+        register: Any = module.register_forward_pre_hook if before else module.register_forward_hook
+        handle = register(hook, with_kwargs=keywords)
+        hooks = _stores(module)[before]
+        store = self._stores.setdefault(id(hooks), _Store(hooks, _keyword_flags(module)[before], []))
+        store.ours[handle.id] = hook
+        if keywords:
+            store.our_flags[handle.id] = True
+        store.sites.extend(sites)
+        self._handles.append(handle)
+        self._modules.append(module)
+        _carriers.add(module)
+
+    def arm(self) -> None:
+        """Every hook is called again from now on."""
+        self.armed = True
+        for store in self._off:
+            store.fill()
+        self._off = []
+
+    def disarm(self) -> None:
+        """No hook is called from now on, as far as that is safe; those beside somebody else's stay."""
+        self.armed = False
+        if self._num_compilations <= _MOST_COMPILATIONS and _hears_compilers():
+            self._off = [store for store in self._stores.values() if store.empty()]
+
+    def expect_compiler(self) -> None:
+        """A compiler is about to trace: what it sees is what its graph will do."""
+        self._num_compilations += 1
+        self.arm()
+        for store in self._stores.values():
+            for site in store.sites:
+                site.ran_eagerly = False
+
+    def detach(self) -> None:
+        """Remove every hook for good."""
+        for handle in self._handles:
+            handle.remove()
+        self._off, self._handles, self._stores = [], [], {}
+        for module in self._modules:
+            _carriers.discard(module)
+        self._modules = []
+
+
+_switches: weakref.WeakSet[Switch] = weakref.WeakSet()
+_carriers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Modules that a grower watches, its hooks on them or off for the moment."""
+_MOST_COMPILATIONS = 8
+"""Of a process that goes on compiling the hooks stay where they are: a graph may look for them at each call."""
+
+
+def _before_compiling(*_: Any) -> None:
+    for switch in list(_switches):
+        switch.expect_compiler()
+
+
+def _hears_compilers() -> bool:
+    """Whether a compiler that starts now will tell; one that was never imported cannot be asked yet."""
+    handler: Any = getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
+    callbacks = getattr(handler, "start_callbacks", None)
+    if callbacks is None:
+        return False
+    if _before_compiling not in callbacks:  # a reset of the compiler forgets who listens
+        handler.register_start_callback(_before_compiling)
+    return True
+
+
+@contextmanager
+def armed(sites: Mapping[str, Site]) -> Generator[None]:
+    """All hooks of these sites hang on their modules inside, for a copy of them to have them."""
+    switches = {id(site.switch): site.switch for site in sites.values() if site.switch is not None}
+    before = [switch for switch in switches.values() if not switch.armed]
+    for switch in before:
+        switch.arm()
+    try:
+        yield
+    finally:
+        for switch in before:
+            switch.disarm()
+
+
 _OURS = (ParentEnter, HeadEnter, TailLeave, RandomNote)
 
 
 def _is_ours_alone(module: nn.Module) -> bool:
     """Whether no other hook may have kept the output; a compiler keeps track of memory by itself."""
-    return not torch.compiler.is_compiling() and all(isinstance(hook, _OURS) for hook in _stores(module)[0].values())
+    hooks = module._forward_hooks  # pyright: ignore[reportPrivateUsage]  # as in `_stores`
+    return not torch.compiler.is_compiling() and (len(hooks) == 1 or all(isinstance(h, _OURS) for h in hooks.values()))
 
 
 def _stores(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from types import CodeType
 from typing import Any
 
 import torch
@@ -65,6 +66,8 @@ class HostClock:
             raise AttachError(reasons[0])
         self.steps = 0
         self.backwards_since_step = 0
+        self.passes = 0
+        """Backward passes that made the last step."""
         self.hosts: dict[str, Hyperparameters] = {}
         self._had_gradient: set[str] = set()
         self._scaler = next((t for t in tracked if hasattr(t, "get_scale") and hasattr(t, "unscale_")), None)
@@ -73,11 +76,13 @@ class HostClock:
         self._measured: tuple[str, ...] = ()
         self._norms: dict[str, Tensor] = {}
         self._watch: Any = None
+        self._innocent: tuple[CodeType, ...] = ()
+        """Who called the optimizer when no scaler was found."""
         self.follow(plans)
         self._handles: list[Any] = [
             self.optimizers[0].register_step_pre_hook(self._before_step),
             self.optimizers[0].register_step_post_hook(self._after_step),
-            *(optimizer.register_step_pre_hook(self._measure_gradients) for optimizer in self.optimizers),
+            *(optimizer.register_step_pre_hook(self._measure_gradients) for optimizer in self.optimizers[1:]),
         ]
 
     def follow(self, plans: Iterable[SitePlan]) -> None:
@@ -95,6 +100,7 @@ class HostClock:
             shared.setdefault((id(optimizer), number), _Group(optimizer, number)).sites.append(name)
         self._shared = tuple(shared.values())
         self.let_go()
+        self._watched_steps = 0
         watched = next(iter(self._plans.values())).weight
         self._watch = watched.register_post_accumulate_grad_hook(self._after_backward)
         self.note_hyperparameters()
@@ -135,6 +141,10 @@ class HostClock:
             return False
         before, self._last_scale = self._last_scale, float(self._scaler.get_scale())
         return (self._scale_at_step if stepped else self._last_scale) < before
+
+    @property
+    def has_scaler(self) -> bool:
+        return self._scaler is not None
 
     @property
     def inverse_scale(self) -> float:
@@ -186,18 +196,26 @@ class HostClock:
                 scale: Tensor | None = getattr(optimizer, "grad_scale", None)
                 self._norms[site] = total if scale is None else total / scale.to(total.device)
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         self.note_hyperparameters()
         if self._scaler is None and not torch.compiler.is_compiling():
-            self._scaler = _calling_scaler()
+            callers = _callers()
+            if callers != self._innocent:
+                self._scaler = _calling_scaler()
+                self._innocent = callers if self._scaler is None else ()
         if self._scaler is not None:
             self._scale_at_step = float(self._scaler.get_scale())
+        if self._measured:
+            self._measure_gradients(optimizer)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._watched_steps == _WATCHED_STEPS:
+            self.let_go()
+        self._watched_steps += 1
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips by itself: the scaler tells it here
         if found_inf is None or float(found_inf) == 0.0:
             self.steps += 1
-        self.backwards_since_step = 0
+        self.passes, self.backwards_since_step = self.backwards_since_step, 0
 
     def _after_backward(self, _: torch.Tensor) -> None:
         self.backwards_since_step += 1
@@ -235,8 +253,22 @@ class HostClock:
         self._handles = []
 
 
+_WATCHED_STEPS = 20
+"""Steps in which backward passes are counted: who calls the grower at the wrong place does so from the start."""
 _FRAMES = 16
 """How far up the stack a scaler is looked for: a scheduler and a trainer may have wrapped the optimizer's step."""
+
+
+def _callers() -> tuple[CodeType, ...]:
+    """Code of the five functions around the optimizer's step: the same ones are the same loop, with the same scaler."""
+    frame = inspect.currentframe()
+    for _ in range(3):  # this one, the clock's hook, and torch's wrapper that calls it
+        frame = None if frame is None else frame.f_back
+    found: list[CodeType] = []
+    while frame is not None and len(found) < 5:
+        found.append(frame.f_code)
+        frame = frame.f_back
+    return tuple(found)
 
 
 def _calling_scaler() -> GradScaler | None:
@@ -257,11 +289,14 @@ def _calling_scaler() -> GradScaler | None:
     return None
 
 
-def read_loss(loss: Tensor | float) -> Tensor:
-    """A copy of the user's loss: a static buffer is overwritten by the next step."""
+def read_loss(loss: Tensor | float) -> Tensor | float:
+    """A copy of the user's loss: a static buffer is overwritten by the next step.
+
+    A number, unless it lies on a device that would have to be waited for.
+    """
     if not isinstance(loss, Tensor):
         try:
-            return torch.tensor(float(loss))
+            return float(loss)
         except (TypeError, ValueError):
             raise AttachError(
                 f"grower.step(loss) takes the training loss, one number, got {type(loss).__name__}; pass the value "
@@ -271,11 +306,21 @@ def read_loss(loss: Tensor | float) -> Tensor:
         raise AttachError(
             f"grower.step(loss) takes one number, got a tensor of shape {tuple(loss.shape)}; pass the mean loss"
         )
+    if loss.is_cpu:
+        return float(loss.item())
     copied = loss.detach().clone()
     return copied if copied.dim() == 0 else copied.reshape(())
 
 
-def stacked(losses: Collection[Tensor]) -> Tensor:
+def stacked(losses: Collection[Tensor | float]) -> Tensor:
     """Losses ``(N,)`` fp32, oldest first, where the newest one lies (restored ones come from the CPU)."""
     values = list(losses)
-    return torch.stack([value.to(values[-1].device, torch.float32) for value in values])
+    device = values[-1].device if isinstance(values[-1], Tensor) else torch.device("cpu")
+    if not any(isinstance(value, Tensor) for value in values):
+        return torch.tensor(values, dtype=torch.float32)
+    return torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
+
+
+def as_tensors(losses: Iterable[Tensor | float]) -> list[Tensor]:
+    """The same for a state tree."""
+    return [loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64) for loss in losses]

@@ -19,6 +19,29 @@ def random_state() -> RandomState:
     return torch.get_rng_state(), cuda
 
 
+def in_backward() -> bool:
+    """True while autograd runs: a forward here is a recomputation (activation checkpointing).
+
+    A compiled graph is traced outside of it and cannot ask again.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # type: ignore[reportPrivateUsage]
+
+
+def in_transform(tensor: torch.Tensor) -> bool:
+    """Whether a function transform (``torch.func``) runs; a compiler traces ordinary calls only."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[reportPrivateUsage]
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether vmap is among the function transforms around ``tensor`` (also below ``torch.func.grad``)."""
+    functorch = torch._C._functorch  # type: ignore[reportPrivateUsage]
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 @contextmanager
 def replayed_rng(state: RandomState) -> Generator[None, None, None]:
     """Let torch's generators begin at ``state``; every global stream is as before on exit."""

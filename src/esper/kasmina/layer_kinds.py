@@ -53,6 +53,11 @@ def first_input(args: Any, kwargs: Any) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
+def with_first_input(args: Any, kwargs: Any, new: Any) -> tuple[Any, Any]:
+    """A layer's arguments with what it reads replaced."""
+    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): new})
+
+
 def first_output(y: Any) -> Any:
     """What a layer's branches add to: its output, or the first of several."""
     return y[0] if isinstance(y, tuple) and not isinstance(y, PackedSequence) else y

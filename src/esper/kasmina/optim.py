@@ -118,10 +118,10 @@ class SlotAdamW:
         if not gradients:
             return
         moments, stateful = bank.moments, host.rule != "sgd"
-        for name in gradients:
-            moments.first.setdefault(name, torch.zeros_like(bank.params[name]))
-            if stateful:
-                moments.second.setdefault(name, torch.zeros_like(bank.params[name]))
+        for store in (moments.first, moments.second) if stateful else (moments.first,):
+            for name in gradients:
+                if name not in store:
+                    store[name] = torch.zeros_like(bank.params[name])
         stacks = Stacks(
             values=[bank.params[name] for name in gradients],
             gradients=list(gradients.values()),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from esper.kasmina.site import Site
-from esper.kasmina.telemetry import Panel, Sensed, words_of
+from esper.kasmina.telemetry import Blocks, Readout, words_of
 
 Words = npt.NDArray[np.int32]
 
@@ -74,37 +74,45 @@ class Reading:
     sites:
         What could be damaged; counts of bad gradients begin anew.
     losses, window:
-        Scalars of any dtype, each wherever it lies: those since the last look, and those of the last steps.
-    panel:
+        Numbers, or scalars of any dtype, each wherever it lies: those since the last look, and those of the last steps.
+    readout:
         The sensors to be read with them.
     """
 
     def __init__(
-        self, sites: Iterable[Site], losses: Sequence[Tensor], window: Sequence[Tensor], panel: Panel | None = None
+        self,
+        sites: Iterable[Site],
+        losses: Sequence[Tensor | float],
+        window: Sequence[Tensor | float],
+        readout: Readout | None = None,
     ) -> None:
         self._parts: dict[torch.device, list[Tensor]] = {}
         self._sizes: dict[torch.device, int] = {}
-        if panel is not None:
-            self._parts = {device: list(words) for device, words in panel.words.items()}
-            self._sizes = dict(panel.sizes)
+        if readout is not None:
+            self._parts = {device: list(words) for device, words in readout.words.items()}
+            self._sizes = dict(readout.sizes)
         self._asked, flags = _ask_for_damage(sites)
         self._num_losses, self._num_window = len(losses), len(window)
+        values = [*losses, *window]
+        self._known = {number: value for number, value in enumerate(values) if not isinstance(value, Tensor)}
         # fp64 holds every loss as it is, whatever it was computed in
-        self._losses = self._put([*losses, *window], torch.float64)
+        self._losses = self._put(values, torch.float64)
         self._flags = self._put(flags, torch.int32)
         self._transfer = Transfer(self._parts)
-        self._sensed = None if panel is None else panel.sensed(self._transfer.host)
+        self._readout = readout
+        self._blocks: Blocks = [] if readout is None else readout.blocks(self._transfer.host)
         self._parts.clear()
 
     @property
     def losses(self) -> list[float]:
         """Losses since the last look as fp32 numbers, oldest first."""
-        return self._values()[: self._num_losses].astype(np.float32).tolist()
+        with np.errstate(over="ignore"):
+            return self._values()[: self._num_losses].astype(np.float32).tolist()
 
     @property
-    def window(self) -> npt.NDArray[np.float64]:
+    def window(self) -> list[float]:
         """Losses of the last steps as they were computed, oldest first."""
-        return self._values()[self._num_losses :]
+        return self._values()[self._num_losses :].tolist()
 
     @property
     def damage(self) -> dict[int, str]:
@@ -121,32 +129,32 @@ class Reading:
         return found
 
     @property
-    def has_sensors(self) -> bool:
-        return self._sensed is not None
-
-    @property
-    def sensed(self) -> Sensed:
-        """What the sensors said."""
-        assert self._sensed is not None
+    def blocks(self) -> Blocks:
+        """What the sensors said; it is their latest from now on."""
         self._transfer.wait()
-        return self._sensed
+        if self._readout is not None:
+            self._readout.publish(self._blocks)
+        return self._blocks
 
     def _values(self) -> npt.NDArray[np.float64]:
-        with np.errstate(all="ignore"):
-            return self._taken(self._losses, self._num_losses + self._num_window, np.float64)
+        found = self._taken(self._losses, self._num_losses + self._num_window, np.float64)
+        for number, value in self._known.items():
+            found[number] = value
+        return found
 
-    def _put(self, values: Sequence[Tensor], dtype: torch.dtype) -> list[_Place]:
-        """Add scalars to what is copied."""
-        groups: dict[torch.device, list[int]] = {}
+    def _put(self, values: Sequence[Tensor | float], dtype: torch.dtype) -> list[_Place]:
+        """Add the tensors, scalars, to what is copied."""
+        groups: dict[torch.device, dict[int, Tensor]] = {}
         for number, value in enumerate(values):
-            groups.setdefault(value.device, []).append(number)
+            if isinstance(value, Tensor):
+                groups.setdefault(value.device, {})[number] = value
         places: list[_Place] = []
-        for device, numbers in groups.items():
-            words = words_of(torch.stack([values[number] for number in numbers]).to(dtype))
+        for device, scalars in groups.items():
+            words = words_of(torch.stack(list(scalars.values())).to(dtype))
             start = self._sizes.get(device, 0)
             self._sizes[device] = stop = start + words.numel()
             self._parts.setdefault(device, []).append(words)
-            places.append(_Place(device, start, stop, numbers))
+            places.append(_Place(device, start, stop, list(scalars)))
         return places
 
     def _taken(self, places: Iterable[_Place], size: int, dtype: type[np.generic]) -> npt.NDArray[Any]:

@@ -6,6 +6,7 @@ that has nothing to add and nothing to record returns the host's own tensor, unt
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from esper.errors import CONTAINED, SiteError, contained
 from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import FusedBlueprint
-from esper.kasmina.capture import Capture
+from esper.kasmina.capture import Capture, Shapes
 from esper.kasmina.geometry import Geometry
+from esper.kasmina.isolation import in_backward, in_transform, is_batched
+from esper.kasmina.recompute import as_product_reads, may_recompute
 from esper.kasmina.telemetry import TelemetryBuffer
 from esper.protocol import SiteInfo, SiteKind
 
@@ -30,29 +33,6 @@ def _version(x: Tensor) -> int:
     An edit inside a compiled graph shows in the held-out evaluations, which run the model uncompiled.
     """
     return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
-
-
-def in_backward() -> bool:
-    """True while autograd runs: a forward here is a recomputation (activation checkpointing).
-
-    A compiled graph is traced outside of it and cannot ask again.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # type: ignore[reportPrivateUsage]
-
-
-def in_transform(tensor: Tensor) -> bool:
-    """Whether a function transform (``torch.func``) runs; a compiler traces ordinary calls only."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[reportPrivateUsage]
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Whether vmap is among the function transforms around ``tensor`` (also below ``torch.func.grad``)."""
-    functorch = torch._C._functorch  # type: ignore[reportPrivateUsage]
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False
 
 
 def overlap(banks: list[Bank]) -> bool:
@@ -75,6 +55,16 @@ class Probe(Protocol):
         ...
 
 
+class Switch(Protocol):
+    """Whether hooks are called at all."""
+
+    armed: bool
+
+    def arm(self) -> None: ...
+
+    def disarm(self) -> None: ...
+
+
 class Site:
     """State and behaviour of one site.
 
@@ -90,6 +80,8 @@ class Site:
         Whether hooks have anything to do in this step; rewritten only between steps.
     refused:
         Why this site cannot be used after all, found at run time.
+    thrifty:
+        Whether branches compute their hidden units again in the backward pass instead of keeping them.
     """
 
     def __init__(self, info: SiteInfo, geometry: Geometry, upstream: Site | None) -> None:
@@ -100,14 +92,17 @@ class Site:
         self.grafted: set[int] = set()
         self.annex: Bank | None = None
         self.beside: list[Bank] = []
-        self._shares_columns = False
+        self._shares_columns = self._shares_input = False
         # what a forward pass adds: without cohort numbers, so that a compiled graph serves later cohorts of the same
         # sizes as well
         self._adds = False
         self._trial: list[Bank] = []
+        self._only: list[Bank] | None = None
+        """What is added, if all of it is fused and no two share a column."""
         self.capture: Capture | None = None
         self.telemetry: TelemetryBuffer | None = None
         self.generator: torch.Generator | None = None
+        self.thrifty = False
         self.mask_seed = 0
         """Tells this site's dropout masks from those of others."""
         self.probe: Probe | None = None
@@ -117,10 +112,20 @@ class Site:
         self.recording = True
         self.telemetry_due = False
         self.engaged = False
+        self.switch: Switch | None = None
+        """Takes hooks off their modules while no site is engaged."""
+        self.ran_eagerly = False
+        """Python itself has called the hooks in a training forward, not a compiled graph."""
         self.refused: str | None = None
         self.num_calls = 0
         self.num_rows = 0
         self.num_samples = 0
+        self._traced: Shapes | None = None
+        """What one call saw, as a compiled graph notes it: it reads no count, for each would be a guard."""
+        self.shapes: Shapes | None = None
+        """The latest of these."""
+        self._recorder: Capture | None = None
+        """The capture, while it is open."""
         self.downstream_reads = False
         self._open = not info.kind.is_span
         self._x: Tensor | None = None
@@ -130,15 +135,28 @@ class Site:
 
     # ---------------------------------------------------------------------------------------------- between steps
 
+    def watch(self, due: bool) -> None:
+        """Arm or disarm telemetry for the next step; what is added stays as it is."""
+        self.telemetry_due = due and self.refused is None
+        records = self.recording and (self.telemetry_due or self._recorder is not None)
+        self.engaged = records or self._adds or self.probe is not None
+        if self.engaged and self.switch is not None and not self.switch.armed:
+            self.switch.arm()
+
     def refresh(self) -> None:
         """Decide whether the hooks have work in the next step."""
         self._adds = self.adds
         self._trial = self._on_trial(self.grafted)
-        adds = self._adds or self.probe is not None
-        records = self.recording and (self.capture is not None or self.telemetry_due)
-        self.engaged = adds or records
-        fused = [bank for bank in [*self.beside, *self._trial] if _fuses(bank)]
+        self._recorder = self.capture if self.capture is not None and self.capture.open else None
+        self.watch(self.telemetry_due)
+        behind = [*self.beside, *self._trial]
+        fused = [bank for bank in behind if _fuses(bank)]
         self._shares_columns = len(fused) > 1 and overlap(fused)
+        only_fused = self.annex is None and not self._shares_columns and len(fused) == len(behind)
+        self._only = fused if only_fused and self.generator is None else None
+        self._shares_input = (
+            self.thrifty and self._adds and any(bank.may_repeat for bank in [*self.permanent, *self._trial])
+        )
 
     @property
     def permanent(self) -> list[Bank]:
@@ -168,24 +186,36 @@ class Site:
                 "undo the change to the model's forward pass, or remove the site's branches first"
             )
         self.refused = reason
-        self.capture = None
+        self.capture = self._recorder = None
         self.telemetry_due = False
         self.engaged = False
 
     # ---------------------------------------------------------------------------------------------- in a forward
 
+    @property
+    def repeated_flops_per_row(self) -> float:
+        """What branches compute a second time, in the backward pass."""
+        if not self.thrifty:
+            return 0.0
+        annex = [self.annex] if self.annex is not None and not self.downstream_reads else []
+        return sum(bank.repeated_flops_per_row for bank in [*annex, *self.beside, *self._trial])
+
     def open(self) -> None:
         """The enclosing module is entered."""
         self._open, self._x, self._grown = True, None, None
 
-    def enter(self, x: Tensor) -> None:
-        """The head is about to run on ``x``."""
+    def enter(self, x: Tensor) -> Tensor:
+        """The head is about to run on ``x``; returns what it reads: where both would round it, head and branches share
+        one rounded copy."""
+        if not torch.compiler.is_compiling() and self._shares_input:  # in this order: a compiler asks for less
+            x = as_product_reads(x)
         if not self._open:
             self.refuse(SPLIT_REGIONS if in_backward() else "its first layer runs outside its parent, or again")
         elif self._x is not None:
             self.refuse("its first layer runs more than once in a forward")
         else:
             self._x, self._version = x, _version(x)
+        return x
 
     def leave(self, module: nn.Module, layer_input: Tensor, y: Tensor, *, writable: bool = False) -> Tensor | None:
         """The tail has produced ``y``; returns what the host goes on with, or ``None`` for ``y`` itself.
@@ -204,9 +234,17 @@ class Site:
         training = module.training
         if self.probe is not None:
             return self.probe.leave(self, x, layer_input, y, training)
+        tapped = y
         if self.recording and not transformed and torch.is_grad_enabled() and y.requires_grad and self._is_first_look():
-            self._record(x, y)
-        return self._compose(x, y, self._trial, training=training, writable=writable) if self._adds else None
+            tapped = self._record(x, y)
+        if not self._adds:
+            return None if tapped is y else tapped
+        if self._only is None or torch.compiler.is_compiling():
+            return self._compose(x, tapped, self._trial, training=training, writable=writable)
+        out = tapped
+        for bank in self._only:
+            out = bank.graft(out, writable=writable or out is not tapped)
+        return out
 
     def compose(
         self, x: Tensor, y: Tensor, cohorts: AbstractSet[int], *, training: bool, writable: bool = False
@@ -233,10 +271,12 @@ class Site:
             out = bank.graft(out, writable=writable or out is not y)
         if training and self.generator is not None:
             self._seed_masks(y)
-        if self.annex is not None:
-            h = self.annex.hidden(self.annex.pick(read, y), training=training, generator=self.generator)
-            self._grown = h if self.downstream_reads or self.probe is not None else None
-            out = self.annex.scatter(out, self.annex.project(h))
+        if self.annex is not None and (self.downstream_reads or self.probe is not None):
+            self._grown = self.annex.hidden(self.annex.pick(read, y), training=training, generator=self.generator)
+            out = self.annex.scatter(out, self.annex.project(self._grown))
+        elif self.annex is not None:
+            self._grown = None
+            out = self._plus(out, self.annex, read, y, training)
         for bank in self.beside:
             if bank not in fused:
                 out = self._plus(out, bank, read, y, training)
@@ -246,7 +286,9 @@ class Site:
         return out
 
     def _plus(self, out: Tensor, bank: Bank, read: Tensor, y: Tensor, training: bool) -> Tensor:
-        delta = bank.branch(bank.pick(read, y), training=training, generator=self.generator)
+        picked = bank.pick(read, y)
+        thrifty = self.thrifty and may_recompute(picked)
+        delta = bank.branch(picked, training=training, generator=self.generator, thrifty=thrifty)
         return bank.scatter(out, delta)
 
     def _attempt(self, out: Tensor, bank: Bank, read: Tensor, y: Tensor, training: bool) -> Tensor:
@@ -299,9 +341,10 @@ class Site:
 
         Reentrant checkpointing runs the forward without gradients: there the recomputation is all there is to see.
         """
-        if not in_backward():
-            self._seen_in_forward = True
-        return not in_backward() or not self._seen_in_forward
+        if in_backward():
+            return not self._seen_in_forward
+        self._seen_in_forward = True
+        return True
 
     def _seed_masks(self, y: Tensor) -> None:
         """Let the branches' dropout masks follow from the host's random state, which is read, not advanced.
@@ -313,22 +356,31 @@ class Site:
         state = torch.cuda.get_rng_state(y.device) if y.is_cuda else torch.get_rng_state()
         self.generator.manual_seed(zlib.crc32(state.numpy().tobytes(), self.mask_seed))
 
-    def take_counts(self) -> tuple[int, int, int]:
-        """Calls, rows and samples seen since the last real step; starts counting anew."""
+    def take_counts(self, passes: int = 1) -> tuple[int, int, int]:
+        """Calls, rows and samples seen since the last real step, compiled ones ``passes`` times; starts anew."""
         counts = self.num_calls, self.num_rows, self.num_samples
+        if self._traced is not None:
+            self.shapes, self._traced = self._traced, None
+            y, axis = self.shapes.y, self.geometry.feature_axis
+            rows, samples = math.prod(y) // y[axis], y[self.geometry.sample_axis] if len(y) > 1 else 1
+            counts = passes, passes * rows, passes * samples
         self.num_calls = self.num_rows = self.num_samples = 0
-        self._seen_in_forward = False
+        self._seen_in_forward, self._grown = False, None
         return counts
 
-    def _record(self, x: Tensor, y: Tensor) -> None:
-        self.num_calls += 1
+    def _record(self, x: Tensor, y: Tensor) -> Tensor:
+        """Count and note what is due; returns what the host goes on with."""
         axis = self.geometry.feature_axis
-        self.num_rows += y.numel() // y.shape[axis]
-        self.num_samples += y.shape[self.geometry.sample_axis] if y.dim() > 1 else 1
+        if torch.compiler.is_compiling():
+            self._traced = Shapes(tuple(x.shape), x.dtype, tuple(y.shape), y.dtype)
+        else:
+            self.ran_eagerly = True
+            self.num_calls += 1
+            self.num_rows += y.numel() // y.shape[axis]
+            self.num_samples += y.shape[self.geometry.sample_axis] if y.dim() > 1 else 1
         if self.telemetry_due and self.telemetry is not None:
             self.telemetry.record(y, axis)
-        if self.capture is not None:
-            self.capture.record(self.read(x), y)
+        return y if self._recorder is None else self._recorder.record(self.read(x), y)
 
     # ---------------------------------------------------------------------------------------------- copies and state
 
@@ -379,12 +431,15 @@ class Site:
             annex=None if self.annex is None else self.annex.frozen_copy(),
             beside=[bank.frozen_copy() for bank in self.beside],
             capture=None,
+            _recorder=None,
             telemetry=None,
             generator=None,
             probe=None,
+            switch=None,
             recording=False,
             telemetry_due=False,
             _trial=[],
+            _only=None,
             _x=None,
             _grown=None,
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esper.errors import SiteError
-from esper.kasmina.ops.telemetry import record_statistics
+from esper.kasmina.ops.telemetry import record_statistics, traced_statistics
 
 
 class TelemetryBuffer:
@@ -23,10 +23,13 @@ class TelemetryBuffer:
         self.chunk_sizes = torch.from_numpy(sizes.astype(np.float32)).to(device)
         self.statistics = torch.full((2, len(sizes)), float("nan"), device=device)
         self.gradient_energy = torch.full((len(sizes),), float("nan"), device=device)
-        self.reports = torch.zeros((), dtype=torch.int64, device=device)
+        self.reports = 0
+        """How often the site has reported; a compiled graph's reports count once a step."""
+        self.fresh: Tensor | None = None
+        """What a compiled graph has left, until :func:`settle`."""
         self.rows = rows
         self.latest: npt.NDArray[np.float32] | None = None
-        """``(3, C)`` as a :class:`Panel` has read it last, on the host; nothing writes into it afterwards."""
+        """``(3, C)`` as :class:`Readout` has read it last, on the host; nothing writes into it afterwards."""
 
     def record(self, y: Tensor, feature_axis: int) -> None:
         """Read up to ``rows`` rows of ``y``, strided over the whole batch; ``y`` is not changed or kept.
@@ -41,17 +44,21 @@ class TelemetryBuffer:
                 f"the model must stay on its device, it was on {self.statistics.device} when the Grower was made and "
                 f"is on {y.device} now; move it first (model.to(device)), then make the optimizer and the Grower"
             )
-        self.reports.add_(1)
+        if torch.compiler.is_compiling():
+            self.fresh = traced_statistics(y, feature_axis, self.rows, self.chunk_of, self.chunk_sizes)
+            return
+        self.reports += 1
         record_statistics(self.statistics, y, feature_axis, self.rows, self.chunk_of, self.chunk_sizes)
 
     @property
     def reported(self) -> bool:
-        """Whether the hook has ever run with telemetry on (also inside a compiled graph). Synchronises."""
-        return int(self.reports) > 0
+        """Whether the hook has ever run with telemetry on (also inside a compiled graph)."""
+        return self.reports > 0
 
     def is_damaged(self) -> Tensor:
         """On the device: has the site reported, and were its last activations not finite?"""
-        return (self.reports > 0) & ~torch.isfinite(self.statistics.sum())
+        bad = ~torch.isfinite(self.statistics.sum())
+        return bad if self.reports else torch.zeros_like(bad)
 
     def record_gradient(self, g: Tensor, feature_axis: int) -> None:
         """Mean squared gradient a chunk, from captured rows (scaled to unit mean square over the site)."""
@@ -60,19 +67,37 @@ class TelemetryBuffer:
         total = zeros.index_add(0, self.chunk_of, rows.float().square().mean(0))
         self.gradient_energy.copy_(total / self.chunk_sizes)
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Any]:
         """What was read so far, as a state tree; the tensors are its own, not copies."""
         return {"statistics": self.statistics, "gradient_energy": self.gradient_energy, "reports": self.reports}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` has told, in the same memory."""
         self.statistics.copy_(state["statistics"])
         self.gradient_energy.copy_(state["gradient_energy"])
-        self.reports.copy_(state["reports"])
+        self.reports, self.fresh = int(state["reports"]), None  # once it was a tensor
 
     def snapshot(self) -> npt.NDArray[np.float32]:
         """``(3, C)``: mean, variance, gradient energy, at once. Synchronises with the device."""
         return np.concatenate([self.statistics.cpu().numpy(), self.gradient_energy.cpu().numpy()[None]])
+
+
+def settle(buffers: Iterable[TelemetryBuffer]) -> None:
+    """Take over what compiled graphs have left, all buffers of a device at once; the graphs' memory is free again."""
+    groups: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    for buffer in buffers:
+        if buffer.fresh is not None:
+            places, values = groups.setdefault(buffer.statistics.device, ([], []))
+            places.append(buffer.statistics)
+            values.append(buffer.fresh)
+            buffer.reports += 1
+            buffer.fresh = None
+    for places, values in groups.values():
+        torch._foreach_copy_(places, values)  # type: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+
+Blocks = list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
+"""Buffers of one size together: their numbers ``(N,)``, and ``(N, 3, C)`` mean, variance, gradient energy."""
 
 
 def words_of(tensor: Tensor) -> Tensor:
@@ -80,81 +105,41 @@ def words_of(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.int32)
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Buffers of one size on one device: on their way to the host they lie side by side from word ``first`` on."""
-
-    device: torch.device
-    first: int
-    chunks: int
-    rows: npt.NDArray[np.int64]
-
-
-class Panel:
-    """The buffers of many sites, read together.
-
-    Buffers of one size are neighbours on the host, so that many are reduced at once.
+class Readout:
+    """The buffers of a run, to be read together; those of one size are neighbours on the host.
 
     Attributes
     ----------
     words, sizes:
-        By device, what has to be copied for all of them (:func:`words_of` each), and how many words that is.
+        By device, what has to be copied for all of them (they are written in place for as long as they live), and how
+        many words that is.
     """
 
     def __init__(self, buffers: Sequence[TelemetryBuffer]) -> None:
         self._buffers = tuple(buffers)
-        groups: dict[tuple[torch.device, int], list[int]] = {}
-        for row, buffer in enumerate(buffers):
-            groups.setdefault((buffer.statistics.device, buffer.gradient_energy.numel()), []).append(row)
+        self._groups: dict[tuple[torch.device, int], list[int]] = {}
+        for number, buffer in enumerate(buffers):
+            place = buffer.statistics.device, buffer.gradient_energy.numel()
+            self._groups.setdefault(place, []).append(number)
+        self._numbers = [np.array(numbers, dtype=np.int64) for numbers in self._groups.values()]
         self.words: dict[torch.device, list[Tensor]] = {}
-        self.sizes: dict[torch.device, int] = {}
-        self._blocks: list[_Block] = []
-        for (device, chunks), rows in groups.items():
-            first = self.sizes.get(device, 0)
-            self._blocks.append(_Block(device, first, chunks, np.array(rows, dtype=np.int64)))
-            self.sizes[device] = first + 3 * chunks * len(rows)
-            for row in rows:
-                parts = (buffers[row].statistics, buffers[row].gradient_energy)
-                self.words.setdefault(device, []).extend(map(words_of, parts))
+        for (device, _), numbers in self._groups.items():
+            for buffer in [buffers[number] for number in numbers]:
+                parts = words_of(buffer.statistics), words_of(buffer.gradient_energy)
+                self.words.setdefault(device, []).extend(parts)
+        self.sizes = {device: sum(part.numel() for part in parts) for device, parts in self.words.items()}
 
-    def sensed(self, host: Mapping[torch.device, npt.NDArray[np.int32]]) -> Sensed:
-        """What arrives, or has arrived, at the beginning of ``host``, in the order of :attr:`words`."""
-        arrays: list[npt.NDArray[np.float32]] = []
-        for block in self._blocks:
-            size = 3 * block.chunks * len(block.rows)
-            flat = host[block.device][block.first : block.first + size].view(np.float32)
-            arrays.append(flat.reshape(-1, 3, block.chunks))
-        return Sensed(self._buffers, [block.rows for block in self._blocks], arrays)
-
-
-class Sensed:
-    """What all buffers of a panel held, on the host. Made before it has arrived, looked at afterwards."""
-
-    def __init__(
-        self,
-        buffers: Sequence[TelemetryBuffer],
-        rows: Sequence[npt.NDArray[np.int64]],
-        arrays: Sequence[npt.NDArray[np.float32]],
-    ) -> None:
-        self._buffers, self._rows, self._arrays = buffers, rows, arrays
-        by_row: dict[int, npt.NDArray[np.float32]] = {}
-        for some, array in zip(rows, arrays, strict=True):
-            by_row.update(zip(some.tolist(), array, strict=True))
-        self._latest = [by_row[row] for row in range(len(buffers))]
-        self._energies = [one[2] for one in self._latest]
-
-    def publish(self) -> None:
-        """Let every buffer have what was read as its latest."""
-        for buffer, latest in zip(self._buffers, self._latest, strict=True):
-            buffer.latest = latest
-
-    def means(self) -> npt.NDArray[np.float32]:
-        """``(S, 3)``: mean, variance and gradient energy, averaged over the chunks of each buffer."""
-        found = np.empty((len(self._latest), 3), dtype=np.float32)
-        for rows, array in zip(self._rows, self._arrays, strict=True):
-            found[rows] = np.add.reduce(array, axis=2) / array.shape[2]
+    def blocks(self, host: Mapping[torch.device, npt.NDArray[np.int32]]) -> Blocks:
+        """Views of what arrives at the beginning of ``host``, in the order of :attr:`words`."""
+        found: Blocks = []
+        start = dict.fromkeys(self.words, 0)
+        for ((device, size), numbers), rows in zip(self._groups.items(), self._numbers, strict=True):
+            first, start[device] = start[device], start[device] + 3 * size * len(numbers)
+            found.append((rows, host[device][first : start[device]].view(np.float32).reshape(-1, 3, size)))
         return found
 
-    def energies(self) -> npt.NDArray[np.float32]:
-        """Gradient energies of all chunks, buffer after buffer."""
-        return np.concatenate(self._energies)
+    def publish(self, blocks: Blocks) -> None:
+        """What has arrived is the latest of every buffer."""
+        for numbers, (_, block) in zip(self._groups.values(), blocks, strict=True):
+            for number, snapshot in zip(numbers, block, strict=True):
+                self._buffers[number].latest = snapshot

@@ -14,9 +14,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
-
-import numpy as np
 
 FEWEST = 20
 """Losses that must be known before anything is called a divergence."""
@@ -36,28 +35,17 @@ class LossWatch:
     def __init__(self, window: int, max_z: float, ratio: float) -> None:
         self.losses: deque[float] = deque(maxlen=window)
         self.max_z, self.ratio = max_z, ratio
-        self._level: tuple[float, float] | None = None
-
-    def level(self) -> tuple[float, float]:
-        """Median and scatter of the losses in order; known until more are taken in. There must be some."""
-        if self._level is None:
-            before = np.asarray(self.losses)
-            middle = float(np.median(before))
-            self._level = middle, _TO_SIGMA * float(np.median(np.abs(before - middle)))
-        return self._level
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether enough losses are known to call anything a divergence."""
-        return len(self.losses) >= min(FEWEST, self.losses.maxlen or FEWEST)
 
     def verdict(self, recent: Sequence[float]) -> str | None:
         """What is wrong with ``recent`` losses (finite, oldest first) against those before, or ``None``."""
-        if not self.is_ready or not recent:
+        if len(self.losses) < min(FEWEST, self.losses.maxlen or FEWEST) or not recent:
             return None
-        middle, scatter = self.level()
-        rise = _median(recent) - middle
-        if not (rise > self.max_z * scatter and rise > (self.ratio - 1) * abs(middle)):
+        middle = median(self.losses)
+        rise = median(recent) - middle
+        if not rise > (self.ratio - 1) * abs(middle):
+            return None
+        scatter = _TO_SIGMA * median([abs(loss - middle) for loss in self.losses])
+        if not rise > self.max_z * scatter:
             return None
         z = rise / scatter if scatter > 0 else math.inf
         return f"the training loss diverges: {middle + rise:.4g} after {middle:.4g} (z = {z:.3g})"
@@ -65,7 +53,6 @@ class LossWatch:
     def take(self, recent: Sequence[float]) -> None:
         """Count ``recent`` losses among those in order."""
         self.losses.extend(recent)
-        self._level = None
 
     def state(self) -> dict[str, Any]:
         """The window, as a state tree."""
@@ -75,10 +62,3 @@ class LossWatch:
         """Go on from what :meth:`state` has told."""
         self.losses.clear()
         self.losses.extend(state["losses"])
-        self._level = None
-
-
-def _median(values: Sequence[float]) -> float:
-    """As NumPy's, which takes longer than all the rest of a look at a handful of numbers."""
-    ordered = sorted(values)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2

@@ -9,9 +9,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from esper.kasmina import memory
 from esper.safety.tree import Tree, copy_of, digest, split
 
 MOST_STORED_TENSORS = 6_000
@@ -33,9 +31,9 @@ class Snapshot:
     @classmethod
     def of(cls, state: Tree, step: int) -> Snapshot:
         """Begin to copy ``state``; its tensors may change again as soon as this returns (on their own streams)."""
-        tree = copy_of(state, _on_the_host)
-        devices = {t.device for t in split(state)[1].values() if t.is_cuda}
-        snapshot = cls(step, num_bytes(state), tree, [_mark(device) for device in devices])
+        tree = copy_of(state, memory.to_host)
+        events = memory.marks(tensor.device for tensor in split(state)[1].values())
+        snapshot = cls(step, num_bytes(state), tree, events)
         snapshot._worker = threading.Thread(target=snapshot._hash, name="esper-snapshot")
         snapshot._worker.start()
         return snapshot
@@ -78,6 +76,10 @@ class Snapshots:
     def __init__(self, max_bytes: int, max_stored: int = 0) -> None:
         self.max_bytes, self.max_stored = max_bytes, max_stored
         self._by_cohort: dict[int, Snapshot] = {}
+
+    def __len__(self) -> int:
+        """Cohorts that have one."""
+        return len(self._by_cohort)
 
     def __contains__(self, cohort: int) -> bool:
         return cohort in self._by_cohort
@@ -135,17 +137,3 @@ class Snapshots:
 def num_bytes(state: Tree) -> int:
     """Bytes of all tensors and arrays of a state tree."""
     return sum(tensor.numel() * tensor.element_size() for tensor in split(state)[1].values())
-
-
-def _on_the_host(tensor: Tensor) -> Tensor:
-    """A copy in the CPU's memory; from a GPU into pinned memory, behind what its stream has yet to do."""
-    if not tensor.is_cuda:
-        return tensor.to("cpu", copy=True)
-    pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)
-
-
-def _mark(device: torch.device) -> Any:
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event

@@ -95,6 +95,7 @@ class Training:
         for name, module in self.model.named_modules():
             module.training = state["training"][name]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.state.clear()  # not beside what takes its place
             optimizer.load_state_dict(saved["state"])
         for thing, saved in zip(self.tracked, state["tracked"], strict=True):
             if isinstance(thing, nn.Module):

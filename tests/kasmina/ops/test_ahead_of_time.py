@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -42,15 +43,20 @@ def _images() -> list[Launch]:
     return found
 
 
-def _chunks() -> list[Launch]:
-    """64 of 1,024 chunks of four columns, anywhere."""
-    columns = torch.randperm(1024)[:64, None] * 4 + torch.arange(4)
+def _chunks(*, rising: bool = False) -> list[Launch]:
+    """64 of 1,024 chunks of four columns, anywhere; ``rising``: in order, what lies between is copied."""
+    chosen = torch.randperm(1024)[:64, None]
+    columns = (chosen.sort(0).values if rising else chosen) * 4 + torch.arange(4)
     seats = Seats.of(columns, 4096, CPU)
+    assert seats.rising == rising
     y, weights = torch.empty(8192, 4096, dtype=torch.bfloat16), (torch.empty(64, 8, 4), torch.empty(64, 8))
+    values = (*weights, torch.empty(64, 4, 8), torch.empty(64), seats.columns)
     with recorded(graft_kernels) as found:
-        graft_kernels.forward(
-            y, y, None, *weights, torch.empty(64, 4, 8), torch.empty(64), seats.columns, runs=seats.runs
-        )
+        graft_kernels.forward(y, y, None, *values, runs=seats.runs, copy=rising)
+        if rising:
+            graft_kernels.backward(
+                y, y[:, :256], y, *values, seats.own, runs=seats.runs, read_runs=seats.own_runs, weights=True, copy=True
+            )
     return found
 
 
@@ -95,15 +101,17 @@ CASES = {
     "telemetry-images": _images,
     "graft-64-scattered": _graft(8192, 4096, 64, 4, 8, False, torch.bfloat16),
     "graft-64-chunks": _chunks,
+    "graft-64-rising": partial(_chunks, rising=True),
     "graft-1024-of-1024": _graft(8192, 4096, 1024, 4, 8, True, torch.bfloat16),
     "graft-large": _graft(8192, 4096, 64, 64, 64, True, torch.float16),
+    "graft-largest": _graft(8192, 4096, 32, 128, 128, True, torch.bfloat16),
     "graft-fp32": _graft(8192, 4096, 64, 4, 8, False, torch.float32),
     "graft-smallest": _graft(1, 1, 1, 1, 1, False, torch.bfloat16),
     "optimizer-adamw": _optimizer(1024, "adamw"),
     "optimizer-one-slot": _optimizer(1, "adam"),
     "optimizer-sgd": _optimizer(64, "sgd"),
 }
-WIDE = ("telemetry-sampled", "telemetry-all-rows", "telemetry-uneven", "graft-1024-of-1024")
+WIDE = ("telemetry-all-rows", "telemetry-uneven", "graft-1024-of-1024")
 
 
 OLDER = ("telemetry-sampled", "telemetry-all-rows", "graft-64-scattered", "graft-large", "optimizer-adamw")
@@ -126,11 +134,24 @@ def test_reads_sixteen_bytes_at_a_time(case: str) -> None:
     assert "ld.global.b16" not in ptx
 
 
+def test_a_sample_is_read_in_whole_sectors() -> None:
+    """A row of 16 columns is a sector of 32 bytes, read by four threads: more threads have loads under way so."""
+    ptx = CASES["telemetry-sampled"]()[0].compile(90).asm["ptx"]
+    assert "ld.global.v2.b32" in ptx or "ld.global.b64" in ptx
+    assert "ld.global.b16" not in ptx
+
+
 def test_scattered_chunks_of_four_are_read_and_written_eight_bytes_at_a_time() -> None:
     ptx = _chunks()[0].compile(90).asm["ptx"]
     assert "ld.global.v2.b32" in ptx or "ld.global.b64" in ptx or "cp.async.ca.shared.global [" in ptx
     assert "st.global.v2.b32" in ptx or "st.global.b64" in ptx
     assert "ld.global.b16" not in ptx and "st.global.b16" not in ptx
+
+
+def test_what_lies_between_chunks_is_copied_in_their_runs() -> None:
+    for launch in _chunks(rising=True):
+        ptx = launch.compile(90).asm["ptx"]
+        assert "ld.global.b16" not in ptx and "st.global.b16" not in ptx
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("telemetry")])

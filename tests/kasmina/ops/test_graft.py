@@ -83,7 +83,7 @@ def test_seats_know_what_can_be_read_at_once() -> None:
 
 def test_large_seeds_are_dense_products() -> None:
     """Beyond the kernels' size a seed is a matrix product of its own, by the same call."""
-    width = LARGEST + 1
+    width = max(LARGEST.values()) + 1
     params = _draw(2, 1, width, 3)
     seats = Seats.of(torch.arange(width)[None], width, CPU)
     y = torch.randn(4, width)

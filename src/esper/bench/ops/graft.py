@@ -17,17 +17,19 @@ from esper.kasmina.ops import dispatch
 from esper.kasmina.ops.graft import LARGEST, Seats, graft, reference
 
 CASES = (
-    # rows, features, seeds, columns, hidden units, whether the columns are neighbours
-    (50, 64, 6, 4, 8, None),
-    (5, 123, 7, 3, 5, False),
-    (70, 64, 16, 4, 8, True),
-    (40, 96, 20, 1, 8, False),
-    (40, 64, 8, 4, 8, True),
-    (70, 70, 1, 40, 20, False),
-    (33, 64, 1, 64, 64, True),
-    (9, 33, 11, 3, 64, False),
-    (33, 128, 8, 16, 16, True),
-    (1, 5, 1, 1, 1, False),
+    # rows, features, seeds, columns, hidden units, where the columns are
+    (50, 64, 6, 4, 8, "chunks"),
+    (41, 600, 7, 4, 8, "rising chunks"),
+    (40, 64, 3, 8, 8, "rising chunks"),
+    (5, 123, 7, 3, 5, "anywhere"),
+    (70, 64, 16, 4, 8, "side by side"),
+    (40, 96, 20, 1, 8, "anywhere"),
+    (40, 64, 8, 4, 8, "side by side"),
+    (70, 70, 1, 40, 20, "anywhere"),
+    (33, 64, 1, 64, 64, "side by side"),
+    (9, 33, 11, 3, 64, "anywhere"),
+    (33, 128, 8, 16, 16, "side by side"),
+    (1, 5, 1, 1, 1, "anywhere"),
 )
 SIZES = (
     # rows, features, seeds, columns, hidden units, bar in microseconds for the forward pass
@@ -58,15 +60,19 @@ class Problem:
 
     @classmethod
     def scattered(
-        cls, rows: int, features: int, seeds: int, width: int, units: int, near: bool | None, device: torch.device,
+        cls, rows: int, features: int, seeds: int, width: int, units: int, where: str, device: torch.device,
         dtype: torch.dtype,
     ) -> Problem:  # fmt: skip
-        """Seeds side by side, anywhere, or (``None``) on chunks anywhere."""
+        """Seeds side by side, on features anywhere, or on chunks anywhere, in their order or not."""
         torch.manual_seed(0)
-        if near is None:
-            columns = torch.randperm(features // width)[:seeds, None] * width + torch.arange(width)
+        if where.endswith("chunks"):
+            chosen = torch.randperm(features // width)[:seeds]
+            chosen = chosen.sort().values if where.startswith("rising") else chosen
+            columns = chosen[:, None] * width + torch.arange(width)
+        elif where == "side by side":
+            columns = torch.arange(seeds * width)
         else:
-            columns = torch.arange(seeds * width) if near else torch.randperm(features)[: seeds * width]
+            columns = torch.randperm(features)[: seeds * width]
         return cls._on(rows, features, columns.view(seeds, width), units, device, dtype)
 
     @classmethod
@@ -125,8 +131,8 @@ def check(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[Lin
     for dtype in dtypes:
         if dispatch.runs_triton("graft", torch.empty(0, device=device)):
             yield _several_tiles(device, dtype)
-        for rows, features, seeds, width, units, near in CASES:
-            case = (rows * parity.scale_of(device), features, seeds, width, units, near)
+        for rows, features, seeds, width, units, where in CASES:
+            case = (rows * parity.scale_of(device), features, seeds, width, units, where)
             problem = Problem.scattered(*case, device, dtype)
             exactly = {name: value.double() for name, value in problem.params.items()}
             wanted = _gradients(problem.y.double(), problem.g.double(), exactly, problem.seats, mode="exact")
@@ -143,7 +149,7 @@ def _several_tiles(device: torch.device, dtype: torch.dtype) -> Line:
     """Three tiles a program, as on large outputs, against one."""
     from esper.kasmina.ops.graft import triton as kernels
 
-    problem = Problem.scattered(70 * parity.scale_of(device), 40, 6, 4, 8, False, device, dtype)
+    problem = Problem.scattered(70 * parity.scale_of(device), 40, 6, 4, 8, "anywhere", device, dtype)
     y, seats = problem.y, problem.seats
     results: list[dict[str, Tensor]] = []
     for tiles in (1, 3):
@@ -154,7 +160,7 @@ def _several_tiles(device: torch.device, dtype: torch.dtype) -> Line:
             problem.g, read, gy, *values, seats.own, runs=seats.runs, read_runs=seats.own_runs, weights=True,
             tiles=tiles,
         )  # fmt: skip
-        results.append(dict(zip(("value", "read", "y", "w1", "b1", "w2"), (out, read, gy, *found), strict=True)))
+        results.append(dict(zip(("value", "read", "y", "weights"), (out, read, gy, found), strict=True)))
     one, several = results
     return parity.compare("three tiles a program", dtype, {name: (several[name], one[name]) for name in one})
 
@@ -192,9 +198,15 @@ def _work(problem: Problem) -> tuple[float, float]:
 def _forward(clock: Clock, problem: Problem, bar: float | None, facts: dict[str, Any]) -> Line:
     num_bytes, flops = _work(problem)
     ours, theirs = clock.gpu_us(problem.run), clock.gpu_us(problem.run_vectorised)
+    more: dict[str, Any] = {"eager_gpu_us": theirs, "over_eager": theirs / ours}
+    more["dirty_gpu_us"] = clock.gpu_us(problem.run, dirty=True)
+    if dispatch.runs_triton("graft", problem.y):
+        from esper.bench.ops import touch
+
+        more["touch_us"] = min(clock.gpu_us(call) for call in touch.calls(problem.y, problem.seats.flat))
     return row(
         "forward", clock, ours=ours, num_bytes=num_bytes, flops=flops, bar=bar, wall_us=clock.wall_us(problem.run),
-        eager_gpu_us=theirs, over_eager=theirs / ours, **facts,
+        **more, **facts,
     )  # fmt: skip
 
 
@@ -224,10 +236,10 @@ def _both_ways(clock: Clock, problem: Problem, facts: dict[str, Any]) -> Line:
 def _against_dense(clock: Clock, problem: Problem, facts: dict[str, Any]) -> Line:
     """What the code takes for seeds of this width, batched dense products, and the kernels where they are not taken."""
     num_bytes, flops = _work(problem)
-    width = problem.params["w1"].shape[2]
+    width, largest = problem.params["w1"].shape[2], LARGEST[problem.y.dtype]
     dense = clock.gpu_us(problem.run_vectorised)
-    more: dict[str, Any] = {"path": "kernel" if width <= LARGEST else "dense products", "dense_gpu_us": dense}
-    if width > LARGEST and dispatch.runs_triton("graft", problem.y):
+    more: dict[str, Any] = {"path": "kernel" if width <= largest else "dense products", "dense_gpu_us": dense}
+    if width > largest and dispatch.runs_triton("graft", problem.y):
         more["kernel_gpu_us"] = _kernel_us(clock, problem)
     return row("width", clock, ours=clock.gpu_us(problem.run), num_bytes=num_bytes, flops=flops, **more, **facts)
 

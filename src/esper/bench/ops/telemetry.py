@@ -30,7 +30,10 @@ CASES = (
     (90, 69, 23, 90, 0.0),
     (33, 257, 64, 33, 1.0),
     (3, 8193, 1, 3, 2.0),
+    (700, 48, 16, 700, 1000.0),
 )
+_OUTLIER = 1e4
+"""The first row of a case is so much larger than the others: sums of differences from it must lose nothing."""
 _SPREAD = 3.0
 SAMPLED = 1024
 """Rows a site reads by default."""
@@ -80,7 +83,7 @@ def exact(y_NF: Tensor, chunks: int, max_rows: int) -> Tensor:
 
 
 def check(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[Line]:
-    """Every case in every type; twice, for the same bits; then images, whose features are not the last axis."""
+    """Every case in every type; twice, for the same bits; then an outlier; then images, whose features lie apart."""
     for dtype in dtypes:
         for rows, features, chunks, max_rows, mean in CASES:
             y = (torch.randn(rows, features, device=device) * _SPREAD + mean).to(dtype)
@@ -88,6 +91,10 @@ def check(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[Lin
             name = f"{rows}x{features}, {chunks} chunks, {max_rows} rows, mean {mean:g}"
             line = _compare(name, first, exact(y, chunks, max_rows))
             yield line | {"equal": line["equal"] and torch.equal(first, second), "dtype": str(dtype)}
+        y = torch.randn(2100, 64, device=device)
+        y[0] *= _OUTLIER
+        y = y.to(dtype)
+        yield _compare("an outlier first", Problem(y, 16, 2100)(), exact(y, 16, 2100)) | {"dtype": str(dtype)}
         images = torch.randn(6, 24, 7, 5, device=device).to(dtype)
         wanted = exact(images.movedim(1, -1).reshape(-1, 24), 8, 50)
         yield _compare("images", Problem(images, 8, 50, axis=1)(), wanted) | {"dtype": str(dtype)}
@@ -121,5 +128,5 @@ def time_rows(clock: Clock, *, tiny: bool = False) -> Iterator[Line]:
         yield row(
             "all rows" if read == rows else "sampled rows", clock, ours=ours, num_bytes=num_bytes,
             flops=4.0 * read * features, bar=limit if isinstance(limit, float) else None,
-            wall_us=clock.wall_us(problem), **more,
+            wall_us=clock.wall_us(problem), dirty_gpu_us=clock.gpu_us(problem, dirty=True), **more,
         )  # fmt: skip

@@ -83,6 +83,10 @@ class Blueprint(ABC):
     fits_rows: bool = True
     """Whether captured rows of the site's input are all it takes to compute rows of its output."""
 
+    product_with: str | None = None
+    """Name of an output weight ``(S, K, U)``, where :meth:`project` is the product with it and ``hidden`` begins with
+    products and holds no state: such a branch can be computed again in the backward pass."""
+
     def refusal(self, geometry: Geometry) -> str | None:
         """Why it cannot sit on a site of a kind that it claims, or ``None``."""
         return None

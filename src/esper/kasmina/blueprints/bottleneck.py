@@ -23,6 +23,7 @@ from esper.kasmina.blueprints.blueprint import (
 )
 from esper.kasmina.geometry import Geometry
 from esper.kasmina.layers import with_columns, with_rows
+from esper.kasmina.recompute import product, weighted
 from esper.protocol import SiteKind
 
 
@@ -32,6 +33,7 @@ class Bottleneck(Blueprint):
 
     kinds = frozenset({SiteKind.LINEAR_SPAN})
     axes = {"w1": Axes(unit=1, read=2), "b1": Axes(unit=1), "w2": Axes(unit=2, column=1)}  # noqa: RUF012
+    product_with = "w2"
 
     def init(
         self, geometry: Geometry, *, num_slots: int, units: int, columns: int, reads: int, generator: torch.Generator
@@ -61,11 +63,7 @@ class Bottleneck(Blueprint):
         return dropped(h, geometry.dropout, training, generator)
 
     def project(self, params: Tensors, h: Tensor, geometry: Geometry, *, alpha: Tensor) -> Tensor:
-        w2 = (params["w2"] * alpha[:, None, None]).to(h.dtype)
-        slots, _, units = w2.shape
-        if slots == 1:
-            return F.linear(h, w2[0])
-        return torch.einsum("...su,sku->...sk", h.unflatten(-1, (slots, units)), w2).flatten(-2)
+        return product(h, weighted(params["w2"], alpha, h.dtype))
 
     def cost(self, geometry: Geometry, *, units: int, columns: int, reads: int) -> Cost:
         return Cost(units * (reads + columns + int(geometry.head_bias)), 2.0 * units * (reads + columns))

@@ -25,6 +25,7 @@ from esper.kasmina.blueprints.blueprint import (
 )
 from esper.kasmina.geometry import Geometry
 from esper.kasmina.layers import bias_of, rebuilt, weight_matrix, with_columns, with_rows
+from esper.kasmina.recompute import product, weighted
 from esper.protocol import SiteKind
 
 
@@ -40,6 +41,7 @@ class Gated(Blueprint):
         "bu": Axes(unit=1),
         "wd": Axes(unit=2, column=1),
     }
+    product_with = "wd"
 
     def init(
         self, geometry: Geometry, *, num_slots: int, units: int, columns: int, reads: int, generator: torch.Generator
@@ -72,11 +74,7 @@ class Gated(Blueprint):
         return dropped(h, geometry.dropout, training, generator)
 
     def project(self, params: Tensors, h: Tensor, geometry: Geometry, *, alpha: Tensor) -> Tensor:
-        wd = (params["wd"] * alpha[:, None, None]).to(h.dtype)
-        slots, _, units = wd.shape
-        if slots == 1:
-            return F.linear(h, wd[0])
-        return torch.einsum("...su,sku->...sk", h.unflatten(-1, (slots, units)), wd).flatten(-2)
+        return product(h, weighted(params["wd"], alpha, h.dtype))
 
     def cost(self, geometry: Geometry, *, units: int, columns: int, reads: int) -> Cost:
         assert geometry.gate is not None

@@ -104,6 +104,9 @@ def fit_and_check_rows(rows: Rows) -> tuple[Rows, Rows]:
     batches = torch.unique(rows.batch)
     held = batches[-max(1, len(batches) // 4) :]
     checking = torch.isin(rows.batch, held)
+    first = int((~checking).sum())
+    if bool(checking[first:].all()):  # in the order of their batches, as captures have them: nothing is copied
+        return rows.select(slice(None, first)), rows.select(slice(first, None))
     return rows.select(~checking), rows.select(checking)
 
 

@@ -12,11 +12,13 @@ from torch.autograd.function import once_differentiable
 from esper.kasmina.ops import dispatch
 from esper.kasmina.ops.graft import reference
 
-LARGEST = 64
-"""Most columns or hidden units a seed may have in the kernels; beyond, one dense matrix product a seed is as fast."""
+LARGEST = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
+"""Most columns or hidden units a seed may have in the kernels: more do not fit a program's registers, and dense matrix
+products take over. Its keys are the types the kernels are for."""
 WHOLE_RUNS = 16
 """Columns of a group of seeds, at least."""
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_COPIED_RUNS = 4
+"""Shorter runs make the kernels copy in pieces that are slower than a copy of its own."""
 _INTERPRETED_DTYPES = (torch.float32,)
 """Triton's interpreter multiplies half-precision numbers wrongly."""
 
@@ -35,6 +37,8 @@ class Seats:
         ``(S, K)`` int32: the numbers 0 to ``S*K - 1``, the columns of a copy of what the seeds read.
     whole:
         Whether the seeds cover all features.
+    rising:
+        Whether the columns rise from each to the next, in runs of four or more: the kernels can copy what lies between.
     runs, own_runs:
         How many neighbours ``columns`` (``own``) fall into: ``WHOLE_RUNS`` where whole groups of seeds are runs that
         start at a multiple of 8 (read and written 16 bytes at a time), else 8, 4 or 2 where each seed is made of such
@@ -45,6 +49,7 @@ class Seats:
     flat: Tensor
     own: Tensor
     whole: bool
+    rising: bool
     runs: int
     own_runs: int
 
@@ -53,9 +58,12 @@ class Seats:
         """From ``columns (S, K)`` on the CPU."""
         columns = columns.to(torch.int32).contiguous()
         own = torch.arange(columns.numel(), dtype=torch.int32).view(columns.shape)
+        flat, runs = columns.reshape(-1), _run_length(columns)
+        fits = runs >= _COPIED_RUNS and num_features % min(runs, 8) == 0
+        rising = fits and bool((flat[1:] > flat[:-1]).all())
         return cls(
-            columns.to(device), columns.reshape(-1).long().to(device), own.to(device),
-            columns.numel() == num_features, _run_length(columns), _run_length(own),
+            columns.to(device), flat.long().to(device), own.to(device), columns.numel() == num_features, rising, runs,
+            _run_length(own),
         )  # fmt: skip
 
 
@@ -88,26 +96,30 @@ def graft(
         The caller gives ``y`` up: its memory may be used for the result, which saves two passes over it. Whoever has
         saved ``y`` for a backward pass then gets autograd's error, not a wrong gradient.
     """
-    if not _is_taken(y, w1):
+    compiling = torch.compiler.is_compiling()
+    if not _is_taken(y, w1, compiling):
         return reference.graft(y, w1, b1, w2, alpha, seats.flat)
-    if torch.compiler.is_compiling():
-        places = (seats.columns, seats.flat, seats.own, seats.whole, seats.runs, seats.own_runs)
+    if compiling:
+        places = (seats.columns, seats.flat, seats.own, seats.whole, seats.rising, seats.runs, seats.own_runs)
         return _graft_opaque(y, w1, b1, w2, alpha, *places)[0]
     if not dispatch.runs_triton("graft", y):
         return reference.graft(y, w1, b1, w2, alpha, seats.flat)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, w1, b1, w2, alpha)):
-        return _Graft.apply(y, w1, b1, w2, alpha, seats, writable)  # type: ignore[reportReturnType]
+        return _apply(y, w1, b1, w2, alpha, seats, writable)  # type: ignore[reportReturnType]
     return _forward(y, w1, b1, w2, alpha, seats, writable=writable, keep=False)[0]
 
 
-def _is_taken(y: Tensor, w1: Tensor) -> bool:
+def _is_taken(y: Tensor, w1: Tensor, compiling: bool) -> bool:
     """Whether device, sizes and type of number are ones the kernels are for."""
-    if not (y.is_cuda or dispatch.INTERPRETED) or max(w1.shape[1:]) > LARGEST:
+    if not (y.is_cuda or dispatch.INTERPRETED):
         return False
-    if y.dtype not in (_INTERPRETED_DTYPES if dispatch.INTERPRETED else _DTYPES):
+    _, units, width = w1.shape
+    if max(units, width) > LARGEST.get(y.dtype, 0):
+        return False
+    if dispatch.INTERPRETED and y.dtype not in _INTERPRETED_DTYPES:
         return False
     # a function transform sees through PyTorch's operations only
-    return torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(y)  # type: ignore[reportPrivateUsage]
+    return compiling or not torch._C._functorch.is_functorch_wrapped_tensor(y)  # type: ignore[reportPrivateUsage]
 
 
 def _forward(
@@ -121,14 +133,16 @@ def _forward(
 
     source = y.contiguous()
     rows = source.view(-1, y.shape[-1])
+    copy = False
     if seats.whole and (keep or not writable):
         out = torch.empty_like(source)
         kept, written = None, rows
     else:
-        out = source if writable else source.clone()
+        copy = seats.rising and not writable
+        out = source if writable else torch.empty_like(source) if copy else source.clone()
         kept = rows.new_empty(rows.shape[0], seats.flat.numel()) if keep else None
         written = kept
-    triton.forward(rows, out.view(rows.shape), kept, w1, b1, w2, alpha, seats.columns, runs=seats.runs)
+    triton.forward(rows, out.view(rows.shape), kept, w1, b1, w2, alpha, seats.columns, runs=seats.runs, copy=copy)
     if out is y and not y.is_inference():
         torch.autograd.graph.increment_version(y)
     return out, written if keep else None
@@ -136,18 +150,19 @@ def _forward(
 
 def _backward(
     g: Tensor, read: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, seats: Seats, weights: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of y, w1, b1 and ``w2 / alpha``; the last three empty without ``weights``."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients: of y, and those of w1, ``w2 / alpha`` and b1 behind each other (empty without ``weights``)."""
     from esper.kasmina.ops.graft import triton
 
     rows = g.reshape(-1, g.shape[-1]).contiguous()
-    gy = torch.empty_like(rows) if seats.whole else rows.clone()
+    copy = seats.rising and not seats.whole
+    gy = torch.empty_like(rows) if seats.whole or copy else rows.clone()
     read_columns, read_runs = (seats.columns, seats.runs) if seats.whole else (seats.own, seats.own_runs)
     found = triton.backward(
         rows, read, gy, w1, b1, w2, alpha, seats.columns, read_columns,
-        runs=seats.runs, read_runs=read_runs, weights=weights,
+        runs=seats.runs, read_runs=read_runs, weights=weights, copy=copy,
     )  # fmt: skip
-    return gy.view(g.shape), *found
+    return gy.view(g.shape), found
 
 
 class _Graft(torch.autograd.Function):
@@ -170,14 +185,22 @@ class _Graft(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[reportIncompatibleMethodOverride]
         read, w1, b1, w2, alpha = ctx.saved_tensors
         weights = any(ctx.needs_input_grad[1:5])
-        gy, g1, gb, g2 = _backward(g, read, w1, b1, w2, alpha, ctx.seats, weights)
-        return gy, *_parameter_gradients(g1, gb, g2, w1, b1, w2, alpha, ctx.needs_input_grad), None, None
+        gy, found = _backward(g, read, w1, b1, w2, alpha, ctx.seats, weights)
+        return gy, *_parameter_gradients(found, w1, b1, w2, alpha, ctx.needs_input_grad), None, None
+
+
+_apply: Any = super(torch.autograd.Function, _Graft).apply  # pyright: ignore[reportAttributeAccessIssue]  from C++
+"""``_Graft.apply`` without its care for function transforms, which :func:`_is_taken` has found not to run."""
 
 
 def _parameter_gradients(
-    g1: Tensor, gb: Tensor, g2: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, needed: tuple[bool, ...]
+    found: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Of w1, b1, w2, alpha, from sums that hold no alpha in the third."""
+    """Of w1, b1, w2, alpha, from what :func:`_backward` gives."""
+    if not found.numel():
+        return (None,) * 4
+    sums = found.split([w1.numel(), w2.numel(), b1.numel()])
+    g1, g2, gb = sums[0].view(w1.shape), sums[1].view(w2.shape), sums[2].view(b1.shape)
     return (
         g1.to(w1.dtype) if needed[1] else None,
         gb.to(b1.dtype) if needed[2] else None,
@@ -192,10 +215,10 @@ def _parameter_gradients(
 @torch.library.custom_op("esper::graft", mutates_args=())
 def _graft_opaque(
     y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor, own: Tensor,
-    whole: bool, runs: int, own_runs: int,
+    whole: bool, rising: bool, runs: int, own_runs: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result, and what the seeds read (empty if they are ``whole``: it is ``y`` then)."""
-    seats = Seats(columns, flat, own, whole, runs, own_runs)
+    seats = Seats(columns, flat, own, whole, rising, runs, own_runs)
     if dispatch.runs_triton("graft", y):
         out, read = _forward(y, w1, b1, w2, alpha, seats, writable=False, keep=True)
         assert read is not None
@@ -208,7 +231,7 @@ def _graft_opaque(
 @_graft_opaque.register_fake
 def _(
     y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor, own: Tensor,
-    whole: bool, runs: int, own_runs: int,
+    whole: bool, rising: bool, runs: int, own_runs: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = y.numel() // y.shape[-1]
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
@@ -218,10 +241,10 @@ def _(
 @torch.library.custom_op("esper::graft_backward", mutates_args=())
 def _graft_backward_opaque(
     g: Tensor, read: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor,
-    own: Tensor, whole: bool, runs: int, own_runs: int, weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of y, w1, b1 and ``w2 / alpha``; the last three empty without ``weights``."""
-    seats = Seats(columns, flat, own, whole, runs, own_runs)
+    own: Tensor, whole: bool, rising: bool, runs: int, own_runs: int, weights: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients, as of :func:`_backward`."""
+    seats = Seats(columns, flat, own, whole, rising, runs, own_runs)
     if dispatch.runs_triton("graft", g):
         return _backward(g, read.reshape(-1, read.shape[-1]), w1, b1, w2, alpha, seats, weights)
     rows = g.reshape(-1, g.shape[-1])
@@ -229,23 +252,22 @@ def _graft_backward_opaque(
     x = x.index_select(1, flat) if whole else x
     gx, g1, gb, g2 = reference.gradients(rows.index_select(1, flat), x, w1, b1, w2, alpha)
     gy = rows.index_add(1, flat, gx.to(g.dtype)).view(g.shape)
-    empty = g1.new_empty(0)
-    return (gy, g1, gb, g2) if weights else (gy, empty, empty.clone(), empty.clone())
+    return gy, torch.cat([g1.flatten(), g2.flatten(), gb.flatten()]).float() if weights else g1.new_empty(0)
 
 
 @_graft_backward_opaque.register_fake
 def _(
     g: Tensor, read: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor,
-    own: Tensor, whole: bool, runs: int, own_runs: int, weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    own: Tensor, whole: bool, rising: bool, runs: int, own_runs: int, weights: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     gy = torch.empty_like(g, memory_format=torch.contiguous_format)
-    shapes = [w1.shape, b1.shape, w2.shape] if weights else [(0,)] * 3
-    return gy, *(torch.empty(shape, dtype=torch.float32, device=g.device) for shape in shapes)  # type: ignore[reportReturnType]
+    size = w1.numel() + w2.numel() + b1.numel() if weights else 0
+    return gy, torch.empty(size, dtype=torch.float32, device=g.device)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     y, w1, b1, w2, alpha, columns, flat, own, *ctx.layout = inputs
-    (whole, _, _) = ctx.layout
+    whole = ctx.layout[0]
     ctx.save_for_backward(y if whole else output[1], w1, b1, w2, alpha, columns, flat, own)
 
 
@@ -253,8 +275,8 @@ def _differentiate(ctx: Any, g: Tensor, _g_read: Tensor) -> tuple[Tensor | None,
     read, w1, b1, w2, alpha, columns, flat, own = ctx.saved_tensors
     needed = ctx.needs_input_grad
     weights = any(needed[1:5])
-    gy, g1, gb, g2 = _graft_backward_opaque(g, read, w1, b1, w2, alpha, columns, flat, own, *ctx.layout, weights)
-    return gy, *_parameter_gradients(g1, gb, g2, w1, b1, w2, alpha, needed), *(None,) * 6
+    gy, found = _graft_backward_opaque(g, read, w1, b1, w2, alpha, columns, flat, own, *ctx.layout, weights)
+    return gy, *_parameter_gradients(found, w1, b1, w2, alpha, needed), *(None,) * 7
 
 
 _graft_opaque.register_autograd(_differentiate, setup_context=_setup)

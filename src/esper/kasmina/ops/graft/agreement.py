@@ -9,7 +9,7 @@ from esper.kasmina.ops.graft import Seats, reference, triton
 
 
 def check(device: torch.device) -> None:
-    """Scattered seeds of 3 columns, one of 20, and scattered chunks of 4, forward and backward.
+    """Scattered seeds of 3 columns, one of 20, and chunks of 4 with what lies between, forward and backward.
 
     The reference computes in float64: in float32 it would follow the host's choice of matrix precision (TF32), which
     the kernels do not.
@@ -26,25 +26,26 @@ def check(device: torch.device) -> None:
 
     for rows, features, seeds, width, units in ((40, 33, 7, 3, 5), (9, 24, 1, 20, 17), (40, 48, 5, 4, 5)):
         if width == 4:
-            chosen = torch.randperm(features // width, generator=source)[:seeds]
+            chosen = torch.randperm(features // width, generator=source)[:seeds].sort().values
             columns = chosen[:, None] * width + torch.arange(width)
         else:
             columns = torch.randperm(features, generator=source)[: seeds * width].view(seeds, width)
         seats = Seats.of(columns, features, device)
         y, g, alpha = draw(rows, features), draw(rows, features), draw(seeds)
         w1, b1, w2 = draw(seeds, units, width), draw(seeds, units), draw(seeds, width, units)
-        out, read = y.clone(), y.new_empty(rows, seeds * width)
-        triton.forward(y, out, read, w1, b1, w2, alpha, seats.columns, runs=seats.runs)
-        gy = g.clone()
+        copy = seats.rising
+        out, gy = (torch.empty_like(t) if copy else t.clone() for t in (y, g))
+        read = y.new_empty(rows, seeds * width)
+        triton.forward(y, out, read, w1, b1, w2, alpha, seats.columns, runs=seats.runs, copy=copy)
         found = triton.backward(
             g, read, gy, w1, b1, w2, alpha, seats.columns, seats.own,
-            runs=seats.runs, read_runs=seats.own_runs, weights=True,
+            runs=seats.runs, read_runs=seats.own_runs, weights=True, copy=copy,
         )  # fmt: skip
         exact = (w1.double(), b1.double(), w2.double(), alpha.double())
-        gx, *wanted = reference.gradients(g[:, seats.flat].double(), y[:, seats.flat].double(), *exact)
+        gx, g1, gb, g2 = reference.gradients(g[:, seats.flat].double(), y[:, seats.flat].double(), *exact)
         pairs = [
             (out, reference.graft(y.double(), *exact, seats.flat)),
             (gy, g.double().index_add(1, seats.flat, gx)),
-            *zip(found, wanted, strict=True),
+            (found, torch.cat([g1.flatten(), g2.flatten(), gb.flatten()])),
         ]
         dispatch.agree("graft", pairs, 1e-4)

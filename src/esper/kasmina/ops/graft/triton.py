@@ -15,19 +15,24 @@ GH >= G * H hidden units (powers of two, at least 16: the smallest tile of the m
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from esper.kasmina.ops.launches import Launches, alignment
 from esper.kasmina.ops.sizes import power_above
 
 _WHOLE = 16
 """Run length from which whole groups are runs (``WHOLE_RUNS`` of the package)."""
 _UNITS = 64
 """Most hidden units of a group of several seeds."""
+_COPY = 128
+"""Columns copied at a time by programs that write a whole new tensor."""
 
 
 @triton.jit
@@ -76,17 +81,42 @@ def _group_units(b1, group, seeds, H: tl.constexpr, G: tl.constexpr, GH: tl.cons
 
 
 @triton.jit
+def _copy_stretch(source, target, columns, group, groups, block, rows, features, K: tl.constexpr, G: tl.constexpr,
+                  ROWS: tl.constexpr, TILES: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Copy a program's rows of the columns from its group's first up to the next group's first.
+
+    All features have one owner so: columns rise from seed to seed, in runs of ``RUN`` that start at multiples of it (the
+    host has checked). The program then waits for itself, as it overwrites some of what it has copied.
+    """
+    start = tl.load(columns + group * G * K).to(tl.int32)
+    start = tl.where(group == 0, 0, start) // RUN
+    end = tl.load(columns + (group + 1) * G * K, mask=group + 1 < groups, other=0).to(tl.int32)
+    end = tl.where(group + 1 < groups, end, features) // RUN
+    for tile in range(TILES):
+        row = (block * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        for run in range(start, end, BLOCK // RUN):
+            column = run * RUN + tl.arange(0, BLOCK)
+            mask = (row < rows)[:, None] & (column < end * RUN)[None, :]
+            place = row[:, None].to(tl.int64) * features + column[None, :]
+            tl.store(target + place, tl.load(source + place, mask=mask), mask=mask)
+    tl.debug_barrier()
+
+
+@triton.jit
 def forward_kernel(
     y, out, kept, w1, b1, w2, alpha, columns, rows, features, seeds, groups,
     K: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GK: tl.constexpr, GH: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, DENSE: tl.constexpr, RUN: tl.constexpr, KEEP: tl.constexpr,
+    COPY: tl.constexpr,
 ):  # fmt: skip
     """Read columns of ``y (N, F)`` and write them to ``out`` (may be ``y``).
 
-    ``KEEP``: write what was read to ``kept (N, S*K)``.
+    ``KEEP``: write what was read to ``kept (N, S*K)``. ``COPY``: copy all other columns, so many at a time (0: none).
     """
     pid = tl.program_id(0)
     group, block = pid % groups, pid // groups
+    if COPY > 0:
+        _copy_stretch(y, out, columns, group, groups, block, rows, features, K, G, ROWS, TILES, RUN, COPY)
     column, real = _group_columns(columns, group, seeds, K, G, GK, DENSE, RUN)
     place1, mask1 = _first_weights(w1, group, seeds, K, H, G, GK, GH)
     place2, mask2 = _second_weights(w2, group, seeds, K, H, G, GK, GH)
@@ -113,20 +143,22 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    g, y, gy, part1, part_bias, part2, w1, b1, w2, alpha, columns, read_columns,
+    g, y, gy, parts, w1, b1, w2, alpha, columns, read_columns,
     rows, features, read_features, seeds, groups,
     K: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GK: tl.constexpr, GH: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, DENSE: tl.constexpr, RUN: tl.constexpr, READ_DENSE: tl.constexpr,
-    READ_RUN: tl.constexpr, WEIGHTS: tl.constexpr,
+    READ_RUN: tl.constexpr, WEIGHTS: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one group over ``ROWS * TILES`` rows.
 
     ``y`` is what the forward read: columns ``read_columns`` of a tensor of ``read_features`` columns. Written are the
-    group's columns of ``gy (N, F)`` and, with ``WEIGHTS``, partial sums ``part1 (P, S, H, K)``, ``part_bias (P, S, H)``
-    and ``part2 (P, S, K, H)``, the last without alpha.
+    group's columns of ``gy (N, F)`` (with ``COPY`` all others too, so many at a time) and, with ``WEIGHTS``, partial
+    sums in ``parts``: P rows of ``(S, H, K)``, ``(S, K, H)`` without alpha, and ``(S, H)``.
     """
     pid = tl.program_id(0)
     group, block = pid % groups, pid // groups
+    if COPY > 0:
+        _copy_stretch(g, gy, columns, group, groups, block, rows, features, K, G, ROWS, TILES, RUN, COPY)
     column, real = _group_columns(columns, group, seeds, K, G, GK, DENSE, RUN)
     read, _ = _group_columns(read_columns, group, seeds, K, G, GK, READ_DENSE, READ_RUN)
     place1, mask1 = _first_weights(w1, group, seeds, K, H, G, GK, GH)
@@ -161,10 +193,10 @@ def backward_kernel(
             sum2 += tl.dot(tl.trans(h.to(dtype)), slope, input_precision="ieee")
             sum_bias += tl.sum(dz, 0)  # rows behind the last have a slope of zero, so dz is zero there
     if WEIGHTS:
-        stack = tl.cast(block, tl.int64) * seeds * (H * K)
-        tl.store(part1 + stack + place1, sum1, mask=mask1)
-        tl.store(part2 + stack + place2, sum2, mask=mask2)
-        tl.store(part_bias + block * seeds * H + unit, sum_bias, mask=has_unit)
+        own = parts + tl.cast(block, tl.int64) * seeds * (2 * H * K + H)
+        tl.store(own + place1, sum1, mask=mask1)
+        tl.store(own + seeds * (H * K) + place2, sum2, mask=mask2)
+        tl.store(own + seeds * (2 * H * K) + unit, sum_bias, mask=has_unit)
 
 
 @dataclass(frozen=True)
@@ -183,8 +215,11 @@ class Grouping:
         return self.seeds * width == self.columns
 
 
-def grouping(columns: int, units: int, dtype: torch.dtype, *, backward: bool = False) -> Grouping:
-    """How seeds of ``columns`` columns and ``units`` hidden units are put together.
+@functools.lru_cache(maxsize=256)
+def grouping(
+    columns: int, units: int, dtype: torch.dtype, *, backward: bool = False, dense: bool = False
+) -> Grouping:  # fmt: skip
+    """How seeds of ``columns`` columns and ``units`` hidden units are put together; ``dense`` groups are whole runs.
 
     Tile heights keep a program's matrices in registers (``tests`` compile them and look for spills): the backward pass
     holds three more, and fp32 products run without the matrix units, whose fragments are smaller.
@@ -193,13 +228,18 @@ def grouping(columns: int, units: int, dtype: torch.dtype, *, backward: bool = F
     wide = max(16, power_above(together * columns))
     high = max(16, power_above(together * units))
     large = max(wide, high)
+    stages = 2
     if dtype == torch.float32:
         rows, warps = (32, 4) if large <= 32 else (16, 8) if backward else (32, 8)
     elif backward:
-        rows, warps = (64, 4) if large <= 32 else (64, 8)
+        rows, warps = (64, 4) if large <= 32 else (64, 8) if large <= 64 else (32, 8)
+        stages = 2 if large <= 64 else 1
+    elif large <= 32:
+        # benchmarks/ops/sweep.py: whole runs stream, scattered columns want more loads under way
+        rows, warps, stages = (64, 4, 3) if dense else (64, 8, 2)
     else:
-        rows, warps = (128, 4) if large <= 32 else (128, 8) if large <= 64 else (64, 8)
-    return Grouping(together, wide, high, rows, warps)
+        rows, warps, stages = (128, 8, 2) if large <= 64 else (64, 8, 1)
+    return Grouping(together, wide, high, rows, warps, stages)
 
 
 def _is_dense(runs: int, plan: Grouping, width: int) -> bool:
@@ -214,36 +254,50 @@ def _tiles(rows: int, height: int, groups: int, most: int) -> int:
 
 def forward(
     y_NF: Tensor, out_NF: Tensor, kept: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor,
-    columns: Tensor, *, runs: int, plan: Grouping | None = None, tiles: int | None = None,
+    columns: Tensor, *, runs: int, copy: bool = False, plan: Grouping | None = None, tiles: int | None = None,
 ) -> None:  # fmt: skip
     """Write the seeds' columns of ``out_NF`` (may be ``y_NF``) and, if given, what they read to ``kept (N, S*K)``.
 
-    ``columns (S, K)`` int32; ``runs`` as of :class:`esper.kasmina.ops.graft.Seats`.
+    ``columns (S, K)`` int32; ``runs`` as of :class:`esper.kasmina.ops.graft.Seats`. With ``copy`` the columns rise and
+    the others of ``y_NF`` are copied to ``out_NF``.
     """
     rows, features = y_NF.shape
     seeds, units, width = w1.shape
-    plan = grouping(width, units, y_NF.dtype) if plan is None else plan
+    plan = grouping(width, units, y_NF.dtype, dense=runs >= _WHOLE) if plan is None else plan
     groups = -(-seeds // plan.seeds)
-    tiles = _tiles(rows, plan.rows, groups, 4) if tiles is None else tiles
+    tiles = _tiles(rows, plan.rows, groups, 4 if runs >= _WHOLE else 1) if tiles is None else tiles
     blocks = -(-rows // (plan.rows * tiles))
     if blocks == 0:
         return
-    forward_kernel[(groups * blocks,)](
-        y_NF, out_NF, out_NF if kept is None else kept, w1, b1, w2, alpha, columns, rows, features, seeds, groups,
-        K=width, H=units, G=plan.seeds, GK=plan.columns, GH=plan.units, ROWS=plan.rows, TILES=tiles,
-        DENSE=_is_dense(runs, plan, width), RUN=min(runs, 8), KEEP=kept is not None,
+    tensors = (y_NF, out_NF, out_NF if kept is None else kept, w1, b1, w2, alpha, columns)
+    numbers = (
+        rows, features, seeds, groups,
+        width, units, plan.seeds, plan.columns, plan.units, plan.rows, tiles,
+        _is_dense(runs, plan, width), min(runs, 8), kept is not None, _COPY if copy else 0,
+    )  # fmt: skip
+    _launches.launch(
+        (numbers, plan.warps, plan.stages, *_kinds(tensors)), forward_kernel, (groups * blocks,), *tensors, *numbers,
         num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
 
 
+_launches = Launches()
+
+
+def _kinds(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return tensors[0].device, alignment(tensors), tuple([tensor.dtype for tensor in tensors])
+
+
 def backward(
     g_NF: Tensor, y: Tensor, gy_NF: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor,
-    read_columns: Tensor, *, runs: int, read_runs: int, weights: bool, plan: Grouping | None = None,
+    read_columns: Tensor, *, runs: int, read_runs: int, weights: bool, copy: bool = False, plan: Grouping | None = None,
     tiles: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Write the seeds' columns of ``gy_NF``; return gradients of w1, b1 and ``w2 / alpha`` (empty without ``weights``).
+) -> Tensor:  # fmt: skip
+    """Write the seeds' columns of ``gy_NF``; return the gradients of w1, ``w2 / alpha`` and b1 behind each other, flat
+    (empty without ``weights``).
 
-    ``y`` is what the forward read, at ``read_columns`` of its last axis.
+    ``y`` is what the forward read, at ``read_columns`` of its last axis. With ``copy`` the columns rise and the others
+    of ``g_NF`` are copied to ``gy_NF``.
     """
     rows, features = g_NF.shape
     seeds, units, width = w1.shape
@@ -252,22 +306,16 @@ def backward(
     tiles = _tiles(rows, plan.rows, groups, 8) if tiles is None else tiles
     blocks = max(1, -(-rows // (plan.rows * tiles)))
     size = seeds * units * width
-    stack = torch.empty(blocks * (2 * size + seeds * units) if weights else 0, device=g_NF.device)
-    part1, part2, part_bias = stack.split([blocks * size, blocks * size, blocks * seeds * units]) if weights else (
-        stack, stack, stack
-    )  # fmt: skip
-    backward_kernel[(groups * blocks,)](
-        g_NF, y, gy_NF, part1, part_bias, part2, w1, b1, w2, alpha, columns, read_columns,
+    parts = torch.empty((blocks, 2 * size + seeds * units) if weights else (0,), device=g_NF.device)
+    tensors = (g_NF, y, gy_NF, parts, w1, b1, w2, alpha, columns, read_columns)
+    numbers = (
         rows, features, y.shape[1], seeds, groups,
-        K=width, H=units, G=plan.seeds, GK=plan.columns, GH=plan.units, ROWS=plan.rows, TILES=tiles,
-        DENSE=_is_dense(runs, plan, width), RUN=min(runs, 8), READ_DENSE=_is_dense(read_runs, plan, width),
-        READ_RUN=min(read_runs, 8), WEIGHTS=weights,
+        width, units, plan.seeds, plan.columns, plan.units, plan.rows, tiles,
+        _is_dense(runs, plan, width), min(runs, 8), _is_dense(read_runs, plan, width), min(read_runs, 8),
+        weights, _COPY if copy else 0,
+    )  # fmt: skip
+    _launches.launch(
+        (numbers, plan.warps, plan.stages, *_kinds(tensors)), backward_kernel, (groups * blocks,), *tensors, *numbers,
         num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
-    if not weights:
-        return stack, stack, stack
-    return (
-        part1.view(blocks, seeds, units, width).sum(0),
-        part_bias.view(blocks, seeds, units).sum(0),
-        part2.view(blocks, seeds, width, units).sum(0),
-    )
+    return parts.sum(0) if weights else parts

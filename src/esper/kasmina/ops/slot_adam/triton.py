@@ -15,7 +15,8 @@ Shapes: S slots, T parameters of one bank, each ``(S, ...)`` fp32 and contiguous
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esper.kasmina.ops.launches import Launches, alignment
 from esper.kasmina.ops.sizes import power_above
 
 if TYPE_CHECKING:
@@ -112,39 +114,60 @@ def update_kernel(
         tl.store(values[number] + offset, value, mask=mask)
 
 
+_launches = Launches()
+
+
 def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -1e4
 
 
-def _starts(sizes: Sequence[int]) -> tuple[tuple[int, ...], int]:
-    """First block of each parameter, and the number of blocks."""
+@dataclass(frozen=True)
+class Layout:
+    """How parameters of these sizes are cut into blocks: first block and elements a slot of each, and all blocks."""
+
+    starts: tuple[int, ...]
+    widths: tuple[int, ...]
+    blocks: int
+
+
+@lru_cache(maxsize=1024)
+def layout(sizes: tuple[int, ...], slots: int) -> Layout:
+    """Of parameters with ``sizes`` elements over ``slots``."""
     starts, total = [0], 0
     for size in sizes:
         total += -(-size // _BLOCK)
         starts.append(total)
-    return tuple(starts[:-1]), total
+    return Layout(tuple(starts[:-1]), tuple([size // slots for size in sizes]), total)
 
 
 def step(stacks: Stacks, rates: Rates, learning: Tensor | None, inverse_scale: float) -> None:
     """Run the three kernels; arguments as of :func:`esper.kasmina.ops.slot_adam.step`."""
-    gradients = tuple(gradient.contiguous() for gradient in stacks.gradients)
-    sizes = tuple(value.numel() for value in stacks.values)
-    slots = stacks.steps.numel()
-    starts, blocks = _starts(sizes)
-    device = stacks.steps.device
+    values, firsts = tuple(stacks.values), tuple(stacks.firsts)
+    seconds = tuple(stacks.seconds) or firsts
+    gradients = tuple([gradient.contiguous() for gradient in stacks.gradients])
+    steps, bad_steps = stacks.steps, stacks.bad_steps
+    sizes, slots, device = tuple([value.numel() for value in values]), steps.numel(), steps.device
+    plan = layout(sizes, slots)
+    blocks = plan.blocks
     flags = torch.empty(blocks, dtype=torch.int32, device=device)
     table = torch.empty(4, slots, device=device)
-    check_kernel[(blocks,)](gradients, sizes, starts, flags, BLOCK=_BLOCK, num_warps=4)
-    slot_kernel[(-(-slots // _BLOCK),)](
-        flags, table if learning is None else learning.to(torch.float32), stacks.steps, stacks.bad_steps, table,
-        blocks, slots, rates.lr, float(max(1, rates.warmup_steps)),
-        _log(rates.betas[0]), _log(rates.betas[1]),
-        MASKED=learning is not None, BLOCK=_BLOCK, ROUNDS=power_above(-(-blocks // _BLOCK)), num_warps=4,
+    mask = table if learning is None else learning.to(torch.float32)
+    key = (
+        sizes, slots, device, rates.rule, rates.nesterov, learning is None, tuple([g.dtype for g in gradients]),
+        alignment((*values, *gradients, *firsts, *seconds, steps, bad_steps, mask)),
     )  # fmt: skip
-    update_kernel[(blocks,)](
-        tuple(stacks.values), gradients, tuple(stacks.firsts), tuple(stacks.seconds or stacks.firsts), sizes,
-        tuple(size // slots for size in sizes), starts, table, slots,
-        float(inverse_scale), rates.betas[0], rates.betas[1], rates.eps, rates.weight_decay, rates.momentum,
-        ADAPTIVE=rates.rule != "sgd", DECOUPLED=rates.rule == "adamw", NESTEROV=rates.nesterov, BLOCK=_BLOCK,
+    launch = _launches.launch
+    launch(("check", key), check_kernel, (blocks,), gradients, sizes, plan.starts, flags, _BLOCK, num_warps=4)
+    launch(
+        ("slot", key), slot_kernel, (-(-slots // _BLOCK),),
+        flags, mask, steps, bad_steps, table, blocks, slots, float(rates.lr), float(max(1, rates.warmup_steps)),
+        _log(rates.betas[0]), _log(rates.betas[1]), learning is not None, _BLOCK, power_above(-(-blocks // _BLOCK)),
         num_warps=4,
+    )  # fmt: skip
+    launch(
+        ("update", key), update_kernel, (blocks,),
+        values, gradients, firsts, seconds, sizes, plan.widths, plan.starts, table, slots,
+        float(inverse_scale), float(rates.betas[0]), float(rates.betas[1]), float(rates.eps),
+        float(rates.weight_decay), float(rates.momentum),
+        rates.rule != "sgd", rates.rule == "adamw", rates.nesterov, _BLOCK, num_warps=4,
     )  # fmt: skip

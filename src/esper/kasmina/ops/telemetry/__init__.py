@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from esper.kasmina.ops import dispatch
-from esper.kasmina.ops.telemetry.reference import chunk_statistics
+from esper.kasmina.ops.telemetry.reference import chunk_statistics, feature_statistics_into
 
-__all__ = ["chunk_statistics", "record_statistics"]
+__all__ = ["chunk_statistics", "record_statistics", "traced_statistics"]
 
 
 def record_statistics(
@@ -36,14 +36,34 @@ def record_statistics(
         _record(out, y, feature_axis, max_rows, chunk_of, chunk_sizes)
 
 
+@torch.no_grad()
+def traced_statistics(y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor) -> Tensor:
+    """What :func:`record_statistics` writes, as a new tensor: for a compiled graph.
+
+    There a tensor that is written would cost more than the launch. It makes ``y`` look, to the compiler's choice of what
+    to keep for the backward pass, as if it were read again far away, and functions of ``y`` are kept instead that are
+    larger (the derivative of an activation in fp32); and CUDA graphs are given up where an input is written. So ``y``
+    goes into one node as it is, not even detached, and nothing in the graph reads what comes out.
+    """
+    if y.is_cuda or dispatch.INTERPRETED:
+        return _statistics_opaque(y, feature_axis, max_rows, chunk_of, chunk_sizes)
+    return chunk_statistics(_sampled_rows(y, feature_axis, max_rows), chunk_of, chunk_sizes)
+
+
 def _sampled_reference(
     out: Tensor, y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor
 ) -> None:
-    out.copy_(chunk_statistics(_sampled_rows(y, feature_axis, max_rows), chunk_of, chunk_sizes))
+    rows = _sampled_rows(y, feature_axis, max_rows)
+    if chunk_of.numel() == chunk_sizes.numel():
+        feature_statistics_into(out, rows)
+    else:
+        out.copy_(chunk_statistics(rows, chunk_of, chunk_sizes))
 
 
 def _sampled_rows(y: Tensor, feature_axis: int, max_rows: int) -> Tensor:
     """``(N, F)``: at most ``max_rows`` rows, strided over all of ``y``."""
+    if y.dim() == 2 and feature_axis in (1, -1) and y.shape[0] <= max_rows:
+        return y
     features = y.shape[feature_axis]
     total = y.numel() // max(1, features)
     stride = max(1, total // max_rows)
@@ -75,3 +95,16 @@ def _record_opaque(
 @_record_opaque.register_fake
 def _(out: Tensor, y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor) -> None:
     return None
+
+
+@torch.library.custom_op("esper::statistics", mutates_args=())
+def _statistics_opaque(y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor) -> Tensor:
+    """As ``esper::record_statistics``, with a result instead of a place for it."""
+    out = torch.empty(2, chunk_sizes.numel(), device=y.device)
+    _record(out, y, feature_axis, max_rows, chunk_of, chunk_sizes)
+    return out
+
+
+@_statistics_opaque.register_fake
+def _(y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor) -> Tensor:
+    return chunk_sizes.new_empty(2, chunk_sizes.shape[0])

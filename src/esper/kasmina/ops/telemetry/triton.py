@@ -2,8 +2,9 @@
 
     mean_c = sum(y) / n        var_c = sum((y - mean_c)^2) / n        over the rows read and the chunk's features
 
-Each program keeps a tile of rows by columns in registers and passes over it twice, so a large mean cancels nothing.
-Tiles are merged in a fixed order by the formula of Chan, Golub and LeVeque (1979): no atomics, the same bits each run.
+Each program walks down some tiles of rows by columns and sums differences from the first one in registers, so a large
+mean cancels nothing and every thread has several loads under way. Results of programs are merged in a fixed order by the
+formula of Chan, Golub and LeVeque (1979): no atomics, the same bits each run.
 A few sampled rows of small chunks fit one tile and need no second launch.
 
 Shapes: N rows read, F features, C chunks, P partial results a chunk (row blocks times column pieces).
@@ -13,19 +14,26 @@ Shapes: N rows read, F features, C chunks, P partial results a chunk (row blocks
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportCallIssue=false
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from esper.kasmina.ops.launches import Launches, alignment
 from esper.kasmina.ops.sizes import power_above, power_below
 
-_TILE = 16384
-"""Elements of a tile: 64 a thread, 8 warps."""
+_SAMPLE = 1024
+"""Rows up to which one program walks down all of them."""
 _VECTOR = 8
 """Half-precision elements in the widest load (16 bytes)."""
+_MERGED = 16
+"""Chunks that a program merges."""
+_MOST_PROGRAMS = 1024
+"""Kinds of tensors that are remembered: shapes that vary without end must not fill the memory."""
 
 
 @triton.jit
@@ -39,10 +47,12 @@ def tile_kernel(
     rows, row_step, inner, stride_outer, stride_inner, stride_column,
     features, chunks, size, longer, column_blocks,
     CHUNKS: tl.constexpr, SIZE: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    NESTED: tl.constexpr, LAST: tl.constexpr,
+    TILES: tl.constexpr, NESTED: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """One tile: its chunks' means and sums of squared deviations (variances if ``LAST``: nothing is left to merge).
+    """``TILES`` tiles below each other: means and sums of squared deviations of their chunks.
 
+    Each of ``ROWS`` lanes sums what its rows differ from its first one, so a large mean cancels nothing: a sum of
+    squares is at most ``1 + TILES`` times its spread. ``LAST``: variances are written, nothing is left to merge.
     ``SIZE`` is the chunk size where all chunks have it and it is a power of two, else 0.
     """
     pid = tl.program_id(0)
@@ -60,30 +70,48 @@ def tile_kernel(
         base = _first_column(first, size, longer) // 8 * 8 + (block % PIECES) * WIDTH
         limit = tl.minimum((end + 7) // 8 * 8, features)
     column = base + tl.arange(0, WIDTH)
-    row = part * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    source = row * row_step
-    if NESTED:
-        offset = (source // inner).to(tl.int64) * stride_outer + (source % inner).to(tl.int64) * stride_inner
-    else:
-        offset = source.to(tl.int64) * stride_inner
-    pointers = y + offset[:, None] + column[None, :].to(tl.int64) * stride_column
-    tile = tl.load(pointers, mask=inside[:, None] & (column < limit)[None, :], other=0.0).to(tl.float32)
-    num_rows = tl.minimum(rows - part * ROWS, ROWS)
-    sums = tl.sum(tile, 0)
+    lane = tl.arange(0, ROWS)
+    top = part * (ROWS * TILES)
+    shift = tl.zeros([ROWS, WIDTH], tl.float32)
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    squared = tl.zeros([ROWS, WIDTH], tl.float32)
+    for tile in tl.static_range(TILES):
+        row = top + tile * ROWS + lane
+        source = row * row_step
+        if NESTED:
+            offset = (source // inner).to(tl.int64) * stride_outer + (source % inner).to(tl.int64) * stride_inner
+        else:
+            offset = source.to(tl.int64) * stride_inner
+        pointers = y + offset[:, None] + column[None, :].to(tl.int64) * stride_column
+        mask = (row < rows)[:, None] & (column < limit)[None, :]
+        value = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        if tile == 0:
+            shift = value
+        else:
+            off = tl.where((row < rows)[:, None], value - shift, 0.0)
+            total += off
+            squared += off * off
+    number = tl.minimum(tl.maximum((rows - top - lane + ROWS - 1) // ROWS, 0), TILES).to(tl.float32)
+    share = (1.0 / tl.maximum(number, 1.0))[:, None]
+    average = shift + total * share
+    squared -= total * total * share
+    sums = tl.sum(average * number[:, None], 0)
+    num_rows = tl.minimum(rows - top, ROWS * TILES)
     if SIZE > 0:
         count = (num_rows * SIZE).to(tl.float32)
         mean = tl.sum(tl.reshape(sums, [CHUNKS, SIZE]), 1) / count
         spread_mean = tl.reshape(tl.broadcast_to(mean[:, None], [CHUNKS, SIZE]), [WIDTH])
-        centred = tl.where(inside[:, None], tile - spread_mean[None, :], 0.0)
-        squares = tl.sum(tl.reshape(tl.sum(centred * centred, 0), [CHUNKS, SIZE]), 1)
     else:
         member = (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
         count = tl.maximum(num_rows * tl.sum(member.to(tl.int32), 1), 1).to(tl.float32)
         mean = tl.sum(tl.where(member, sums[None, :], 0.0), 1) / count
         spread_mean = tl.sum(tl.where(member, mean[:, None], 0.0), 0)
-        centred = tl.where(inside[:, None], tile - spread_mean[None, :], 0.0)
-        squares = tl.sum(tl.where(member, tl.sum(centred * centred, 0)[None, :], 0.0), 1)
+    centred = average - spread_mean[None, :]
+    spread = tl.sum(squared + centred * centred * number[:, None], 0)
+    if SIZE > 0:
+        squares = tl.sum(tl.reshape(spread, [CHUNKS, SIZE]), 1)
+    else:
+        squares = tl.sum(tl.where(member, spread[None, :], 0.0), 1)
     if LAST:
         squares = squares / count
     place = (part * PIECES + block % PIECES) * chunks + chunk
@@ -141,39 +169,57 @@ def merge_kernel(
 
 
 @dataclass(frozen=True)
+class Shape:
+    """Columns and rows of a tile, tiles a program, and warps."""
+
+    width: int
+    rows: int
+    tiles: int
+    warps: int
+
+
+def _shape(rows: int, regular: bool) -> Shape:
+    """The fastest of ``benchmarks/ops/sweep.py``: a sample is read at once, by programs that need no second launch."""
+    if rows <= _SAMPLE:
+        return Shape(16 if regular else 32, 64, _SAMPLE // 64, 8)
+    return Shape(64, 32, 16, 2)
+
+
+@dataclass(frozen=True)
 class Tiling:
-    """How a site is cut into tiles: whole chunks a column block, or pieces of one chunk; rows and columns of a tile."""
+    """How a site is cut up: whole chunks a column block, or pieces of one chunk; a program's rows, columns, tiles."""
 
     chunks: int
     pieces: int
     width: int
     rows: int
+    tiles: int
     size: int
     """Chunk size if all chunks have it and it is a power of two, else 0."""
     warps: int
 
 
-def tiling(rows: int, features: int, chunks: int, *, width: int | None = None) -> Tiling:
-    """Tiles for ``rows`` read rows; ``width`` overrides the columns aimed at in a tile."""
+@functools.lru_cache(maxsize=1024)
+def tiling(rows: int, features: int, chunks: int, shape: Shape | None = None) -> Tiling:
+    """Programs for ``rows`` read rows; ``shape`` overrides the tile that is aimed at."""
     largest = -(-features // chunks)
     even = features % chunks == 0
     regular = even and largest & (largest - 1) == 0
     slack = 0 if even and largest % _VECTOR == 0 else _VECTOR - 1
-    if width is None:
-        width = 16 if rows <= 1024 and largest <= 16 else 128 if regular else 64
-    if largest > width:
+    aim = shape or _shape(rows, regular)
+    width = aim.width
+    if largest + (0 if regular else slack) > width:
         width = max(width, 16)
         pieces, together = -(-(largest + slack) // width), 1
         size = 0
     else:
         pieces = 1
-        together = min(power_below(width // largest), power_above(chunks))
+        together = min(power_below((width - (0 if regular else slack)) // largest), power_above(chunks))
         size = largest if regular else 0
-        width = together * largest if regular else power_above(together * largest + _VECTOR - 1)
-    height = max(16, power_above(rows))
-    if height * width > 2 * _TILE or pieces > 1:
-        height = min(height, max(16, _TILE // width))
-    return Tiling(together, pieces, width, height, size, max(1, min(16, width * height // 2048)))
+        width = together * largest if regular else power_above(together * largest + slack)
+    height = min(aim.rows, max(16, power_above(rows)))
+    tiles = min(aim.tiles, power_above(-(-rows // height)))
+    return Tiling(together, pieces, width, height, tiles, size, aim.warps)
 
 
 @dataclass(frozen=True)
@@ -206,7 +252,7 @@ def row_layout(y: Tensor, feature_axis: int) -> RowLayout | None:
 
 
 def chunk_statistics_into(
-    out: Tensor, y: Tensor, feature_axis: int, max_rows: int, *, width: int | None = None
+    out: Tensor, y: Tensor, feature_axis: int, max_rows: int, *, shape: Shape | None = None
 ) -> None:
     """Write mean and variance of each chunk of ``y``, over up to ``max_rows`` rows strided over it, into ``out``.
 
@@ -217,36 +263,68 @@ def chunk_statistics_into(
     y:
         Any float dtype and up to two levels of row strides; other layouts are copied first.
     """
-    layout = row_layout(y, feature_axis)
-    if layout is None:
-        y = y.movedim(feature_axis, -1).contiguous()
-        feature_axis = -1
+    key = (y.shape, y.stride(), y.dtype, y.device, feature_axis, max_rows, out.shape, shape, alignment((y, out)))
+    found = _programs.get(key)
+    if found is None:
         layout = row_layout(y, feature_axis)
-        assert layout is not None
-    features, chunks = y.shape[feature_axis], out.shape[1]
-    total = layout.outer * layout.inner
-    step = max(1, total // max_rows)
-    rows = min(-(-total // step), max_rows)
-    if rows == 0:
-        out.fill_(float("nan"))
-        return
-    plan = tiling(rows, features, chunks, width=width)
-    size, longer = divmod(features, chunks)
-    blocks = -(-chunks // plan.chunks) * plan.pieces
-    row_blocks = -(-rows // plan.rows)
-    parts = row_blocks * plan.pieces
-    partial = out if parts == 1 else torch.empty(2, parts, chunks, device=y.device)
-    tile_kernel[(blocks * row_blocks,)](
-        y, partial[0], partial[1],
-        rows, step, layout.inner, layout.stride_outer, layout.stride_inner, layout.stride_column,
-        features, chunks, size, longer, blocks,
-        CHUNKS=plan.chunks, SIZE=plan.size, PIECES=plan.pieces, WIDTH=plan.width, ROWS=plan.rows,
-        NESTED=layout.outer > 1, LAST=parts == 1, num_warps=plan.warps,
+        if layout is None:
+            y = y.movedim(feature_axis, -1).contiguous()
+            return chunk_statistics_into(out, y, -1, max_rows, shape=shape)
+        if layout.outer * layout.inner == 0:
+            out.fill_(float("nan"))
+            return None
+        found = Programs.of(layout, y.shape[feature_axis], out.shape[1], max_rows, shape)
+        if len(_programs) < _MOST_PROGRAMS:
+            _programs[key] = found
+    mean, spread = out.unbind() if found.parts == 1 else torch.empty(2, found.parts, out.shape[1], device=y.device)
+    _launches.launch(
+        ("tile", key), tile_kernel, found.tile_grid, y, mean, spread, *found.tile, num_warps=found.warps
     )  # fmt: skip
-    if parts > 1:
-        block, together = 16, min(128, power_above(parts))
-        merge_kernel[(-(-chunks // block),)](
-            partial[0], partial[1], out[0], out[1], rows, chunks, size, longer, parts,
-            PIECES=plan.pieces, WIDTH=plan.width, ROWS=plan.rows, BLOCK=block,
-            PARTS=together, ROUNDS=power_above(-(-parts // together)), num_warps=4,
+    if found.parts > 1:
+        _launches.launch(
+            ("merge", key), merge_kernel, found.merge_grid, mean, spread, *out.unbind(), *found.merge, num_warps=4
         )  # fmt: skip
+    return None
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The launches for one kind of tensor: grids, and what follows the pointers among the arguments, constants too."""
+
+    parts: int
+    tile_grid: tuple[int]
+    tile: tuple[int, ...]
+    warps: int
+    merge_grid: tuple[int]
+    merge: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layout: RowLayout, features: int, chunks: int, max_rows: int, shape: Shape | None) -> Programs:
+        """For up to ``max_rows`` of the rows of ``layout``."""
+        total = layout.outer * layout.inner
+        step = max(1, total // max_rows)
+        rows = min(-(-total // step), max_rows)
+        plan = tiling(rows, features, chunks, shape)
+        size, longer = divmod(features, chunks)
+        blocks = -(-chunks // plan.chunks) * plan.pieces
+        height = plan.rows * plan.tiles
+        row_blocks = -(-rows // height)
+        parts = row_blocks * plan.pieces
+        together = min(128, power_above(parts))
+        return cls(
+            parts, (blocks * row_blocks,),
+            (
+                rows, step, layout.inner, layout.stride_outer, layout.stride_inner, layout.stride_column,
+                features, chunks, size, longer, blocks,
+                plan.chunks, plan.size, plan.pieces, plan.width, plan.rows, plan.tiles, layout.outer > 1, parts == 1,
+            ),
+            plan.warps, (-(-chunks // _MERGED),),
+            (
+                rows, chunks, size, longer, parts, plan.pieces, plan.width, height, _MERGED, together,
+                power_above(-(-parts // together)),
+            ),
+        )  # fmt: skip
+
+
+_programs: dict[tuple[Any, ...], Programs] = {}
+_launches = Launches()

@@ -1,0 +1,52 @@
+"""Launching a kernel again without asking again what it is: what Triton finds out at each launch is kept.
+
+An ordinary launch binds the arguments, works out a specialisation of each, and looks the kernel up by it, which takes
+longer than handing it to the driver. Triton specialises on the type of a tensor and on whether it is aligned to 16
+bytes, on the value of an integer, and on nothing of a float. Who launches the same kernel in every step says by a *key*
+that all of these are as before, and the compiled kernel is called as it is (``kernel[grid](*args)``, as in Triton's own
+tutorials).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+_MOST = 1024
+"""Launches kept: shapes that vary without end must not fill the memory."""
+
+
+class Launches:
+    """Kernels that were launched before, by key."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Callable[..., object]] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def launch(self, key: Hashable, kernel: Any, grid: tuple[int, ...], *args: Any, **options: int) -> None:
+        """As ``kernel[grid](*args, **options)``.
+
+        Parameters
+        ----------
+        key:
+            Equal only where kernel, grid, device and options, and of the arguments types, alignment and the values of
+            integers and constants are equal.
+        args:
+            Every argument of the kernel in order, constants included.
+        """
+        known = self._known.get(key)
+        if known is not None:
+            known(*args)
+            return
+        compiled = kernel[grid](*args, **options)
+        if compiled is not None and len(self._known) < _MOST:  # the interpreter compiles nothing
+            self._known[key] = compiled[(*grid, 1, 1)[:3]]
+
+
+def alignment(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Where each tensor begins, modulo 16 bytes: a part of a key."""
+    return tuple([tensor.data_ptr() & 15 for tensor in tensors])
