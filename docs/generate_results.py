@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # this script is also loaded by its path
 
 import growth_bars
+import growth_variants
 
 from esper.observe.report import plot, svg
 
@@ -218,36 +219,6 @@ def _sizings(results: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *(f"`{result['command']}`  " for result in results)])
 
 
-RECIPE = """Each row changes one thing against what is shipped, with a learning rate of its own; the loss is the
-held-out one (nothing is chosen by it but learning rates), paired by seed: **bold** where the interval excludes zero.
-Positive is worse. A branch on a single layer, another blueprint or another host may order them differently.
-Measured with the code that each command names, in which a cohort was judged once: that it may be judged three
-times ([0015](decisions/0015-looks.md)) came later."""
-
-
-def _recipe(result: dict[str, Any]) -> str:
-    lines = [
-        f"**{result['title']}** ({result['seeds']} paired seeds, shipped: held-out loss "
-        f"{_mean(result['variants']['as shipped']['held_out']):.3f}). `{result['command']}`",
-        "",
-        "| variant | loss minus shipped, 95% interval | FLOPs | kept of germinated |",
-        "|---|---|---|---|",
-    ]
-    for name, variant in result["variants"].items():
-        if name == "as shipped":
-            continue
-        low, high = variant["minus_shipped_interval"]
-        text = f"{variant['minus_shipped']:+.3f} ({low:+.3f} to {high:+.3f})"
-        settled = f"**{text}**" if low > 0 or high < 0 else text
-        kept = f"{variant['accepted']} of {variant['germinated']}"
-        lines.append(f"| {name} | {settled} | {variant['flops_ratio']:.2f}x | {kept} |")
-    return "\n".join(lines)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _results_page() -> str:
     results = _results()
     parts = [INTRO, "## Bars", "", growth_bars.table(results, RESULTS), "", "## In short", "", _overview(results)]
@@ -256,14 +227,14 @@ def _results_page() -> str:
     sizings = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("sizing_*.json"))]
     if sizings:
         parts += ["", "## Finding the right size", "", SIZING, "", _sizings(sizings)]
-    parts += ["", "## Which parts of the recipe pay", "", RECIPE]
-    for path in sorted(RESULTS.glob("recipe_*.json")):
-        parts += ["", _recipe(json.loads(path.read_text(encoding="utf-8")))]
+    for heading, content in growth_variants.sections(RESULTS):
+        parts += ["", f"## {heading}", "", content]
     return "\n".join(parts) + "\n"
 
 
 def _title(name: str, result: dict[str, Any]) -> str:
-    return result.get("title") or TITLES[name]
+    title = result.get("title") or TITLES[name]
+    return f"{title}, every arm" if name == "code_lm_arms" else title
 
 
 def _score_name(name: str, result: dict[str, Any]) -> str:

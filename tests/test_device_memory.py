@@ -21,6 +21,8 @@ from esper.bench.training import Training
 from esper.evidence.before import HostBefore
 from esper.kasmina import memory
 from esper.protocol import Audited, Cull, Germinate, Lifecycle, SeedPlan
+from esper.safety.snapshot import Snapshot
+from esper.safety.tree import digest
 
 pytestmark = pytest.mark.integration
 CPU = torch.device("cpu")
@@ -148,6 +150,17 @@ def test_rows_are_joined_without_being_held_twice(meter: Meter) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Copies of the host
+
+
+def test_a_snapshot_holds_nothing_where_the_model_trains(meter: Meter) -> None:
+    rig = attach(Pair())
+    rig.train(2)
+    state = {"model": dict(rig.model.state_dict()), "optimizer": [*rig.optimizer.state.values()]}
+    before = collected(meter)
+    meter.reset()
+    snapshot = Snapshot.of(state, 2)
+    assert meter.peak == before
+    assert snapshot.digest() == digest(state)
 
 
 def test_the_host_from_before_a_graft_lies_elsewhere(meter: Meter) -> None:

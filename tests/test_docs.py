@@ -248,3 +248,94 @@ def test_a_picture_leaves_marks_in_place_and_names_what_it_cannot_draw() -> None
     assert len(spots) == 3, "their numbers do not"
     words = [t.text for t in root.iter(f"{name}text")]
     assert "3  small, no growth (0.100)" in words and "4  grown, every cohort kept (diverged)" in words
+
+
+def contrast(mean: float, low: float, high: float) -> dict[str, Any]:
+    return {"score": mean, "score_interval": [low, high]}
+
+
+def bars(results: dict[str, Any], folder: Path) -> dict[str, tuple[str, str]]:
+    """What was measured and whether it is enough, by bar."""
+    lines = script("growth_bars").table(results, folder).splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {bar: (measured, met) for bar, measured, met in rows}
+
+
+@pytest.mark.unit
+def test_bars_of_growing_that_nothing_was_measured_for(tmp_path: Path) -> None:
+    found = bars({}, tmp_path)
+    assert len(found) >= 13 and set(found.values()) == {("", "not measured")}
+
+
+@pytest.mark.unit
+def test_bars_of_growing_are_met_or_missed_by_their_intervals(tmp_path: Path) -> None:
+    tasks = script("growth_bars").TASKS
+    good, level, bad = contrast(0.02, 0.01, 0.03), contrast(0.0, -0.01, 0.01), contrast(-0.02, -0.03, -0.01)
+    peers = ("gromo_tiny_equal_flops", "gromo_gradmax_equal_flops")
+
+    def met(word: str, *tables: dict[str, Any]) -> str:
+        results = {task: {"grown_minus": tables[n % len(tables)], "arms": {}} for n, task in enumerate(tasks)}
+        return next(value[1] for bar, value in bars(results, tmp_path).items() if word in bar)
+
+    assert met("never below", {"static_equal_flops": level}) == "yes"
+    assert met("never below", {"static_equal_flops": level}, {}).startswith("so far; not measured: ")
+    assert met("never below", {"static_equal_flops": good}, {"static_equal_flops": bad}) == "**no**"
+    assert met("above TINY", dict.fromkeys(peers, good)) == "yes"
+    assert met("above TINY", dict.fromkeys(peers, good), dict.fromkeys(peers, level)) == "yes"  # 5 of 9
+    assert met("above TINY", dict.fromkeys(peers, level), dict.fromkeys(peers, good)) == "**no**"  # 4 of 9
+    assert met("above TINY", {peers[0]: good, peers[1]: level}) == "**no**"
+    assert met("CIFAR-10", {"static_final": contrast(0.0, -0.001, 0.001)}) == "yes"
+    assert met("CIFAR-10", {"static_final": contrast(0.1, -0.002, 0.2)}) == "**no**"
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("flops", "scores", "met"),
+    [
+        (75, [0.8, 0.81, 0.79], "yes"),
+        (80, [0.8, 0.81, 0.79], "not measured"),
+        (60, [0.7, 0.71, 0.69], "**no**"),
+        (60, [0.7, 0.81, 0.79], "yes"),
+    ],
+)
+def test_quality_counts_where_it_costs_little_enough(flops: int, scores: list[float], met: str, tmp_path: Path) -> None:
+    final = {"score": 0.8, "score_per_seed": [0.8, 0.8, 0.8], "flops": 100}
+    grown = {"score": sum(scores) / 3, "score_per_seed": scores, "flops": flops}
+    results = {task: {"arms": {"static_final": final, "grown": grown}} for task in ("cifar10", "mnist1d", "code_lm")}
+    assert next(value[1] for bar, value in bars(results, tmp_path).items() if "75%" in bar) == met
+
+
+@pytest.mark.unit
+def test_a_task_may_be_measured_twice_with_more_arms_on_fewer_seeds(tmp_path: Path) -> None:
+    below, above = contrast(-0.2, -0.3, -0.1), contrast(0.2, 0.1, 0.3)
+    results = {
+        "code_lm": {"grown_minus": {"static_equal_flops": below}, "arms": {}},
+        "code_lm_arms": {"grown_minus": {"static_equal_flops": above, "static_final": above}, "arms": {}},
+    }
+    found = bars(results, tmp_path)
+    assert next(value for bar, value in found.items() if "never below" in bar)[0].startswith("below on 1 of 1")
+    minus = script("growth_bars")._minus
+    assert minus(results, "code_lm", "static_final") == (0.2, 0.1, 0.3) and minus(results, "code_lm", "always") is None
+
+
+@pytest.mark.unit
+def test_variants_are_shown_and_those_that_diverged_said_to(tmp_path: Path) -> None:
+    shown = script("growth_variants")
+    line = {
+        "settings": [], "lr": 0.1, "held_out": [1.0, 1.2], "minus_shipped": 0.0, "minus_shipped_interval": [0.0, 0.0],
+        "flops_ratio": 1.0, "germinated": 2, "accepted": 1, "fits": {"num": 0, "explained": None, "sure": 0},
+    }  # fmt: skip
+    worse = line | {
+        "minus_shipped": 0.2,
+        "minus_shipped_interval": [0.1, 0.3],
+        "fits": {"num": 4, "explained": 0.05, "sure": 3},
+    }
+    lost = line | {"held_out": [None, 1.0], "minus_shipped": None, "minus_shipped_interval": [None, None]}
+    result = {"title": "Images", "seeds": 2, "command": "run", "base": "random", "variants": {
+        "random": line, "fitted": worse, "wild": lost}}  # fmt: skip
+    assert len(shown.sections(tmp_path)) == 1, "no section without results"
+    (tmp_path / "image_starts_x.json").write_text(json.dumps(result), encoding="utf-8")
+    (tmp_path / "image_starts_y.json").write_text(json.dumps(result | {"variants": {}}), encoding="utf-8")
+    _, (_, page) = shown.sections(tmp_path)
+    assert "| fitted | **+0.200 (+0.100 to +0.300)** | 1.00x | 5.0% | 3 of 4 | 0.1 |" in page
+    assert "| wild | diverged | 1.00x |  |  | 0.1 |" in page and page.count("**Images**") == 1

@@ -12,8 +12,10 @@ import pytest
 import torch
 from tests.models import CONV, DEVICE, MLP, TRANSFORMER, Task, mse, same_bits
 from tests.rigs import EVERY, QUICK, Rig, attach
+from torch import nn
 
 import esper
+from esper.kasmina import memory
 from esper.kasmina.ops import dispatch
 from esper.protocol import Lifecycle
 
@@ -170,3 +172,35 @@ def test_training_with_cuda_graphs() -> None:
             losses.append(float(loss.detach()))
         ends.append(torch.tensor(losses))
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-4)
+
+
+def test_copies_that_lie_in_the_cpus_memory_are_pinned_and_nobody_waits_for_them() -> None:
+    value = torch.randn(1 << 20, device=DEVICE)
+    expected = value.cpu()
+    with no_waiting():
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        parked = memory.Parked([value])
+        value.zero_()
+        assert torch.cuda.max_memory_allocated() == held
+    parked.wait()
+    assert parked.copies[0].is_pinned() and same_bits(parked.copies[0], expected)
+
+
+def test_branches_that_compute_again_keep_no_hidden_unit() -> None:
+    def kept(recompute: bool | None) -> int:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 1024), nn.GELU(), nn.Linear(1024, 64)).to(DEVICE)
+        batches = [(torch.randn(4096, 64, device=DEVICE), torch.randn(4096, 64, device=DEVICE)) for _ in range(2)]
+        held_out = [(x[:64], wanted[:64]) for x, wanted in batches * 8]
+        rig = attach(model, batches=batches, held_out=held_out, graft=replace(QUICK["graft"], recompute=recompute))
+        rig.until(rig.germinate(width=1024), Lifecycle.GRAFTING)
+        before = torch.cuda.memory_allocated()
+        loss = mse(model, batches[0])
+        held = torch.cuda.memory_allocated() - before
+        loss.backward()
+        return held
+
+    hidden = 4096 * 1024 * 4
+    assert kept(False) - kept(True) >= 2 * hidden, "before and behind the activation"
+    assert kept(None) == kept(True), "on a GPU it is the default"

@@ -1,4 +1,4 @@
-"""Write the tables of docs/control_headroom.md and docs/greenhouse.md from the measured files.
+"""Write the tables of docs/control_headroom.md, docs/greenhouse.md and docs/control.md from the measured files.
 
 python benchmarks/controller/pages.py
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
+from esper.greenhouse.family import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -83,6 +85,71 @@ def parity_text(measured: dict[str, Any]) -> str:
     )
 
 
+ARMS = {
+    "policy": "policy", "cloned": "policy before PPO", "sampled": "policy, actions drawn",
+    "replay": "its mean schedule",
+    "shuffled": "policy, shown another host", "karn-policy": "policy with Karn",
+    "never": "never", "static": "best width",
+    "always": "always", "even": "even schedule", "even-own": "even, tuned on the family",
+    "search": "best of 64 schedules",
+    "search-own": "best of 64, tuned on the family", "random": "random, same rate", "heuristic": "heuristic",
+    "bandit": "bandit", "bandit-1000": "bandit, taught", "karn-uniform": "heuristic, even draws of designs",
+    "karn-50": "heuristic with Karn, 50 reports", "karn-200": "with Karn, 200", "karn-1000": "with Karn, 1,000",
+    "critic": "critic instead of siblings", "no-start": "no start", "heuristic-start": "start from the heuristic alone",
+    "no-floors": "no entropy floors", "no-masks": "no masks", "time-only": "sees the time alone",
+    "raw-reward": "rewards not clipped", "uncounted": "costs not counted",
+}  # fmt: skip
+"""What the arms of a contest are called on the page."""
+
+
+def contest_tables(measured: dict[str, Any]) -> str:
+    """Rewards by arm and family, in stacks and under real growers, and the policy against all others."""
+    parts = [f"`{measured['command']}` ({sum(measured['cpu_s'].values()) / 3600:.1f} CPU hours in all)."]
+    for mode, title in (("real", "Under real growers"), ("stack", "In stacks")):
+        if mode in measured:
+            parts += [f"**{title}**, mean reward ± standard error over tasks:", contest_table(measured[mode])]
+    return "\n\n".join(parts)
+
+
+def contest_table(found: dict[str, Any]) -> str:
+    """One row an arm."""
+    against = found["differences"].get("policy", {})
+    families = sorted(next(iter(found["arms"].values())), key=list(FAMILIES).index)
+    lines = [
+        f"| | {' | '.join(families)} | MFLOP | kept | policy minus it |",
+        "|---|" + "---|" * (len(families) + 3),
+    ]
+    for name, shown_as in ARMS.items():
+        rows = found["arms"].get(name)
+        if rows is None or set(rows) != set(families):
+            continue
+        cells = [f"{rows[f]['reward']:+.2f} ± {rows[f]['standard_error']:.2f}" for f in families]
+        mflop, kept = (sum(row[key] for row in rows.values()) / len(rows) for key in ("mflop", "kept"))
+        over = against.get(name, {}).get("overall")
+        told = "" if over is None else f"{over['value']:+.2f} ({over['low']:+.2f} to {over['high']:+.2f})"
+        lines.append(f"| {shown_as} | {' | '.join(cells)} | {mflop:.0f} | {kept:.1f} | {told} |")
+    return "\n".join(lines)
+
+
+def effort_text(measured: dict[str, Any]) -> str:
+    """What finding a good width costs."""
+    reached = ", ".join(f"{name} {share}" for name, share in measured["reached"].items())
+    lines = [
+        "`python -m benchmarks.controller.effort --work runs/effort --out benchmarks/results/controller_effort.json`. "
+        f"Reached 99% of the best static width's score: {reached}. What growing costs, as a multiple (geometric mean, "
+        "95% interval; a failure pays for the sweep as well):",
+        "",
+        "| | of a sweep | of Optuna |",
+        "|---|---|---|",
+    ]
+    for what, title in (("flops", "FLOPs"), ("runs", "runs"), ("cpu_s", "CPU time")):
+        cells = [measured["ratio"][f"{what} over {other}"] for other in ("sweep", "optuna")]
+        lines.append(
+            f"| {title} | " + " | ".join(f"{c['value']:.2f} ({c['low']:.2f} to {c['high']:.2f})" for c in cells) + " |"
+        )
+    return "\n".join(lines)
+
+
 def correlations(found: dict[str, Any]) -> str:
     return ", ".join(f"{name} {shown(found[name])}" for name in ("reward", "loss", "flops"))
 
@@ -96,10 +163,13 @@ def replaced(page: str, name: str, text: str) -> str:
 def pages() -> dict[Path, str]:
     """What the pages should hold."""
     found: dict[Path, str] = {}
-    for page, name, make in (("control_headroom", "headroom", headroom_table), ("greenhouse", "parity", parity_text)):
-        path = ROOT / "docs" / f"{page}.md"
-        measured = json.loads((RESULTS / f"controller_{name}.json").read_text(encoding="utf-8"))
-        found[path] = replaced(path.read_text(encoding="utf-8"), name, make(measured))
+    for page, name, make in (
+        ("control_headroom", "headroom", headroom_table), ("greenhouse", "parity", parity_text),
+        ("control", "contest", contest_tables), ("control", "effort", effort_text),
+    ):  # fmt: skip
+        path, source = ROOT / "docs" / f"{page}.md", RESULTS / f"controller_{name}.json"
+        text = make(json.loads(source.read_text(encoding="utf-8"))) if source.exists() else "Not measured yet."
+        found[path] = replaced(found.get(path) or path.read_text(encoding="utf-8"), name, text)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -22,7 +23,7 @@ class Growth:
     step: int
     site: int
     size: float
-    start: str
+    start: str | None
 
 
 Schedule = tuple[Growth, ...]
@@ -66,7 +67,11 @@ def schedules(interval: int, steps: int, sites: int, num: int = 64) -> list[Sche
 
 def controller(schedule: Schedule, hosts: Hosts, host: int) -> ScheduleController:
     """The schedule on one host."""
-    widths, names = hosts.lives[host].widths, hosts.site_names
+    return scripted(schedule, hosts.lives[host].widths, hosts.site_names)
+
+
+def scripted(schedule: Schedule, widths: Sequence[int], names: Sequence[str]) -> ScheduleController:
+    """The schedule on sites of such widths."""
     entries: list[ScheduleEntry] = []
     for growth in schedule:
         sites = range(len(names)) if growth.site < 0 else (growth.site,)

@@ -27,10 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper.bench.ops import fit as fits
 from esper.bench.ops import graft as grafts
 from esper.bench.ops import slot_adam as steps
 from esper.bench.ops import telemetry as statistics
 from esper.kasmina.ops import dispatch
+from esper.kasmina.ops.fit import triton as fit_kernels
 from esper.kasmina.ops.graft import graft
 from esper.kasmina.ops.graft import triton as graft_kernels
 from esper.kasmina.ops.slot_adam import Rates, step
@@ -101,14 +103,27 @@ def _slot_adam(device: torch.device, _: tuple[torch.dtype, ...]) -> Iterator[Non
                 yield
 
 
-WALKS = {"telemetry": _telemetry, "graft": _graft, "slot_adam": _slot_adam}
+def _fit(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[None]:
+    """Groups with one program and groups with several, which wait for each other."""
+    for dtype in dtypes:
+        for case in fits.CASES:
+            problem = _moved(fits.Problem.scattered(*case, CPU, dtype), device)
+            for blocks in (1, 3):
+                fit_kernels.fit(
+                    *problem.params, problem.seats.columns, problem.y, problem.target, problem.draws, problem.lr, 1e-8,
+                    runs=problem.seats.runs, blocks=blocks,
+                )  # fmt: skip
+                yield
+
+
+WALKS = {"telemetry": _telemetry, "graft": _graft, "slot_adam": _slot_adam, "fit": _fit}
 
 
 def _moved(made: Any, device: torch.device) -> Any:
     """A dataclass with its tensors, however deep, on ``device``."""
     if isinstance(made, Tensor):
         return made.to(device)
-    if isinstance(made, list):
+    if isinstance(made, list | tuple):
         return [_moved(item, device) for item in made]
     if isinstance(made, dict):
         return {key: _moved(value, device) for key, value in made.items()}

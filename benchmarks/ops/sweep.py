@@ -1,4 +1,4 @@
-"""Other tile shapes of the telemetry and graft kernels than those they choose: how the choice was made.
+"""Other tile shapes of the telemetry, graft and fit kernels than those they choose: how the choice was made.
 
 Run from the repository root, on a machine with a GPU (a minute)::
 
@@ -15,8 +15,11 @@ from functools import partial
 import torch
 
 from esper.bench.clock import Clock
+from esper.bench.ops import fit as fits
 from esper.bench.ops.graft import SIZES, Problem
+from esper.kasmina.ops.fit import triton as fit_kernels
 from esper.kasmina.ops.graft import triton as graft_kernels
+from esper.kasmina.ops.graft.triton import Grouping
 from esper.kasmina.ops.telemetry import triton as telemetry_kernels
 
 
@@ -58,6 +61,29 @@ def graft(clock: Clock) -> None:
                     )  # fmt: skip
 
 
+def fit(clock: Clock) -> None:
+    """Seeds a group, tile heights, warps, products and programs a group."""
+    brief = clock.limited(3)
+    for rows, features, seeds, width, units, steps, batch in fits.SIZES[:2]:
+        problem = fits.Problem.scattered(
+            rows, features, seeds, width, units, steps, batch, "chunks", clock.device, torch.bfloat16
+        )
+        params, draws = problem.copied(), problem.draws.to(clock.device, torch.int32)
+        for together, height, warps, precision in itertools.product((2, 4), (32, 64), (4, 8), ("tf32x3", "ieee")):
+            plan = Grouping(together, 16, max(16, together * units), height, warps)
+            groups = -(-seeds // together)
+            most = fit_kernels.blocks_for(groups, batch, plan, fit_kernels.multiprocessors(clock.device))
+            for blocks in sorted({max(1, most // 2), most}):
+                call = partial(
+                    fit_kernels.fit, *params, problem.seats.columns, problem.y, problem.target, draws, 0.01, 1e-8,
+                    runs=problem.seats.runs, plan=plan, blocks=blocks, precision=precision,
+                )  # fmt: skip
+                tell(
+                    operation="fit", seeds=seeds, columns=width, hidden=units, together=together, tile_rows=height,
+                    warps=warps, precision=precision, blocks=blocks, gpu_us=brief.gpu_us(call),
+                )  # fmt: skip
+
+
 def tell(**line: object) -> None:
     print(json.dumps(line), flush=True)
 
@@ -68,3 +94,4 @@ if __name__ == "__main__":
     shared = Clock(torch.device("cuda"), repeats=15)
     telemetry(shared)
     graft(shared)
+    fit(shared)

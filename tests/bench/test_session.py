@@ -34,7 +34,7 @@ def sitting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_every_measurement_leaves_a_file_that_names_its_machine(sitting: dict[str, Any]) -> None:
-    assert set(sitting) == {"ops_telemetry", "ops_graft", "ops_slot_adam", "layer", "step_cpu", "growth_cpu"}
+    assert set(sitting) == {*(f"ops_{name}" for name in dispatch.OPERATIONS), "layer", "step_cpu", "growth_cpu"}
     for content in sitting.values():
         assert content["rows"] and content["torch"] == torch.__version__ and content["device"]
 

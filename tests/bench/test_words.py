@@ -15,9 +15,16 @@ def test_verdicts_are_in_words() -> None:
     step = {"host": "mlp", "sites": 2, "phase": "default", "added_share": 0.02, "added_cpu_share": 0.01, "bar": 0.03}
     layer = {"what": "layer", "seeds": 64, "added_gpu_us": 64.0, "added_wall_us": 120.0, "met": False}
     row = {"what": "forward", "rows": 8192, "seeds": 64, "gpu_us": 12.0, "bar_us": 15.0, "met": True}
-    files = {"step_cpu": {"rows": [step | {"met": True}]}, "layer": {"rows": [layer]}, "ops_graft": {"rows": [row]}}
+    memory = {"host": "gpt2", "phase": "memory_default_pool", "added_memory_share": 0.044, "state": "GRAFTING"}
+    memory |= {"step": 16, "place": "training", "met": True}
+    files = {
+        "step_cpu": {"rows": [step | {"met": True}, memory]},
+        "layer": {"rows": [layer]},
+        "ops_graft": {"rows": [row]},
+    }
     assert words.summary(files) == [
         "mlp, 2 sites, default: +2.0% of a step (+1.0% by CPU time) - met",
+        "gpt2, peak memory default pool: +4.4%, reached in GRAFTING at step 16 (training) - met",
         "layer: layer with 64 seeds: 64.0 us of the GPU, 120.0 us by the wall - NOT met",
         "ops_graft: forward, 8192 rows, 64 seeds: 12.0 us, bar 15.0 - met",
     ]

@@ -198,7 +198,7 @@ def test_every_variant_of_the_starts_is_one_that_images_can_have(data: Path) -> 
         label: with_settings(shipped, dict(word.split("=", 1) for word in words))
         for label, words in image_starts.variants(shipped).items()
     }
-    assert len({repr(config) for config in changed.values()}) == len(changed) == 15
+    assert len({repr(config) for config in changed.values()}) == len(changed) == 13
     assert all(config.evidence.accept == "always" for config in changed.values())
     assert changed["negative gradient, 8 times the rows"].capture.rows == 8 * shipped.capture.rows
 

@@ -26,6 +26,7 @@ def test_trains_evaluates_and_compares(tmp_path: Path, capsys: pytest.CaptureFix
     assert lines[-1] == (
         f"next       esper controller compare --environment planted --players {run}/policy heuristic never random"
     )
+    assert "mean return; last: " in (run / "curves.html").read_text(encoding="utf-8")
     few = ["--side-by-side", "4", "--episodes", "4"]
     assert main(["controller", "compare", *few, "--players", f"{run}/policy", "never", "--json", "-"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -36,7 +36,7 @@ def test_every_family_is_an_environment_that_can_be_named() -> None:
 
 
 def test_training_never_sees_an_evaluation_task_or_family() -> None:
-    field = make_environment("greenhouse", 4)
+    field = make_environment("greenhouse", 5)
     assert field.families == TRAINING and {FAMILIES[name].purpose for name in TRAINING} == {"training"}
     for seed in range(20):
         field.reset(seed)

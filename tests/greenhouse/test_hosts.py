@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.errors import ConfigError
-from esper.greenhouse.family import FAMILIES, HELD_OUT_ROWS, HostSpec, data_of, family_named, row_hashes
+from esper.greenhouse.family import FAMILIES, HostSpec, all_kept, data_of, family_named, row_hashes
 from esper.greenhouse.germination import apply
 from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.isolated import Units, drawn, fit
@@ -130,12 +131,12 @@ def test_evaluation_families_are_not_trained_on() -> None:
 
 def test_the_ledger_agrees_with_a_count_of_flops() -> None:
     """Within 2% of what PyTorch's counter finds for the same shapes: training, fit and evaluations."""
-    hosts = Hosts(specs(0, steps=160))
+    hosts = Hosts(specs(0, steps=160), replace(all_kept(FAMILIES["teacher"].config), total_steps=160))
     hosts.advance(20)
     life, family = hosts.lives[0], hosts.family
     counted = 20 * _training_flops(MLP(family.inputs, life.widths, family.outputs), family.batch_rows)
     assert life.ledger.spent["host"] == pytest.approx(counted, rel=0.02)
-    evaluation = _forward_flops(MLP(family.inputs, life.widths, family.outputs), 4 * HELD_OUT_ROWS)
+    evaluation = _forward_flops(MLP(family.inputs, life.widths, family.outputs), 4 * family.held_out_rows)
     assert life.ledger.spent["evidence"] == pytest.approx(evaluation, rel=0.02)
     while not life.grown[0]:
         if not life.cohorts:

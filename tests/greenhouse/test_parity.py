@@ -36,7 +36,8 @@ def script(observation: Observation) -> Sequence[Command]:
     if plans is not None:
         seeds = tuple(SeedPlan(site=site, width=width, start="random_zero") for site, width in plans)
         return [Germinate(seeds=seeds)]
-    return [Cull(cohort=observation.alive[0].cohort, reason="scripted")] if observation.step == 320 else []
+    is_due = observation.step == 320 and observation.alive
+    return [Cull(cohort=observation.alive[0].cohort, reason="scripted")] if is_due else []
 
 
 def play(real: Twin, dtype: torch.dtype) -> tuple[Hosts, list[float], list[Observation]]:

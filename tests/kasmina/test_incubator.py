@@ -18,6 +18,7 @@ from esper.protocol import SiteKind
 pytestmark = pytest.mark.component
 
 LINEAR, CONV = EXAMPLES[SiteKind.LINEAR_SPAN][0], EXAMPLES[SiteKind.CONV_SPAN][0]
+LAYER = EXAMPLES[SiteKind.LINEAR_LAYER][0]
 
 
 def _rows(num: int, *, seed: int = 0, conv: bool = False) -> Rows:
@@ -50,6 +51,32 @@ def test_explains_a_planted_function_on_rows_it_never_saw(example: object, bluep
     assert flops == 3.0 * 200 * batch * positions * bank.flops_per_row
     assert after.flops == held.positions * bank.flops_per_row
     assert not any(value.requires_grad for value in bank.params.values())
+
+
+def test_seeds_that_read_their_own_columns_learn_from_rows_of_the_output() -> None:
+    """Whatever the site's input holds."""
+    teacher = make_bank("chunk_mlp", LAYER, slots=3, units=3, seed=9)
+    rows, held = (Rows(r.x * math.nan, r.x, r.x, r.cluster, r.batch) for r in (_wide(400), _wide(200, seed=1)))
+    columns = teacher.columns
+    assert columns is not None
+    targets = [torch.zeros_like(r.y) for r in (rows, held)]
+    for target, r in zip(targets, (rows, held), strict=True):
+        target[:, columns.flatten()] = teacher.branch(
+            r.y[:, columns.flatten()], alpha=torch.ones(3), training=True, generator=None
+        ).detach()
+    bank = make_bank("chunk_mlp", LAYER, slots=3, units=8)
+    before = check(bank, held, targets[1], batch_rows=64)
+    fit(bank, rows, targets[0], steps=200, batch_rows=512, lr=1e-2, generator=torch.Generator().manual_seed(0))
+    after = check(bank, held, targets[1], batch_rows=64)
+    assert before.explained < 0.3 and after.explained > 0.8
+    assert not any(value.requires_grad for value in bank.params.values())
+
+
+def _wide(num: int, *, seed: int = 0) -> Rows:
+    """Rows whose input is as wide as their output."""
+    x = torch.randn((num, 6), generator=torch.Generator().manual_seed(seed))
+    index = torch.arange(num)
+    return Rows(x, x, x, index // 2, index % 4)
 
 
 def test_the_fit_leaves_the_random_streams_and_grad_mode_alone(unchanged_rng: None) -> None:

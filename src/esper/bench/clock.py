@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -37,6 +38,12 @@ class Clock:
         source = torch.ones(_COPY_BYTES // 4 // shrink, device=device)
         target = torch.empty_like(source)
         self.copy_bytes_per_us = 2 * source.nbytes / self.gpu_us(partial(target.copy_, source))
+
+    def limited(self, repeats: int) -> Clock:
+        """The same clock for calls that take long: so many repeats at most."""
+        other = copy.copy(self)
+        other.repeats = min(self.repeats, repeats)
+        return other
 
     def gpu_us(self, call: Callable[[], object], *, dirty: bool = False) -> float:
         """Median microseconds between two events around ``call``: its kernels and the gaps between them.

@@ -24,6 +24,12 @@ def _of(name: str, content: Line) -> Iterator[str]:
                 f"{row['host']}, {row['sites']} sites, {row['phase']}: {row['added_share']:+.1%} of a step "
                 f"({row['added_cpu_share']:+.1%} by CPU time){_verdict(row)}"
             )
+        elif "added_memory_share" in row:
+            what, place = (row[key].replace("_", " ") for key in ("phase", "place"))
+            yield (
+                f"{row['host']}, peak {what}: {row['added_memory_share']:+.1%}, reached in {row['state']} at step "
+                f"{row['step']} ({place}){_verdict(row)}"
+            )
         elif "met" in row:
             yield f"{name}: {_operation(row)}{_verdict(row)}"
 

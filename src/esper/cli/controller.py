@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,18 +101,29 @@ def _train(command: Controller, context: Context) -> Outcome:
     with remembered():
         context.run_dir = command.run_dir
         result = train(options, tell)
+    _draw_curves(options.run_dir)
     best = "" if result["best"] is None else f"; the best possible is {result['best']:.4f}"
     lines = [
         labelled("trained", f"{result['updates']} updates, {result['episodes']:,} episodes"),
         labelled("scores", ", ".join(f"{mode} {score:.4f}" for mode, score in result["scores"].items()) + best),
         *(labelled("problem", text) for text in result["problems"]),
         labelled("policy", result["policy"]),
+        labelled("curves", str(options.run_dir / "curves.html")),
         labelled(
             "next", f"esper controller compare --environment {options.environment} "
             f"--players {result['policy']} heuristic never random",
         ),
     ]  # fmt: skip
     return Outcome(result=result, lines=lines)
+
+
+def _draw_curves(folder: Path) -> None:
+    """What ``curves.jsonl`` holds, as a page."""
+    from esper.files import replace_text
+    from esper.observe.report.training import training_page
+
+    lines = [json.loads(line) for line in (folder / "curves.jsonl").read_text(encoding="utf-8").splitlines()]
+    replace_text(folder / "curves.html", training_page(lines, f"training in {folder}"))
 
 
 def _serve(command: Controller, context: Context) -> Outcome:

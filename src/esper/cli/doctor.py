@@ -116,7 +116,10 @@ def check_memory() -> Iterator[Finding]:
             continue
         why = f" ({shortage})" if shortage else ""
         if device.type == "cuda":
-            why += f", and by default {memory.TRAINING_SHARE:.0%} of what the training takes"
+            why += (
+                f", and by default {memory.TRAINING_SHARE:.0%} of what the training takes; branches on Linear spans "
+                "keep no hidden units for the backward pass (graft.recompute)"
+            )
         yield Finding(
             f"memory {device}", "ok",
             f"{memory.in_mib(free)} free; telemetry takes at most {memory.in_mib(memory.TELEMETRY_SHARE * free)}, "

@@ -122,6 +122,15 @@ class _ModuleBranch:
         """Two a parameter: exact for dense layers, an estimate for others."""
         return 2.0 * sum(value.numel() for value in self.params.values())
 
+    @property
+    def own_seats(self) -> None:
+        """It has no columns of its own."""
+        return
+
+    def pick(self, x: Tensor, y: Tensor) -> Tensor:
+        """It reads what it is to reproduce."""
+        return x
+
     def set_learning(self, learning: bool) -> None:
         """The module's own flags stay; gradients never stay behind."""
         for value in self.params.values():

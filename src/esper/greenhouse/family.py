@@ -20,8 +20,6 @@ from esper.greenhouse.tasks import Sampler
 
 HELD_OUT_BATCHES = 28
 """Held-out batches; of fewer no cohort could be accepted (fourteen are left for the gate)."""
-HELD_OUT_ROWS = 32
-"""Rows of one held-out batch."""
 TEST_ROWS = 2048
 FIRST_HELD_OUT = 1000
 """Tasks from here on are for evaluation: no policy and no schedule is trained or tuned on them."""
@@ -32,7 +30,7 @@ def short_run(steps: int) -> Config:
     return Config(
         interval=20,
         total_steps=steps,
-        held_out_every=40,
+        held_out_every=80,
         capture=CaptureConfig(batches=4, timeout=40),
         graft=GraftConfig(
             ramp_steps=20, stabilize_steps=5, stabilize_window=16, fine_tune_steps=10, cull_steps=5, warmup_steps=20,
@@ -64,6 +62,8 @@ class Family:
     rows: int = 2048
     """Rows to train on."""
     batch_rows: int = 64
+    held_out_rows: int = 128
+    """Rows of one held-out batch: what a gate can tell apart, and what a look costs."""
     steps: int = 400
     max_width: int = 96
     """Most units a hidden layer may come to have."""
@@ -105,6 +105,8 @@ FAMILIES: dict[str, Family] = {
             lr=4e-2,
         ),
         Family(name="tabular", task=tasks.tabular, inputs=16, outputs=4, widths=(_SMALL, _SMALL), purpose="training"),
+        Family(name="deep", task=tasks.teacher, inputs=4, outputs=2, widths=(_SMALL,) * 3, purpose="training"),
+        Family(name="flat", task=tasks.tabular, inputs=8, outputs=2, widths=(_SMALL,), purpose="training"),
         Family(
             name="checkers", task=tasks.checkers, inputs=3, outputs=2, widths=(_SMALL, _SMALL), purpose="evaluation"
         ),
@@ -152,7 +154,7 @@ class Data:
 
     train: tasks.Rows
     held_out: tasks.Rows
-    """``HELD_OUT_BATCHES * HELD_OUT_ROWS`` rows, batch after batch."""
+    """``HELD_OUT_BATCHES`` times the family's ``held_out_rows``, batch after batch."""
     test: tasks.Rows
     widths: tuple[int, ...]
     """Hidden widths a host of this task starts from."""
@@ -174,7 +176,7 @@ def data_of(family: Family, task: int) -> Data:
         made = _generator("task", family.name, task)
         sample = family.task(family.inputs, family.outputs, made)
         widths = tuple(choices[int(torch.randint(len(choices), (), generator=made))] for choices in family.widths)
-        sizes = {"train": family.rows, "held_out": HELD_OUT_BATCHES * HELD_OUT_ROWS, "test": TEST_ROWS}
+        sizes = {"train": family.rows, "held_out": HELD_OUT_BATCHES * family.held_out_rows, "test": TEST_ROWS}
         parts = {name: sample(rows, _generator(name, family.name, task)) for name, rows in sizes.items()}
         _drawn[key] = Data(**parts, widths=widths)
     return _drawn[key]

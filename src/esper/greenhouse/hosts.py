@@ -28,7 +28,6 @@ from esper.errors import ConfigError
 from esper.greenhouse.evidence import Evidence, splits_of
 from esper.greenhouse.family import (
     HELD_OUT_BATCHES,
-    HELD_OUT_ROWS,
     Family,
     HostSpec,
     batch_order,
@@ -298,7 +297,7 @@ class Hosts:
         values = self.batch_losses(hosts)[:, batches].mean(1).tolist()
         for number, value in zip(hosts, values, strict=True):
             life = self.lives[number]
-            life.ledger.add("evidence", len(batches) * self.flops(number, HELD_OUT_ROWS))
+            life.ledger.add("evidence", len(batches) * self.flops(number, self.family.held_out_rows))
             life.held_out = value
             if math.isnan(life.held_out_initial):
                 life.held_out_initial = value
@@ -306,7 +305,7 @@ class Hosts:
     def batch_losses(self, hosts: Sequence[int], alphas: Sequence[Tensor] | None = None) -> Tensor:
         """``(n, HELD_OUT_BATCHES)`` losses of some hosts, at their present alphas or others; counts nothing."""
         rows = self._evaluated(hosts, self._held_out, alphas)
-        return rows.view(len(hosts), HELD_OUT_BATCHES, HELD_OUT_ROWS).mean(2).double()
+        return rows.view(len(hosts), HELD_OUT_BATCHES, self.family.held_out_rows).mean(2).double()
 
     def test_losses(self) -> Tensor:
         """``(N,)`` losses on rows that nothing else has touched; read it once, at the end."""

@@ -6,7 +6,7 @@ Same data, first weights, batches and learning rates as in a stack, so a run her
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,7 @@ from esper.greenhouse.frontier import frontier_of
 from esper.greenhouse.layout import Layout
 from esper.greenhouse.stack import initial
 from esper.grower import Grower
+from esper.protocol import AnyEvent
 from esper.tamiyo import Controller
 
 Batch = tuple[Tensor, Tensor]
@@ -63,6 +64,8 @@ class RealHost:
         What decides; it belongs to this run.
     config:
         ``None``: the family's, with the grower's default control.
+    on_event:
+        Gets every event of the grower.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class RealHost:
         config: Config | None = None,
         *,
         dtype: torch.dtype = torch.float32,
+        on_event: Callable[[AnyEvent], None] | None = None,
     ) -> None:
         self.spec, self.family = spec, family_named(spec.family)
         self.steps = spec.steps or self.family.steps
@@ -85,8 +89,9 @@ class RealHost:
         x, y = _typed(data.held_out, dtype)
         held_out = list(zip(x.chunk(HELD_OUT_BATCHES), y.chunk(HELD_OUT_BATCHES), strict=True))
         self.grower = Grower(
-            self.model, self.optimizer, loss=mean_loss, evaluate=held_out, config=config, controller=controller
-        )
+            self.model, self.optimizer, loss=mean_loss, evaluate=held_out, config=config, controller=controller,
+            on_event=on_event,
+        )  # fmt: skip
         self.losses: list[float] = []
         """Training losses so far."""
 

@@ -14,7 +14,7 @@ from esper.config import FitConfig
 from esper.evidence.paired import PairedResult
 from esper.evidence.shrinkage import shrink_gains
 from esper.fitting import FEWEST_STEPS
-from esper.greenhouse.family import HELD_OUT_ROWS, units_stream
+from esper.greenhouse.family import units_stream
 from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.isolated import drawn, fit, fit_rows
 from esper.greenhouse.layout import live
@@ -298,7 +298,7 @@ def _differences(hosts: Hosts, host: int, cohort: Cohort) -> Callable[[Sequence[
 
 
 def _count_evaluations(hosts: Hosts, host: int, batches: int) -> None:
-    hosts.lives[host].ledger.add("evidence", batches * hosts.flops(host, HELD_OUT_ROWS))
+    hosts.lives[host].ledger.add("evidence", batches * hosts.flops(host, hosts.family.held_out_rows))
 
 
 def _note_gain(hosts: Hosts, host: int, cohort: Cohort, result: PairedResult) -> None:

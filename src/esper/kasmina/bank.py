@@ -125,6 +125,11 @@ class Bank:
         """FLOPs of its hidden units, where they are computed a second time."""
         return self.flops_per_row - 2.0 * self.num_slots * self.units * self.width if self.may_repeat else 0.0
 
+    @property
+    def own_seats(self) -> Seats | None:
+        """Where its seeds sit if they are small perceptrons of their own columns, which one kernel can fit."""
+        return self._seats if self.plan.is_perceptron else None
+
     def set_columns(self, columns: Tensor | None) -> None:
         """Seat the slots on ``columns (S, K)`` (on the CPU), or one slot on all columns."""
         self.columns = columns

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from esper.kasmina.capture import Rows
 from esper.kasmina.geometry import Geometry
-from esper.kasmina.ops import dispatch
-from esper.kasmina.ops.slot_adam import Rates, Stacks
-from esper.kasmina.ops.slot_adam import step as slot_step
+from esper.kasmina.ops import fit as fit_op
+from esper.kasmina.ops.fit import reference
+from esper.kasmina.ops.graft import Seats
 
 
 class Fittable(Protocol):
@@ -26,6 +25,11 @@ class Fittable(Protocol):
 
     @property
     def flops_per_row(self) -> float: ...
+
+    @property
+    def own_seats(self) -> Seats | None: ...
+
+    def pick(self, x: Tensor, y: Tensor) -> Tensor: ...
 
     def set_learning(self, learning: bool) -> None: ...
 
@@ -55,48 +59,24 @@ def fit(
     ``target`` has the shape of ``rows.y``; a slot sees its own columns only. Minibatches are drawn from ``generator``
     (a CPU generator), and dropout is off: the target is a function of x. Returns the FLOPs spent.
 
-    Nothing in the loop waits for the device: all draws are uploaded at once.
+    Nothing in it waits for the device: all draws are uploaded at once.
     """
     bank.set_learning(True)
-    params = list(bank.params.values())
-    update = _optimizer(params, bank.alpha, lr)
-    ones = torch.ones_like(bank.alpha)
-    wanted = _columns(bank, target)
     total, size = rows.x.shape[0], _minibatch(bank, rows, batch_rows)
-    draws = torch.randint(total, (steps, size), generator=generator).to(rows.x.device)
-    with torch.enable_grad():
-        for index in draws:
-            out = bank.branch(rows.x[index].float(), alpha=ones, training=True, generator=None)
-            loss = (out - wanted[index]).square().mean()
-            update(torch.autograd.grad(loss, params))
+    draws = torch.randint(total, (steps, size), generator=generator)
+    seats, params = bank.own_seats, bank.params
+    if seats is not None:
+        fit_op.fit(params["w1"], params["b1"], params["w2"], seats, rows.y, target, draws, lr)
+    else:
+        ones = torch.ones_like(bank.alpha)
+
+        def branch(x: Tensor) -> Tensor:
+            return bank.branch(x, alpha=ones, training=True, generator=None)
+
+        read = bank.pick(rows.x, rows.y)
+        reference.fit(branch, list(params.values()), bank.alpha, read, _columns(bank, target), draws, lr)
     bank.set_learning(False)
     return steps * step_flops(bank, rows, batch_rows)
-
-
-def _optimizer(params: list[Tensor], alpha: Tensor, lr: float) -> Callable[[Sequence[Tensor]], None]:
-    """What makes one step of Adam from gradients: the slots' fused optimizer where it runs, PyTorch's otherwise.
-
-    The fused one leaves everything as it is where a gradient is not finite.
-    """
-    slots = alpha.numel()
-    if dispatch.runs_triton("slot_adam", alpha) and all(value.shape[0] == slots for value in params):
-        firsts, seconds = ([torch.zeros_like(value) for value in params] for _ in range(2))
-        steps = torch.zeros(slots, device=alpha.device)
-        bad_steps = torch.zeros((), dtype=torch.int64, device=alpha.device)
-        rates = Rates("adam", lr, 0.0)
-
-        def fused(gradients: Sequence[Tensor]) -> None:
-            slot_step(Stacks(params, gradients, firsts, seconds, steps, bad_steps), rates)
-
-        return fused
-    optimizer = torch.optim.Adam(params, lr)
-
-    def plain(gradients: Sequence[Tensor]) -> None:
-        for value, gradient in zip(params, gradients, strict=True):
-            value.grad = gradient
-        optimizer.step()
-
-    return plain
 
 
 def step_flops(bank: Fittable, rows: Rows, batch_rows: int) -> float:
@@ -124,7 +104,8 @@ def check(bank: Fittable, rows: Rows, target: Tensor, *, batch_rows: int) -> Fit
     size = max(1, batch_rows // positions) if bank.geometry.kind.channels_first else batch_rows
     for start in range(0, rows.x.shape[0], size):
         part = slice(start, start + size)
-        out = bank.branch(rows.x[part].float(), alpha=ones, training=False, generator=None)
+        read = bank.pick(rows.x[part], rows.y[part]).float()
+        out = bank.branch(read, alpha=ones, training=False, generator=None)
         residual += float((out - wanted[part]).square().sum())
         energy += float(wanted[part].square().sum())
         products.append((out * wanted[part]).flatten(1).sum(1))

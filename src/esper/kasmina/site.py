@@ -84,6 +84,8 @@ class Site:
         Whether branches compute their hidden units again in the backward pass instead of keeping them.
     """
 
+    thrifty = False  # also of sites in models that were saved before there was a choice
+
     def __init__(self, info: SiteInfo, geometry: Geometry, upstream: Site | None) -> None:
         self.info = info
         self.geometry = geometry
@@ -102,7 +104,6 @@ class Site:
         self.capture: Capture | None = None
         self.telemetry: TelemetryBuffer | None = None
         self.generator: torch.Generator | None = None
-        self.thrifty = False
         self.mask_seed = 0
         """Tells this site's dropout masks from those of others."""
         self.probe: Probe | None = None

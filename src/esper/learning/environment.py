@@ -104,7 +104,10 @@ class EnvironmentFactory(Protocol):
     def __call__(self, num: int) -> HostEnvironment: ...
 
 
-_HOSTS = ("", "/teacher", "/spirals", "/tabular", "/checkers", "/waves", "/shells", "/planted", "/null")
+_FAMILIES = (
+    "teacher", "spirals", "tabular", "deep", "flat", "checkers", "waves", "shells", "planted", "null",
+)  # fmt: skip
+_HOSTS = ("", *(f"/{family}" for family in _FAMILIES))
 _HOMES = {
     "planted": "esper.learning.planted",
     **{f"greenhouse{family}": "esper.greenhouse.field" for family in _HOSTS},

@@ -22,6 +22,7 @@ from esper.kasmina.capture import Rows
 from esper.kasmina.chunks import chunk_bounds
 from esper.kasmina.incubator import fit
 from esper.kasmina.ops import dispatch
+from esper.kasmina.ops import fit as fits
 from esper.kasmina.ops.graft import Seats, graft, reference
 from esper.kasmina.ops.telemetry import record_statistics
 from esper.kasmina.optim import Hyperparameters, SlotAdamW
@@ -244,6 +245,45 @@ def test_compiled_and_copied_models_compute_the_same() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x).detach(), wanted, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(copy.deepcopy(model)(x).detach(), wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [None, 2])
+def test_seeds_of_their_own_columns_are_fitted_in_one_launch(
+    columns: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same end as by the loop, the same draws, and neither the loop nor the slots' optimizer is asked."""
+    source = torch.Generator().manual_seed(1)
+    y, target = (torch.randn(40, 6, generator=source).to(DEVICE) for _ in range(2))
+    rows = Rows(y[:, :5], y, y, torch.arange(40), torch.arange(40) % 4)
+    seats = None if columns is None else torch.randperm(6, generator=source)[: 2 * columns].view(2, columns)
+    ends: list[dict[str, Tensor]] = []
+    for choice in ("", "reference"):
+        monkeypatch.setenv("ESPER_OPS", choice)
+        monkeypatch.setattr(dispatch, "_verdicts", {})
+        assert dispatch.runs_triton("fit", y) == (choice == "")
+        source.manual_seed(4)
+        bank = Bank(
+            "chunk_mlp", EXAMPLES[SiteKind.LINEAR_LAYER][0].geometry, units=3, reads=5, columns=seats,
+            generator=source, device=DEVICE,
+        )  # fmt: skip
+        before = bank.params["w1"].clone()
+        with monkeypatch.context() as patch:
+            if choice == "":
+                patch.setattr(fits.reference, "fit", lambda *_: pytest.fail("the loop ran"))
+            fit(bank, rows, target, steps=3, batch_rows=16, lr=0.01, generator=source)
+        assert not torch.equal(before, bank.params["w1"])
+        ends.append({name: value.detach().clone() for name, value in bank.params.items()})
+        ends[-1]["draw"] = torch.rand(1, generator=source)
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], atol=1e-6, rtol=1e-5)
+
+
+def test_a_fit_of_no_steps_changes_nothing() -> None:
+    params, seats = _seeds()
+    y, kept = torch.randn(5, 15, device=DEVICE), [value.clone() for value in params.values()]
+    for draws in (torch.zeros(0, 4, dtype=torch.int64), torch.zeros(3, 0, dtype=torch.int64)):
+        fits.fit(params["w1"], params["b1"], params["w2"], seats, y, y, draws, 0.1)
+    assert all(map(torch.equal, params.values(), kept))
 
 
 @pytest.mark.parametrize("slots", [1, 3])

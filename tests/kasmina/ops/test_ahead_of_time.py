@@ -11,9 +11,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'esper-morph[triton]'")
 
-from tests.kasmina.ops.ahead_of_time import Launch, recorded
+from tests.kasmina.ops.ahead_of_time import Launch, recorded, stack_bytes
 
 from esper.bench.ops import slot_adam as optimizer_problems
+from esper.kasmina.ops.fit import triton as fit_kernels
 from esper.kasmina.ops.graft import Seats
 from esper.kasmina.ops.graft import triton as graft_kernels
 from esper.kasmina.ops.slot_adam import Rates
@@ -91,6 +92,23 @@ def _optimizer(slots: int, rule: str) -> Callable[[], list[Launch]]:
     return launches
 
 
+def _fit(
+    seeds: int, width: int, units: int, blocks: int | None, dtype: torch.dtype, near: bool = False
+) -> Callable[[], list[Launch]]:
+    """Sixty steps of 8,192 rows; ``blocks``: programs a group."""
+
+    def launches() -> list[Launch]:
+        columns = torch.arange(seeds * width) if near else torch.randperm(4096)[: seeds * width]
+        seats = Seats.of(columns.view(seeds, width), 4096, CPU)
+        weights = [torch.empty(seeds, units, width), torch.empty(seeds, units), torch.empty(seeds, width, units)]
+        y, target, draws = torch.empty(8, 4096, dtype=dtype), torch.empty(8, 4096), torch.zeros(60, 8192)
+        with recorded(fit_kernels) as found:
+            fit_kernels.fit(*weights, seats.columns, y, target, draws, 0.01, 1e-8, runs=seats.runs, blocks=blocks)
+        return found
+
+    return launches
+
+
 CASES = {
     "telemetry-sampled": _telemetry(8192, 4096, 1024, 1024, torch.bfloat16),
     "telemetry-all-rows": _telemetry(8192, 4096, 1024, 8192, torch.bfloat16),
@@ -110,11 +128,23 @@ CASES = {
     "optimizer-adamw": _optimizer(1024, "adamw"),
     "optimizer-one-slot": _optimizer(1, "adam"),
     "optimizer-sgd": _optimizer(64, "sgd"),
+    "fit-64": _fit(64, 4, 8, 8, torch.float32),
+    "fit-1024": _fit(1024, 4, 8, 1, torch.bfloat16, near=True),
+    "fit-large": _fit(64, 64, 64, 2, torch.float32, near=True),
+    "fit-smallest": _fit(1, 1, 1, None, torch.float16),
 }
 WIDE = ("telemetry-all-rows", "telemetry-uneven", "graft-1024-of-1024")
 
 
-OLDER = ("telemetry-sampled", "telemetry-all-rows", "graft-64-scattered", "graft-large", "optimizer-adamw")
+OLDER = (
+    "telemetry-sampled",
+    "telemetry-all-rows",
+    "graft-64-scattered",
+    "graft-large",
+    "optimizer-adamw",
+    "fit-64",
+    "fit-large",
+)
 """Every kernel once for sm_80 too."""
 
 
@@ -154,6 +184,28 @@ def test_what_lies_between_chunks_is_copied_in_their_runs() -> None:
         assert "ld.global.b16" not in ptx and "st.global.b16" not in ptx
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("case", ["fit-64", "fit-1024", "fit-large"])
+def test_a_fit_keeps_its_weights_in_registers_and_has_room_beside_its_like(case: str, capability: int) -> None:
+    """Programs that wait for each other are all at work: eight warps and half the shared memory are always there.
+
+    On the stack are no more than some addresses that are used before the first step and after the last.
+    """
+    (launch,) = CASES[case]()
+    compiled = launch.compile(capability)
+    assert stack_bytes(compiled.asm["cubin"]) <= 32
+    resident = 8 // launch.options["num_warps"]
+    assert resident >= 1 and resident * compiled.metadata.shared <= SHARED_BYTES[capability]
+
+
+def test_programs_of_a_fit_wait_with_acquire_and_release() -> None:
+    ptx = CASES["fit-64"]()[0].compile(90).asm["ptx"]
+    assert "atom.global.gpu.acq_rel.add" in ptx and "ld.global.cg" in ptx
+    assert re.search(r"(ld\.global\.gpu\.acquire|atom\.global\.gpu\.acquire)", ptx) is not None
+    alone = CASES["fit-1024"]()[0].compile(90).asm["ptx"]
+    assert re.search(r"\b(atom|red)\.", alone) is None, "one program a group waits for nobody"
+
+
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("telemetry")])
 def test_statistics_use_no_atomics(case: str) -> None:
     for launch in CASES[case]():
@@ -162,8 +214,8 @@ def test_statistics_use_no_atomics(case: str) -> None:
 
 
 def test_every_kernel_is_compiled_for_both() -> None:
-    modules = (telemetry_kernels, graft_kernels, optimizer_kernels)
+    modules = (telemetry_kernels, graft_kernels, optimizer_kernels, fit_kernels)
     every = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     for cases in (CASES, OLDER):
         compiled = {launch.kernel.__name__ for case in cases for launch in CASES[case]()}
-        assert compiled == every and len(every) >= 6
+        assert compiled == every and len(every) >= 7

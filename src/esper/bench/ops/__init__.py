@@ -46,7 +46,9 @@ def check_operation(record: Record, name: str) -> None:
 
 
 def time_operation(record: Record, name: str, clock: Clock, *, tiny: bool = False) -> None:
-    """Time an operation that was checked, and note the rate of a copy beside it."""
-    record.files[f"ops_{name}"]["copy_tb_per_s"] = round(clock.copy_bytes_per_us / 1e6, 3)
+    """Time an operation that was checked, and note the rate of a copy and the time of a launch beside it."""
+    one = torch.zeros(1, device=record.device)
+    facts = {"copy_tb_per_s": round(clock.copy_bytes_per_us / 1e6, 3), "launch_us": round(clock.gpu_us(one.zero_), 2)}
+    record.files[f"ops_{name}"] |= facts
     for line in operation(name).time_rows(clock, tiny=tiny):
         record.add(f"ops_{name}", line)

@@ -87,6 +87,9 @@ class Blueprint(ABC):
     """Name of an output weight ``(S, K, U)``, where :meth:`project` is the product with it and ``hidden`` begins with
     products and holds no state: such a branch can be computed again in the backward pass."""
 
+    is_perceptron: bool = False
+    """Whether a branch is ``W2 silu(W1 y + b1)`` of the columns that it adds to, its parameters called w1, b1, w2."""
+
     def refusal(self, geometry: Geometry) -> str | None:
         """Why it cannot sit on a site of a kind that it claims, or ``None``."""
         return None

@@ -27,6 +27,7 @@ class ChunkMLP(FusedBlueprint):
     axes = {"w1": Axes(unit=1), "b1": Axes(unit=1), "w2": Axes(unit=2, column=1)}  # noqa: RUF012
     fits_rows = False
     stacks_plainly = True
+    is_perceptron = True
 
     def resolve_units(self, geometry: Geometry, asked: int | None) -> int:
         return 8 if asked is None else asked

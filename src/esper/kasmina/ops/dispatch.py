@@ -24,7 +24,7 @@ from torch import Tensor
 
 from esper.errors import ConfigError, EsperError
 
-OPERATIONS = ("telemetry", "graft", "slot_adam")
+OPERATIONS = ("telemetry", "graft", "slot_adam", "fit")
 """Each is a package beside this module, with ``reference``, ``triton`` and ``agreement``."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter: fixed when Triton decorates them, so read once."""

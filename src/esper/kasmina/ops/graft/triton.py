@@ -85,8 +85,8 @@ def _copy_stretch(source, target, columns, group, groups, block, rows, features,
                   ROWS: tl.constexpr, TILES: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Copy a program's rows of the columns from its group's first up to the next group's first.
 
-    All features have one owner so: columns rise from seed to seed, in runs of ``RUN`` that start at multiples of it (the
-    host has checked). The program then waits for itself, as it overwrites some of what it has copied.
+    All features have one owner so: columns rise from seed to seed, in runs of ``RUN`` at multiples of it: the
+    host has checked. The program then waits for itself, as it overwrites some of what it has copied.
     """
     start = tl.load(columns + group * G * K).to(tl.int32)
     start = tl.where(group == 0, 0, start) // RUN

@@ -40,10 +40,10 @@ def record_statistics(
 def traced_statistics(y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor) -> Tensor:
     """What :func:`record_statistics` writes, as a new tensor: for a compiled graph.
 
-    There a tensor that is written would cost more than the launch. It makes ``y`` look, to the compiler's choice of what
-    to keep for the backward pass, as if it were read again far away, and functions of ``y`` are kept instead that are
-    larger (the derivative of an activation in fp32); and CUDA graphs are given up where an input is written. So ``y``
-    goes into one node as it is, not even detached, and nothing in the graph reads what comes out.
+    There a tensor that is written would cost more than the launch. It makes ``y`` look, to the compiler's choice of
+    what to keep for the backward pass, as if it were read again far away, and functions of ``y`` are kept instead that
+    are larger (the derivative of an activation in fp32); and CUDA graphs are given up where an input is written. So
+    ``y`` goes into one node as it is, not even detached, and nothing in the graph reads what comes out.
     """
     if y.is_cuda or dispatch.INTERPRETED:
         return _statistics_opaque(y, feature_axis, max_rows, chunk_of, chunk_sizes)

@@ -3,8 +3,8 @@
     mean_c = sum(y) / n        var_c = sum((y - mean_c)^2) / n        over the rows read and the chunk's features
 
 Each program walks down some tiles of rows by columns and sums differences from the first one in registers, so a large
-mean cancels nothing and every thread has several loads under way. Results of programs are merged in a fixed order by the
-formula of Chan, Golub and LeVeque (1979): no atomics, the same bits each run.
+mean cancels nothing and every thread has several loads under way. Results of programs are merged in a fixed order by
+the formula of Chan, Golub and LeVeque (1979): no atomics, the same bits each run.
 A few sampled rows of small chunks fit one tile and need no second launch.
 
 Shapes: N rows read, F features, C chunks, P partial results a chunk (row blocks times column pieces).
@@ -178,11 +178,11 @@ class Shape:
     warps: int
 
 
-def _shape(rows: int, regular: bool) -> Shape:
+def _shape(rows: int, largest: int, regular: bool) -> Shape:
     """The fastest of ``benchmarks/ops/sweep.py``: a sample is read at once, by programs that need no second launch."""
     if rows <= _SAMPLE:
         return Shape(16 if regular else 32, 64, _SAMPLE // 64, 8)
-    return Shape(64, 32, 16, 2)
+    return Shape(64, 32, 16, 2 if largest <= 64 else 8)
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def tiling(rows: int, features: int, chunks: int, shape: Shape | None = None) ->
     even = features % chunks == 0
     regular = even and largest & (largest - 1) == 0
     slack = 0 if even and largest % _VECTOR == 0 else _VECTOR - 1
-    aim = shape or _shape(rows, regular)
+    aim = shape or _shape(rows, largest, regular)
     width = aim.width
     if largest + (0 if regular else slack) > width:
         width = max(width, 16)

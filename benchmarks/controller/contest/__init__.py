@@ -1,0 +1,1 @@
+"""Learned controllers against all controls: training, tuning, evaluation, and what it comes to."""
