@@ -356,4 +356,4 @@ def assert_gone(rig: Rig, cohort: Cohort) -> None:
 
 def guard(grower: esper.Grower) -> None:
     """What a decision point does about numbers that are not finite, now."""
-    grower.guard.look(grower.clock.steps)
+    grower.guard.look(grower.clock.steps, grower.guard.ask(sensors=False))

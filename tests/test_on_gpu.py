@@ -24,6 +24,9 @@ pytestmark = [
     pytest.mark.skipif(DEVICE.type != "cuda", reason="runs on a GPU: make test-gpu"),
 ]
 INTERVAL = 20
+AFTER_TRAINING = (
+    Lifecycle.GRAFTING, Lifecycle.STABILIZATION, Lifecycle.EVALUATING, Lifecycle.FINE_TUNING,
+)  # fmt: skip
 TASKS = pytest.mark.parametrize("task", [MLP, CONV, TRANSFORMER], ids=str)
 
 
@@ -74,6 +77,38 @@ def test_kernels_are_taken_whatever_precision_the_host_has_chosen(operation: str
 @TASKS
 def test_dormant_with_telemetry_every_step(task: Task) -> None:
     between_decisions(rig_for(task))
+
+
+@TASKS
+@pytest.mark.parametrize("has_grown", [False, True])
+def test_a_dormant_decision_waits_once(task: Task, has_grown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the one event is waited for, from well before the decision until well after it."""
+    rig = rig_for(task)
+    if has_grown:
+        site = next(info.name for info in rig.grower.sites() if info.kind.is_span)
+        cohort = rig.germinate(site, start="random_zero")
+        step = rig.grower.clock.steps
+        for state in AFTER_TRAINING:
+            rig.grower.kasmina.move(cohort, state, step)
+            if state is Lifecycle.GRAFTING:
+                rig.grower.kasmina.graft(cohort)
+        rig.grower.kasmina.fossilise(cohort, step, rig.grower.clock.hosts)
+    rig.train(2 * INTERVAL - 4 - rig.grower.clock.steps % INTERVAL)
+    waits: list[torch.cuda.Event] = []
+    wait = torch.cuda.Event.synchronize
+
+    def counted(event: torch.cuda.Event) -> None:
+        waits.append(event)
+        wait(event)
+
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", counted)
+    torch.cuda.synchronize()
+    with no_waiting():
+        rig.train(8)
+    assert rig.grower.clock.steps // INTERVAL == (rig.grower.clock.steps - 8) // INTERVAL + 1
+    assert len(waits) == 1 and not rig.grower.kasmina.cohorts
+    seen = next(iter(rig.grower.kasmina.sites.values())).telemetry
+    assert seen is not None and seen.latest is not None and bool((seen.latest[:2] == seen.latest[:2]).all())
 
 
 @TASKS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -15,10 +16,17 @@ from esper.evidence.judge import Judge
 from esper.journal import Journal
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.host import HostClock, stacked
-from esper.observation import observe
+from esper.kasmina.reading import Reading
+from esper.observation import Frame, prepare
 from esper.protocol import HeldOut, Observation
 from esper.stages import Stages
 from esper.state import Loop
+
+
+class Watch(Protocol):
+    """Reads losses and damage: the guard, seen from here."""
+
+    def ask(self, *, sensors: bool) -> Reading: ...
 
 
 class Run(Protocol):
@@ -34,26 +42,71 @@ class Run(Protocol):
     loop: Loop
     watcher: Callable[[Observation], None] | None
 
+    @property
+    def guard(self) -> Watch: ...
 
-def look(run: Run, step: int, *, needed: bool = True) -> Observation | None:
+
+@dataclass(frozen=True)
+class Glance:
+    """What a decision point reads, on its way to the host.
+
+    ``frame`` is what could be prepared meanwhile: only while nothing is alive and nothing is to be measured first, for
+    then nothing comes between the guard's look and the controller's. ``changes`` tells whether anything did.
+    """
+
+    reading: Reading
+    frame: Frame | None
+    changes: int
+    lr_share: float
+
+
+def glance(run: Run, step: int, *, needed: bool = True) -> Glance:
+    """Begin to read everything at once, before anybody waits, and prepare while the device still works.
+
+    ``needed`` as for :func:`look`.
+    """
+    with run.journal.timed("observe"):
+        is_calm = not run.kasmina.cohorts and not _measures(run, step)
+        prepares = is_calm and _is_wanted(run, needed)
+        reading, frame = run.guard.ask(sensors=prepares), None
+        if is_calm:
+            # what the sensors do next is known, and no forward pass comes before the next step
+            run.kasmina.watch((step + 1) % run.config.telemetry.every == 0)
+        if prepares:
+            frame = prepare(run.kasmina, step=step, verdicts=run.stages.verdicts)
+        return Glance(reading, frame, run.kasmina.num_changes, _lr_share(run.clock) if prepares else math.nan)
+
+
+def look(run: Run, step: int, begun: Glance | None = None, *, needed: bool = True) -> Observation | None:
     """Measure the held-out loss where that is due, observe everything, and tell of it.
 
-    ``None`` where the observation is not ``needed`` for a decision and nobody else listens.
+    What has ``begun`` is used if nothing has changed since. ``None`` where the observation is not ``needed`` for a
+    decision and nobody else listens.
     """
-    if step % run.config.held_out_every == 0 or math.isnan(run.loop.held_out_initial):
+    if _measures(run, step):
         with run.journal.timed("evidence"):
             measure_held_out(run, step)
-    if not (needed or run.journal.is_heard or run.watcher is not None):
+    if not _is_wanted(run, needed):
         return None
     with run.journal.timed("observe"):
-        observation = _observe(run, step)
-    loss = float(run.loop.losses[-1]) if run.loop.losses else math.nan
+        losses, observation = _observe(run, step, begun)
+    loss = losses[-1] if losses else math.nan
     flops = run.accounts.ledger.total
     run.journal.publish(observation, run.kasmina.cohorts.values(), loss=loss, flops=flops)
     if run.watcher is not None:
         with run.journal.timed("bus"):
             run.watcher(observation)
     return observation
+
+
+def _measures(run: Run, step: int) -> bool:
+    """Whether the held-out loss is due."""
+    return step % run.config.held_out_every == 0 or math.isnan(run.loop.held_out_initial)
+
+
+def _is_wanted(run: Run, needed: bool) -> bool:
+    """Whether anybody is going to look at an observation."""
+    return needed or run.journal.is_heard or run.watcher is not None
 
 
 def measure_held_out(run: Run, step: int) -> None:
@@ -69,22 +122,28 @@ def measure_held_out(run: Run, step: int) -> None:
     run.journal.emit(HeldOut(step=step, loss=loss, params=run.kasmina.params, flops=run.accounts.ledger.total))
 
 
-def _observe(run: Run, step: int) -> Observation:
-    return observe(
-        run.kasmina,
-        step=step,
+def _observe(run: Run, step: int, begun: Glance | None) -> tuple[list[float], Observation]:
+    """The losses of the last steps, and the observation."""
+    if begun is None or begun.frame is None or begun.changes != run.kasmina.num_changes:
+        reading = Reading((), (), run.loop.losses, run.kasmina.readout)
+        frame, lr_share = prepare(run.kasmina, step=step, verdicts=run.stages.verdicts), _lr_share(run.clock)
+    else:
+        reading, frame, lr_share = begun.reading, begun.frame, begun.lr_share
+    losses = reading.window if run.loop.losses else []  # the guard forgets those of an incident
+    observation = frame.complete(
+        reading.blocks,
         total_steps=run.config.total_steps,
         held_out=run.stages.held_out,
         held_out_initial=run.loop.held_out_initial,
         host_flops=run.accounts.host_flops_per_step,
         budget_params=run.accounts.budget.params,
         budget_flops=run.accounts.budget_flops,
-        verdicts=run.stages.verdicts,
         stopped=run.loop.stopped,
-        losses=recent_losses(run.loop.losses),
-        lr_share=_lr_share(run.clock),
+        losses=recent_losses(losses),
+        lr_share=lr_share,
         price=run.config.tamiyo.min_gain_per_cost,
     )
+    return losses, observation
 
 
 def recent_losses(losses: Sequence[Tensor | float]) -> tuple[float, float]:

@@ -28,7 +28,7 @@ from esper.absorption import absorb_growth
 from esper.accounts import Accounts
 from esper.commands import apply, obey
 from esper.config import BudgetConfig, Config
-from esper.decision import look, measure_held_out
+from esper.decision import Glance, glance, look, measure_held_out
 from esper.evidence.evaluator import Evaluator, Loss
 from esper.evidence.judge import Judge
 from esper.evidence.twins import as_given, plain_step
@@ -210,16 +210,16 @@ class Grower(Stored):
             self.trials.follow(batch, step)
         if step == 1:
             check_reports(self.kasmina, self.clock)
-        at_decision = step % self.config.interval == 0
-        if at_decision:
-            self.guard.look(step)
+        begun = glance(self, step, needed=self._is_deciding) if step % self.config.interval == 0 else None
+        if begun is not None:
+            self.guard.look(step, begun.reading)
         self._obey(step)
         if self.clock.steps != step:
             return  # everything was taken back to the end of an earlier step
         with self.journal.timed("advance"):
             self.stages.advance(step)
-        if at_decision:
-            self._decide(step)
+        if begun is not None:
+            self._decide(step, begun)
         if self.clock.steps != step:
             return
         self.kasmina.watch((step + 1) % self.config.telemetry.every == 0)
@@ -371,9 +371,13 @@ class Grower(Stored):
 
     # ---------------------------------------------------------------------------------------------- how
 
-    def _decide(self, step: int) -> None:
-        deciding = self.stopped is None and self.loop.paused is None
-        observation = look(self, step, needed=deciding)
+    @property
+    def _is_deciding(self) -> bool:
+        return self.stopped is None and self.loop.paused is None
+
+    def _decide(self, step: int, begun: Glance) -> None:
+        deciding = self._is_deciding
+        observation = look(self, step, begun, needed=deciding)
         if deciding and observation is not None:
             with self.journal.timed("decide"):
                 commands = self.controller.decide(observation)

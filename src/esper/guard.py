@@ -26,8 +26,9 @@ from esper.errors import StateError
 from esper.journal import Journal
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.execution import Kasmina
-from esper.kasmina.host import HostClock, as_tensors, stacked
+from esper.kasmina.host import HostClock, as_tensors
 from esper.kasmina.lifecycle import Gate, in_slot
+from esper.kasmina.reading import Reading
 from esper.protocol import Incident, Lifecycle, Restored
 from esper.safety.divergence import LossWatch
 from esper.safety.snapshot import Snapshot, Snapshots
@@ -166,16 +167,21 @@ class Guard:
 
     # ---------------------------------------------------------------------------------------------- decision points
 
-    def look(self, step: int) -> None:
-        """Judge the steps since the last look. Afterwards the run may stand at an earlier step."""
-        losses: list[float] = stacked(self._recent).tolist() if self._recent else []
+    def ask(self, *, sensors: bool) -> Reading:
+        """Begin to read what the next look is about, and the sensors of all sites with it, without waiting."""
+        kasmina = self._run.kasmina
+        readout = kasmina.readout if sensors else None
+        reading = Reading(kasmina.sites.values(), self._recent, self._run.loop.losses, readout)
         self._recent.clear()
-        self._judge(losses, step)
+        return reading
+
+    def look(self, step: int, reading: Reading) -> None:
+        """Judge the steps since the last look. Afterwards the run may stand at an earlier step."""
+        self._judge(reading.losses, reading.damage, step)
         late = self._run.clock.steps - self._run.config.interval
         self._seen = {number: last for number, last in self._seen.items() if last >= late}
 
-    def _judge(self, losses: list[float], step: int) -> None:
-        damage = self._run.kasmina.damaged()
+    def _judge(self, losses: list[float], damage: dict[int, str], step: int) -> None:
         if not all(map(math.isfinite, losses)):
             self._run.loop.losses.clear()  # one incident has one culprit: the window must not accuse the next cohort
             newest = self._newest()

@@ -21,6 +21,7 @@ from esper.protocol import (
     Warned,
 )
 
+_SENSORS = [SITE_FEATURES.index(name) for name in ("activation_mean", "activation_var", "gradient_energy")]
 _OVERHEAD_EVERY = 100
 """Real steps between two overhead events, at the least."""
 
@@ -84,12 +85,11 @@ class Journal:
         if self._on_event is None:
             return
         self.emit(TrainLoss(step=step, loss=loss, flops=flops))
-        columns = {name: tuple(observation.sites[:, i].tolist()) for i, name in enumerate(SITE_FEATURES)}
+        mean, variance, energy = (tuple(observation.sites[:, column].tolist()) for column in _SENSORS)
         self.emit(
             Telemetry(
-                step=step, sites=observation.site_names, activation_mean=columns["activation_mean"],
-                activation_var=columns["activation_var"], gradient_energy=columns["gradient_energy"],
-                grown=tuple(observation.grown.tolist()),
+                step=step, sites=observation.site_names, activation_mean=mean, activation_var=variance,
+                gradient_energy=energy, grown=tuple(observation.grown.tolist()),
             )
         )  # fmt: skip
         for cohort in cohorts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,9 @@ from esper.kasmina.blueprints import BLUEPRINTS, Cost
 from esper.kasmina.defaults import default_blueprint
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.germination import offers
+from esper.kasmina.reading import Reading
 from esper.kasmina.site import Site
-from esper.kasmina.telemetry import Readout
+from esper.kasmina.telemetry import Blocks
 from esper.protocol import SITE_FEATURES, CohortView, Observation
 from esper.verdicts import Verdicts
 
@@ -25,77 +27,95 @@ NUM_PRESSING = 64
 """Chunks listed as pressing; a controller that wants more can read the telemetry itself."""
 
 
-def observe(
-    kasmina: Kasmina,
-    *,
-    step: int,
-    total_steps: int | None,
-    held_out: float,
-    held_out_initial: float,
-    host_flops: float,
-    budget_params: int | None,
-    budget_flops: float | None,
-    verdicts: Verdicts,
-    stopped: str | None,
-    losses: tuple[float, float] = (math.nan, math.nan),
-    lr_share: float = math.nan,
-    price: float = math.nan,
-) -> Observation:
-    """Build the observation. Waits for the device once (telemetry).
+@dataclass(frozen=True)
+class Frame:
+    """An observation without what the sensors, the losses and the run's settings say."""
 
-    ``losses`` are the mean of the latest training losses and its noise.
-    """
+    fixed: _Fixed
+    rows: npt.NDArray[np.float64]
+    """Site features; NaN where sensors tell."""
+    added_flops: float
+    told: dict[str, Any]
+    """Fields of the observation."""
+
+    def complete(
+        self,
+        blocks: Blocks,
+        *,
+        total_steps: int | None,
+        held_out: float,
+        held_out_initial: float,
+        host_flops: float,
+        budget_params: int | None,
+        budget_flops: float | None,
+        stopped: str | None,
+        losses: tuple[float, float] = (math.nan, math.nan),
+        lr_share: float = math.nan,
+        price: float = math.nan,
+    ) -> Observation:
+        """The observation, once. ``blocks`` are what the sensors of all sites said, ``losses`` the mean of the latest
+        training losses and its noise."""
+        for numbers, block in blocks:
+            self.rows[numbers, _SENSORS] = np.add.reduce(block, axis=2) / block.shape[2]
+        pressing = self.fixed.pressure.of(blocks)
+        return Observation(
+            total_steps=total_steps,
+            held_out=held_out,
+            held_out_initial=held_out_initial,
+            budget_params=budget_params,
+            flops_per_step=host_flops + self.added_flops,
+            host_flops_per_step=host_flops,
+            budget_flops=budget_flops,
+            sites=self.rows,
+            chunk_site=pressing[0].copy(),
+            chunk_index=pressing[1].copy(),
+            chunk_pressure=pressing[2].copy(),
+            stopped=stopped,
+            train_loss=losses[0],
+            loss_noise=losses[1],
+            lr_share=lr_share,
+            price=price,
+            **self.told,
+        )
+
+
+def prepare(kasmina: Kasmina, *, step: int, verdicts: Verdicts) -> Frame:
+    """All of an observation that can be made without waiting for the device; it holds as long as nothing changes."""
     fixed = _fixed(kasmina)
     standing = _standing(kasmina, fixed, step)
     refused = [site.refused is not None for site in kasmina.sites.values()]
-    eligible = standing.eligible & ~np.array(refused) if any(refused) else standing.eligible.copy()
     rows_per_step = np.array(list(kasmina.rows_per_step.values()))
-    unit_flops, other_flops = standing.unit_flops * rows_per_step, standing.others[1] * rows_per_step[:, None]
-    alive = tuple(_view(kasmina, number, step) for number in kasmina.cohorts)
-    rows = _site_rows(fixed, standing, verdicts, step)
-    blocks = fixed.readout.read()  # what a GPU has yet to do, it does while all of the above is made
-    for numbers, block in blocks:
-        rows[numbers, _SENSORS] = np.add.reduce(block, axis=2) / block.shape[2]
-    pressing = fixed.pressure.of(blocks)
-    return Observation(
-        step=step,
-        total_steps=total_steps,
-        held_out=held_out,
-        held_out_initial=held_out_initial,
-        params=standing.params,
-        host_params=kasmina.host_params,
-        budget_params=budget_params,
-        flops_per_step=host_flops + (0.0 if kasmina.at_rest else kasmina.added_flops_per_step()),
-        host_flops_per_step=host_flops,
-        budget_flops=budget_flops,
-        site_names=fixed.names,
-        sites=rows,
-        hidden=fixed.hidden.copy(),
-        grown=standing.grown.copy(),
-        eligible=eligible,
-        chunk_site=pressing[0].copy(),
-        chunk_index=pressing[1].copy(),
-        chunk_pressure=pressing[2].copy(),
-        alive=alive,
-        verdicts=verdicts.told(),
-        untold=verdicts.num_untold,
-        stopped=stopped,
-        unit_params=standing.unit_params.copy(),
-        unit_flops=unit_flops,
-        train_loss=losses[0],
-        loss_noise=losses[1],
-        lr_share=lr_share,
-        price=price,
-        fit_explained=standing.fits[0].copy(),
-        fit_error=standing.fits[1].copy(),
-        alternatives=fixed.alternatives,
-        alternative_params=standing.others[0].copy(),
-        alternative_flops=other_flops,
-        kinds=fixed.kinds,
-        offers=fixed.offers,
-        family=kasmina.family,
-        optimizer=kasmina.optimizer_family,
-    )
+    told: dict[str, Any] = {
+        "step": step,
+        "params": standing.params,
+        "host_params": kasmina.host_params,
+        "site_names": fixed.names,
+        "hidden": fixed.hidden.copy(),
+        "grown": standing.grown.copy(),
+        "eligible": standing.eligible & ~np.array(refused) if any(refused) else standing.eligible.copy(),
+        "alive": tuple(_view(kasmina, number, step) for number in kasmina.cohorts),
+        "verdicts": verdicts.told(),
+        "untold": verdicts.num_untold,
+        "unit_params": standing.unit_params.copy(),
+        "unit_flops": standing.unit_flops * rows_per_step,
+        "fit_explained": standing.fits[0].copy(),
+        "fit_error": standing.fits[1].copy(),
+        "alternatives": fixed.alternatives,
+        "alternative_params": standing.others[0].copy(),
+        "alternative_flops": standing.others[1] * rows_per_step[:, None],
+        "kinds": fixed.kinds,
+        "offers": fixed.offers,
+        "family": kasmina.family,
+        "optimizer": kasmina.optimizer_family,
+    }
+    added_flops = 0.0 if kasmina.at_rest else kasmina.added_flops_per_step()
+    return Frame(fixed, _site_rows(fixed, standing, verdicts, step), added_flops, told)
+
+
+def observe(kasmina: Kasmina, *, step: int, verdicts: Verdicts, **settings: Any) -> Observation:
+    """Build the observation now; ``settings`` are those of :meth:`Frame.complete`. Waits for the device once."""
+    reading = Reading((), (), (), kasmina.readout)
+    return prepare(kasmina, step=step, verdicts=verdicts).complete(reading.blocks, **settings)
 
 
 def _unit_cost(site: Site) -> Cost:
@@ -163,7 +183,6 @@ class _Fixed:
     """Blueprints that can sit on some site besides its default one."""
     sits: tuple[tuple[int, int], ...]
     """Row and alternative that go together."""
-    readout: Readout
     pressure: _Pressure
     priced: dict[tuple[int, ...], npt.NDArray[np.float64]] = field(
         default_factory=dict[tuple[int, ...], npt.NDArray[np.float64]]
@@ -189,11 +208,10 @@ def _fixed(kasmina: Kasmina) -> _Fixed:
         chunks = np.array([info.num_chunks for info in infos], dtype=np.int64)
         hidden = np.array([info.hidden_features for info in infos], dtype=np.int64)
         alternatives, sits = _alternatives(kasmina)
-        buffers = [site.telemetry for site in kasmina.sites.values() if site.telemetry is not None]
         found = _known[kasmina] = _Fixed(
             names=tuple(kasmina.sites), chunks=chunks, hidden=hidden, kinds=tuple(str(info.kind) for info in infos),
             offers=tuple(offers(site) for site in kasmina.sites.values()), rows=rows, alternatives=alternatives,
-            sits=sits, readout=Readout(buffers), pressure=_Pressure(),
+            sits=sits, pressure=_Pressure(),
         )  # fmt: skip
     return found
 
@@ -274,9 +292,7 @@ class _Pressure:
         self._seen: list[npt.NDArray[np.uint32]] = []
         self._found = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 
-    def of(
-        self, blocks: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    def of(self, blocks: Blocks) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         energies = [block[:, 2].view(np.uint32) for _, block in blocks]  # as bits: a NaN is what it was before
         if len(self._seen) != len(energies) or not all(map(np.array_equal, energies, self._seen)):
             found = {int(n): one[2] for numbers, block in blocks for n, one in zip(numbers, block, strict=True)}

@@ -12,7 +12,7 @@ from tests.models import Pair
 from tests.rigs import Rig, attach
 
 from esper.errors import EnvelopeError
-from esper.kasmina import telemetry
+from esper.kasmina import reading
 from esper.oona import arrays, health
 from esper.oona.health import HealthHead, HealthReport, Snapshot
 from esper.protocol import Lifecycle
@@ -67,7 +67,7 @@ def test_collecting_reads_nothing_from_the_device(rig: Rig, monkeypatch: pytest.
         raise AssertionError("read from the device")
 
     rig.train(5)
-    monkeypatch.setattr(telemetry, "_on_host", refuse)
+    monkeypatch.setattr(reading, "Transfer", refuse)
     first = rig.grower.kasmina.sites[next(iter(rig.grower.kasmina.sites))].telemetry
     assert first is not None
     snapshot = health.collect(rig.grower.kasmina, 1)

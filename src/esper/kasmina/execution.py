@@ -25,12 +25,13 @@ from esper.kasmina.hooks import attach
 from esper.kasmina.lifecycle import Gate, learns_from_task
 from esper.kasmina.ops import dispatch
 from esper.kasmina.optim import Hyperparameters, SlotAdamW
+from esper.kasmina.reading import Reading
 from esper.kasmina.registry import Registry
 from esper.kasmina.seeds import SeedTable
 from esper.kasmina.site import Site
 from esper.kasmina.starts import STARTS, HostUnits
 from esper.kasmina.strategies import STRATEGIES
-from esper.kasmina.telemetry import TelemetryBuffer, settle
+from esper.kasmina.telemetry import Readout, TelemetryBuffer, settle
 from esper.protocol import Lifecycle, SeedPlan
 
 
@@ -96,6 +97,7 @@ class Kasmina:
             if site.geometry.dropout > 0:
                 site.generator = torch.Generator(device)
                 site.mask_seed = self.config.seed + self.index[name]
+        self.readout = Readout([site.telemetry for site in self.sites.values() if site.telemetry is not None])
 
     def go_on_from(self, earlier: Kasmina) -> None:
         """Count cohorts and seeds, and draw, where an earlier one of the same run has left off."""
@@ -343,27 +345,8 @@ class Kasmina:
                     self.optimizer.step(bank, hosts[name], inverse_scale=inverse_scale)
 
     def damaged(self) -> dict[int, str]:
-        """Cohorts with a non-finite gradient since the last look, non-finite parameters, or non-finite activations at
-        a site that they add to; what it is, by number. Waits for the device once."""
-        asked: list[tuple[int, str]] = []
-        flags: list[torch.Tensor] = []
-        for site in self.sites.values():
-            for number, bank in site.banks.items():
-                sums = torch.stack([value.detach().sum() for value in bank.params.values()]).sum()
-                asked += [(number, "gradient"), (number, "parameter")]
-                flags += [bank.bad_steps > 0, ~torch.isfinite(sums)]
-                bank.bad_steps.zero_()
-            if site.grafted and site.telemetry is not None:
-                asked.append((max(site.grafted), f"activation at {site.info.name}"))
-                flags.append(site.telemetry.is_damaged())
-        if not flags:
-            return {}
-        values = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
-        found: dict[int, str] = {}
-        for (number, what), value in zip(asked, values, strict=True):
-            if value:
-                found.setdefault(number, f"a non-finite {what}")
-        return found
+        """Cohorts with something non-finite since the last look (:attr:`Reading.damage`). Waits for the device once."""
+        return Reading(self.sites.values(), (), ()).damage
 
     def take_failures(self) -> dict[int, str]:
         """Cohorts with a branch that has raised in the forward pass since the last call, and what."""

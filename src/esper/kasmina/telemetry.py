@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,8 +78,8 @@ class TelemetryBuffer:
         self.reports, self.fresh = int(state["reports"]), None  # once it was a tensor
 
     def snapshot(self) -> npt.NDArray[np.float32]:
-        """``(3, C)``: mean, variance, gradient energy. Synchronises with the device."""
-        return Readout([self]).read()[0][1][0]
+        """``(3, C)``: mean, variance, gradient energy, at once. Synchronises with the device."""
+        return np.concatenate([self.statistics.cpu().numpy(), self.gradient_energy.cpu().numpy()[None]])
 
 
 def settle(buffers: Iterable[TelemetryBuffer]) -> None:
@@ -96,53 +96,50 @@ def settle(buffers: Iterable[TelemetryBuffer]) -> None:
         torch._foreach_copy_(places, values)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]  one launch
 
 
+Blocks = list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
+"""Buffers of one size together: their numbers ``(N,)``, and ``(N, 3, C)`` mean, variance, gradient energy."""
+
+
+def words_of(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as flat int32, in the same memory."""
+    return tensor.reshape(-1).view(torch.int32)
+
+
 class Readout:
-    """The buffers of a run, read together: one copy and one wait a device, however many there are."""
+    """The buffers of a run, to be read together; those of one size are neighbours on the host.
+
+    Attributes
+    ----------
+    words, sizes:
+        By device, what has to be copied for all of them (they are written in place for as long as they live), and how
+        many words that is.
+    """
 
     def __init__(self, buffers: Sequence[TelemetryBuffer]) -> None:
         self._buffers = tuple(buffers)
-        devices: dict[torch.device, dict[int, list[int]]] = {}
+        self._groups: dict[tuple[torch.device, int], list[int]] = {}
         for number, buffer in enumerate(buffers):
-            sizes = devices.setdefault(buffer.statistics.device, {})
-            sizes.setdefault(buffer.gradient_energy.numel(), []).append(number)
-        self._devices = [(_Parts(device, self._tensors(sizes)), sizes) for device, sizes in devices.items()]
-        self._rows = {id(rows): np.array(rows) for _, sizes in self._devices for rows in sizes.values()}
+            place = buffer.statistics.device, buffer.gradient_energy.numel()
+            self._groups.setdefault(place, []).append(number)
+        self._numbers = [np.array(numbers, dtype=np.int64) for numbers in self._groups.values()]
+        self.words: dict[torch.device, list[Tensor]] = {}
+        for (device, _), numbers in self._groups.items():
+            for buffer in [buffers[number] for number in numbers]:
+                parts = words_of(buffer.statistics), words_of(buffer.gradient_energy)
+                self.words.setdefault(device, []).extend(parts)
+        self.sizes = {device: sum(part.numel() for part in parts) for device, parts in self.words.items()}
 
-    def _tensors(self, sizes: dict[int, list[int]]) -> list[Tensor]:
-        """They are written in place for as long as they live."""
-        chosen = [self._buffers[number] for rows in sizes.values() for number in rows]
-        return [part for buffer in chosen for part in (buffer.statistics.view(-1), buffer.gradient_energy)]
+    def blocks(self, host: Mapping[torch.device, npt.NDArray[np.int32]]) -> Blocks:
+        """Views of what arrives at the beginning of ``host``, in the order of :attr:`words`."""
+        found: Blocks = []
+        start = dict.fromkeys(self.words, 0)
+        for ((device, size), numbers), rows in zip(self._groups.items(), self._numbers, strict=True):
+            first, start[device] = start[device], start[device] + 3 * size * len(numbers)
+            found.append((rows, host[device][first : start[device]].view(np.float32).reshape(-1, 3, size)))
+        return found
 
-    def read(self) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
-        """Buffers of one size together: their numbers ``(N,)``, and ``(N, 3, C)`` mean, variance, gradient energy."""
-        blocks: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] = []
-        for parts, sizes in self._devices:
-            flat, start = parts.on_host(), 0
-            for size, numbers in sizes.items():
-                end = start + 3 * size * len(numbers)
-                block = flat[start:end].reshape(-1, 3, size)
-                for number, snapshot in zip(numbers, block, strict=True):
-                    self._buffers[number].latest = snapshot
-                blocks.append((self._rows[id(numbers)], block))
-                start = end
-        return blocks
-
-
-class _Parts:
-    """Tensors of one device, side by side on the host."""
-
-    def __init__(self, device: torch.device, tensors: list[Tensor]) -> None:
-        self._device, self._tensors = device, tensors
-        self._arrays = [tensor.numpy() for tensor in tensors] if device.type == "cpu" else []
-
-    def on_host(self) -> npt.NDArray[np.float32]:
-        """A copy of them all. Waits for the device."""
-        if self._arrays:
-            return np.concatenate(self._arrays)
-        flat = torch.cat(self._tensors)
-        if self._device.type != "cuda":
-            return flat.cpu().numpy()
-        pinned = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-        pinned.copy_(flat, non_blocking=True)
-        torch.cuda.current_stream(self._device).synchronize()
-        return pinned.numpy()
+    def publish(self, blocks: Blocks) -> None:
+        """What has arrived is the latest of every buffer."""
+        for numbers, (_, block) in zip(self._groups.values(), blocks, strict=True):
+            for number, snapshot in zip(numbers, block, strict=True):
+                self._buffers[number].latest = snapshot

@@ -303,7 +303,7 @@ def backward(
     seeds, units, width = w1.shape
     plan = grouping(width, units, y.dtype, backward=True) if plan is None else plan
     groups = -(-seeds // plan.seeds)
-    tiles = _tiles(rows, plan.rows, groups, 8) if tiles is None else tiles
+    tiles = _tiles(rows, plan.rows, groups, 1 if copy else 8) if tiles is None else tiles
     blocks = max(1, -(-rows // (plan.rows * tiles)))
     size = seeds * units * width
     parts = torch.empty((blocks, 2 * size + seeds * units) if weights else (0,), device=g_NF.device)
