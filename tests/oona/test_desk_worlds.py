@@ -16,6 +16,7 @@ from esper.oona import desk as desks
 from esper.oona.answers import content_of
 from esper.oona.desk import Desk
 from esper.oona.pad import Pad
+from esper.oona.replay import Replay
 from esper.orders import Keeping, Orders
 from esper.safety.command_log import CommandLog, Entry
 
@@ -106,7 +107,7 @@ def forget_the_first_answers(patch: Patch) -> None:
 
     def forgetful(self: Desk, state: Any) -> None:
         restore(self, state)
-        self._answers.clear()
+        self._register.answers.clear()
 
     patch.setattr(Desk, "restore", forgetful)
 
@@ -129,7 +130,7 @@ def replay_twice(patch: Patch) -> None:
 
     def twice(self: Desk, state: Any) -> None:
         restore(self, state)
-        self._replay = deque(intent for intent in self._replay for _ in range(2))
+        self._replay.intents = deque(intent for intent in self._replay.intents for _ in range(2))
 
     patch.setattr(Desk, "restore", twice)
 
@@ -139,7 +140,7 @@ def replay_nothing(patch: Patch) -> None:
 
     def never(self: Desk, state: Any) -> None:
         restore(self, state)
-        self._replay.clear()
+        self._replay.intents.clear()
 
     patch.setattr(Desk, "restore", never)
 
@@ -152,18 +153,18 @@ def replay_by_step(patch: Patch) -> None:
     """In the first step that is late enough, which a training that was taken back passes twice."""
 
     def take(self: Desk) -> None:
-        while self._replay and self._replay[0].turn <= self._step + 1:
-            self._ready.append(self._replay.popleft().order)
+        self._ready.extend(self._replay.due(self._step + 1))
 
     patch.setattr(Desk, "_take_from_log", take)
 
 
 def take_new_orders_while_replaying(patch: Patch) -> None:
     def both(self: Desk) -> None:
-        while self._replay and self._replay[0].turn <= self._turn:
-            self._ready.append(self._replay.popleft().order)
+        self._ready.extend(self._replay.due(self._turn))
         if not self._ready and self._replay:
+            replay, self._replay = self._replay, Replay([], [], [])
             self._write_down(self._step)
+            self._replay = replay
 
     patch.setattr(Desk, "_take_from_log", both)
 
@@ -177,11 +178,11 @@ def lose_what_is_still_to_be_replayed(patch: Patch) -> None:
     state = Desk.state
 
     def short(self: Desk) -> Any:
-        replay, self._replay = self._replay, deque()
+        intents, self._replay.intents = self._replay.intents, deque()
         try:
             return state(self)
         finally:
-            self._replay = replay
+            self._replay.intents = intents
 
     patch.setattr(Desk, "state", short)
 
@@ -230,7 +231,7 @@ def never_late(patch: Patch) -> None:
 
     def judging(self: Desk) -> None:
         take(self)
-        self._ready = deque(order for order in self._ready if not self._is_late(order))
+        self._ready = deque(order for order in self._ready if self._lateness(order) is None)
 
     patch.setattr(Desk, "_take_from_log", judging)
 

@@ -222,7 +222,7 @@ class World:
         self.cursor = Position()
         # An exact rollback that only a damaged checkpoint knew cannot be done again from an older one; it is told.
         self.has_lost_a_checkpoint |= self.training.has_lost_a_checkpoint
-        self.horizon = max((intent.turn for intent in self.training.desk._replay), default=0)
+        self.horizon = max((intent.turn for intent in self.training.desk._replay.intents), default=0)
         # What no log holds to its course may go another way.
         self.course = {turn: what for turn, what in self.course.items() if turn <= self.horizon}
         self._note(f"start at {self.training.clock.steps}, turn {self.training.desk._turn}")
@@ -256,6 +256,8 @@ class World:
             self.training.step()
         if said and not self.has_lost_a_checkpoint:
             self._violate(str(said[0].message))
+        if self.is_calm or self.rng.random() < 0.7:
+            self.training.desk.write()
         self._observe()
         self._tell()
         if self.rng.random() < 0.15:
