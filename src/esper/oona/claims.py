@@ -21,7 +21,7 @@ from esper.oona.aside import aside
 from esper.oona.envelope import ARRAYS, CLAIM, JSON, Envelope
 
 CLAIM_BYTES = 1 << 20
-"""Data above this size go to the store."""
+"""The data of messages above this size go to the store."""
 MOST_BYTES = 64 << 20
 """Data above this size are not taken from a store."""
 TTL_S = 300.0
@@ -93,7 +93,7 @@ class Claims:
     Parameters
     ----------
     above:
-        Bytes of data from which on a message is sent as a claim.
+        Bytes above which a message is sent as a claim: all of it, as it would be on the wire.
     clock:
         Unix time.
     """
@@ -101,8 +101,10 @@ class Claims:
     def __init__(self, store: ClaimStore, *, above: int = CLAIM_BYTES, clock: Callable[[], float] = time.time) -> None:
         self.store, self._above, self._clock = store, above, clock
 
-    async def check_in(self, envelope: Envelope) -> Envelope:
+    async def check_in(self, envelope: Envelope, signature_bytes: int = 0) -> Envelope:
         """The message as it is to be sent: itself, or with a claim in the place of its data.
+
+        ``signature_bytes`` is how much longer it will be when it is signed.
 
         Raises
         ------
@@ -112,7 +114,7 @@ class Claims:
             The store cannot be reached.
         """
         size = len(envelope.data)
-        if size <= self._above or envelope.datacontenttype == CLAIM:
+        if envelope.datacontenttype == CLAIM or wire.num_bytes(envelope) + signature_bytes <= self._above:
             return envelope
         if size > MOST_BYTES:
             raise EnvelopeError(f"a claim may stand for {MOST_BYTES} bytes, got {size}; send less at once")

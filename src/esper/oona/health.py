@@ -71,9 +71,11 @@ class Snapshot:
 
     @property
     def num_bytes(self) -> int:
-        """About the size of the packed report."""
+        """What it keeps in memory until it is packed: 12 a chunk; the packed report is not larger."""
         names = sum(len(name) + 3 for name in self.sites)
-        return 8 * int(self.offsets[-1]) + sum(array.nbytes for array in self.seeds.values()) + names + 1024
+        held = sum(array.nbytes for array in (self.offsets, *self.seeds.values())) + names + 1024
+        chunks = max(8 * int(self.offsets[-1]), sum(array.nbytes for array in self.sensed if array is not None))
+        return held + chunks
 
     def pack(self, publisher: Mapping[str, int] | None = None) -> bytes:
         """Safetensors bytes; 8 a chunk, 25 a seed and the names of the sites."""

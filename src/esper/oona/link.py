@@ -253,8 +253,13 @@ class Link:
 
     @property
     def heard(self) -> float | None:
-        """When a controller was heard last (``time.monotonic``)."""
+        """When a controller was heard last that steers this training (``time.monotonic``)."""
         return None if self._ears is None else self._ears.heard
+
+    @property
+    def heard_any(self) -> float | None:
+        """When any controller was heard last."""
+        return None if self._ears is None else self._ears.heard_any
 
     def observe(self, observation: Observation) -> None:
         """Send an observation to whoever steers."""

@@ -325,7 +325,7 @@ class TelemetryPublisher:
         self._backoff.reset()
         self._not_before = 0.0
         self._messages.spend(len(messages))
-        self._bytes.spend(sum(len(message.value) for message in messages))
+        self._bytes.spend(sum(len(envelope.data) for envelope in envelopes))
         return fates
 
     async def _message(self, envelope: Envelope) -> Message | None:
