@@ -48,7 +48,7 @@ class FakeRedis:
         self.keys: dict[str, bytes] = {}
         self.commands: list[tuple[Any, ...]] = []
 
-    async def call(self, key: str, *command: Any) -> Any:
+    async def call(self, key: str, *command: Any, block_s: float = 0.0) -> Any:
         self.commands.append(command)
         if command[0] == "SET":
             self.keys[key] = command[2]

@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from esper.errors import BusError, StateError
+from esper.errors import BusError
 from esper.kasmina.execution import Kasmina
 from esper.oona import envelope as wire
 from esper.oona import health, observations, outbox
 from esper.oona.address import open_bus
 from esper.oona.backoff import Backoff, CircuitBreaker
+from esper.oona.behind import ALWAYS, Behind, bytes_left
+from esper.oona.claims import CLAIM_BYTES
 from esper.oona.courier import Courier
 from esper.oona.desk import Desk
 from esper.oona.ears import JOB, Ears
@@ -286,7 +288,9 @@ class Link:
         def build(counts: Mapping[str, int]) -> Envelope:
             return self._sender.envelope(HEALTH_SCHEMA, snapshot.pack(counts))
 
-        self._publisher.offer(HEALTH, build, num_bytes=snapshot.num_bytes)
+        # Where the bus is slower than large reports come, the newest says most.
+        is_large = snapshot.num_bytes > CLAIM_BYTES
+        self._publisher.offer(HEALTH, build, num_bytes=snapshot.num_bytes, supersedes=is_large)
 
     def _heartbeat(self, counts: Mapping[str, int]) -> Envelope:
         paused = self._grower is not None and self._grower.loop.paused is not None
@@ -308,7 +312,7 @@ class Link:
         """How far this training's logs and its run's are ahead of the bus; looked up once a second."""
         if time.monotonic() - self._looked_at >= 1.0:
             self._looked_at = time.monotonic()
-            self._run_behind = sum(_bytes_left(*log) for log in self._run_logs)
+            self._run_behind = sum(bytes_left(*log) for log in self._run_logs)
         return self.bytes_behind + self._run_behind
 
     def _is_behind(self) -> bool:
@@ -343,8 +347,8 @@ class Link:
 
         def check(envelope: Envelope) -> Doubt | None:
             doubt = verify(envelope)
-            if doubt is None and self._is_behind() and not envelope.type.endswith(_ALWAYS):
-                return _Behind()
+            if doubt is None and self._is_behind() and not envelope.type.endswith(ALWAYS):
+                return Behind()
             return doubt
 
         return check if verify is not nobody else verify
@@ -380,21 +384,3 @@ class Link:
 
 _HELD = "the bus is"
 """How the reason of a pause begins that is not a person's."""
-_ALWAYS = (".stop", ".cull", ".cancel", ".roll_back", ".pause")
-
-
-class _Behind:
-    """The bus is so far behind that nothing more is promised."""
-
-    flaw, is_authentic = "behind", True
-
-    def __str__(self) -> str:
-        return "the run's logs are too far ahead of the bus; send it again when it has caught up"
-
-
-def _bytes_left(log: Path, cursor: Path) -> int:
-    """How much of a log its own link has not sent, as the two files say; 0 where they cannot be read."""
-    try:
-        return Follower(log, cursor).num_bytes_left
-    except (StateError, OSError):
-        return 0
