@@ -8,8 +8,8 @@ Each job has a publisher and a connection of its own, shared out to two processe
 check (``SET ... EX``) through one Redis. One reader takes the messages, fetches the content, checks its hash and
 decodes it. In each of ``--rounds`` rounds all jobs offer a report at the same moment, and the next round begins when
 all have been read, or when nothing has come for ``--patience`` seconds: then the rest of that round counts as missing,
-and what comes of it later as late. Reported: milliseconds from the offer to the decoded report, how much a second gets through, what was lost,
-how often a broker or a store did not answer in time (``failures``).
+and what comes of it later as late. Reported: milliseconds from the offer to the decoded report, how much a second gets
+through, what was lost, how often a broker or a store did not answer in time (``failures``).
 
 A short form, some seconds: ``--jobs 6 --chunks 200000 --rounds 2 --out /tmp/peak.json``.
 

@@ -41,7 +41,7 @@ from esper.oona.publisher import TelemetryPublisher
 from esper.oona.schemas import HEALTH_SCHEMA, HEARTBEAT_SCHEMA, OBSERVATION_SCHEMA, Heartbeat
 from esper.oona.sender import Sender
 from esper.oona.signing import Keyring, Verifier
-from esper.oona.spool import Spool
+from esper.oona.spool import SEGMENT_BYTES, Spool
 from esper.oona.stores import open_claims
 from esper.oona.topics import HEALTH, HEARTBEATS, OBSERVATIONS
 from esper.protocol import Observation, Order, Pause, Resume
@@ -365,7 +365,8 @@ class Link:
         return 0 if self._desk is None else self._desk.num_bytes
 
     def _spool(self) -> Spool:
-        return Spool(self._folder / "spool", max_bytes=self.limits.spool_bytes)
+        most = self.limits.spool_bytes
+        return Spool(self._folder / "spool", max_bytes=most, segment_bytes=min(SEGMENT_BYTES, max(1, most // 4)))
 
     async def _sweep(self, stop: asyncio.Event) -> None:
         """Claims whose time is over go, where the store does not see to that."""
