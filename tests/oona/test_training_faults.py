@@ -88,8 +88,29 @@ async def full_spool(place: Scene) -> None:
     spool._open_for = open_for  # type: ignore[method-assign]
 
 
-def _full(size: int) -> Any:
+async def full_journal(place: Scene) -> None:
+    """The disk takes no orders and no answers."""
+    pad = place.training.link._desk._pad  # type: ignore[union-attr]
+    for _ in range(3):
+        pad._log._handle.write = _full  # type: ignore[union-attr,method-assign]
+        await place.until(lambda: pad._refused is not None, "nothing was written")
+        await place.until(lambda: pad._refused is None, "the log is not written any more")  # opened anew
+
+
+def _full(*_: Any) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def while_server(*words: str, then: str) -> Fault:
+    """The server is told something, and half a second later something else."""
+
+    async def fault(place: Scene) -> None:
+        for text in words:
+            assert (await asyncio.to_thread(place.server.ask, text)).startswith(b"+OK")
+        await asyncio.sleep(0.5)
+        assert (await asyncio.to_thread(place.server.ask, then)).startswith(b"+OK")
+
+    return fault
 
 
 ON_TRAINING: dict[str, Fault] = {
@@ -100,6 +121,13 @@ ON_TRAINING: dict[str, Fault] = {
     "a slow reader": slow_reader,
     "a flood of orders, doubled and in the wrong order": flood,
     "the spool's disk is full": full_spool,
+    "the journal's disk is full": full_journal,
+    "the server has no memory left": while_server(
+        "CONFIG SET maxmemory-policy noeviction", "CONFIG SET maxmemory 1", then="CONFIG SET maxmemory 0"
+    ),
+    "the server is a copy of another one that is not there": while_server(
+        "REPLICAOF 127.0.0.1 1", then="REPLICAOF NO ONE"
+    ),
 }
 BRIEFLY = (
     "the sender is cut off", "the receiver's answers are swallowed", "everything is sent twice",
