@@ -590,22 +590,24 @@ def dying(*names: str) -> Callable[[Order], Gate]:
 def test_an_order_that_ends_the_process_is_given_up() -> None:
     fix = Fixture()
     fix.send("a", "poison", "c")
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(Dies):
             fix.train(dying("poison"))
         fix = fix.again()
         assert fix.desk.is_open("poison")
     assert fix.desk.answer_to("a").outcome == "applied", "what was lived through is told, and has not to be tried again"
-    with pytest.warns(RuntimeWarning, match=r"order poison \(set_budget\) was given up: the process ended 2 times"):
+    with pytest.warns(
+        RuntimeWarning, match=r"order poison \(set_budget\) is refused: the process ended each time .* 2 times again"
+    ):
         assert fix.train(dying("poison")) == ["a", "c"]
     told = fix.desk.answer_to("poison")
-    assert (told.outcome, told.gate) == ("refused", "poison") and "not tried again" in told.reason
+    assert (told.outcome, told.gate) == ("refused", "poison") and "it is given up" in told.reason
     fix = fix.again()
     assert fix.train(dying("poison")) == ["a", "c"] and fix.desk.answer_to("poison") == told
     assert fix.send("poison")[0].gate == "poison"
     letters = [draft for line in fix.disk.read(LOG, 1 << 20).splitlines() for draft in acknowledgement(line)]
     (letter,) = [msgspec.json.decode(draft.data) for draft in letters if draft.topic is DEAD_LETTERS]
-    assert letter["topic"] == COMMANDS.name and "not tried again" in letter["reason"]
+    assert letter["topic"] == COMMANDS.name and "it is given up" in letter["reason"]
     assert b'"poison"' in base64.b64decode(letter["original"])
 
 
@@ -617,7 +619,7 @@ def test_each_attempt_is_on_the_disk_before_the_order_is_applied_again() -> None
     fix = fix.again()
 
     def gate(order: Order) -> Gate:
-        assert read_entry(read_log(LOG, disk=fix.disk)[0][-1]) == Attempt("a", 2)
+        assert read_entry(read_log(LOG, disk=fix.disk)[0][-1]) == Attempt("a", 1)
         return YES
 
     assert fix.train(gate) == ["a"] and fix.desk.answer_to("a").outcome == "applied"
@@ -643,11 +645,11 @@ def test_an_order_that_waits_in_a_checkpoint_is_given_up_too() -> None:
     turn.close()  # taken back
     state = fix.desk.state()
     fix.desk.kept()
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(Dies):
             fix.train(dying("poison"))
         fix = fix.again(state)
-    with pytest.warns(RuntimeWarning, match="given up"):
+    with pytest.warns(RuntimeWarning, match="it is given up"):
         assert fix.train(dying("poison")) == []
     assert fix.desk.answer_to("poison").gate == "poison"
 

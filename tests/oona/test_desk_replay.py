@@ -210,12 +210,12 @@ def test_an_order_whose_application_kills_is_given_up_and_the_run_goes_on(
     monkeypatch.setattr("esper.commands.apply", deadly)
     orders = {turn: sent for turn, sent in script().items() if turn in (4, 9)}
     life = Served(tmp_path)
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(Death):
             turns(life, orders, 10)
         life.end()
         life, orders = Served(tmp_path), {9: script()[9]}
-    with pytest.warns(RuntimeWarning, match="order b .* was given up"):
+    with pytest.warns(RuntimeWarning, match="order b .* is refused: .* given up"):
         turns(life, orders, 10)
     assert [life.desk.answer_to(name).gate for name in "abc"] == ["germination", "poison", "command"]
     life.save()

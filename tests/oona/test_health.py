@@ -99,7 +99,8 @@ def a_snapshot(num_chunks: int = 8, num_seeds: int = 2, num_sites: int = 2) -> S
 def test_a_hundred_thousand_chunks_are_one_message_without_a_claim() -> None:
     snapshot = a_snapshot(100_000, 100, 10)
     data = snapshot.pack()
-    assert len(data) < 1 << 20
+    assert len(data) < 1 << 20 and not snapshot.is_large
+    assert a_snapshot(140_000, 100, 10).is_large
     assert health.decode(data).mean.shape == (100_000,)
 
 

@@ -177,8 +177,14 @@ def test_while_the_broker_is_away_steps_go_on_and_nothing_is_lost(how: Any, tmp_
 
 
 def test_past_the_spools_bound_the_oldest_reports_go_and_are_counted(tmp_path: Path) -> None:
+    async def long_enough(place: Scene) -> None:
+        place.server.kill()
+        so_far = len(place.training.reported)
+        await place.until(lambda: len(place.training.reported) >= so_far + 40, "the training stands still")
+        await asyncio.to_thread(place.server.start)
+
     limits = LinkLimits(spool_bytes=20_000)
-    account = asyncio.run(suffer(tmp_path, {"away": killing(2.0)}, limits=limits, pause_s=0.001))
+    account = asyncio.run(suffer(tmp_path, {"away": long_enough}, limits=limits, pause_s=0.001))
     lost = account["reports_lost"]
     assert 0 < lost < account["reports"] and account["telemetry"]["dropped"] >= lost
 

@@ -2,8 +2,8 @@
 
 ::
 
-    intent              first attempt: on the disk before the order is applied
-    attempt, begun      each further one: on the disk before it is applied again
+    intent              on the disk before the order is applied; whether a life came to that nobody knows
+    attempt, begun      on the disk before it is applied again by another life
     attempt, over       it was applied and the process is still there, but its answer has to wait for a checkpoint
 
 What is begun again and again and never over kills the process that applies it.
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from esper.oona.answers import Answer, Attempt, Intent
 
 MOST_ATTEMPTS = 2
-"""Deaths in the application of an order after which it is given up."""
+"""Lives that began to apply an order again and did not live to answer it, after which it is given up."""
 
 
 class Attempts:
@@ -31,7 +31,7 @@ class Attempts:
     """
 
     def __init__(self, said: Iterable[Intent | Answer | Attempt] = (), unanswered: Iterable[str] = ()) -> None:
-        self._begun = dict.fromkeys(unanswered, 1)
+        self._begun = dict.fromkeys(unanswered, 0)
         self._over = dict.fromkeys(self._begun, 0)
         for one in said:
             if isinstance(one, Attempt) and one.order_id in self._begun:

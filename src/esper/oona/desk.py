@@ -336,8 +336,8 @@ class Desk:
         if not self._replay.attempts.has_failed(order.id):
             self._register.write_entry(attempt_entry(self._replay.attempts.begin(order.id), self._step))
             return True
-        reason = f"the process ended {MOST_ATTEMPTS} times while it was applied; it is not tried again"
-        warnings.warn(f"order {order.id} ({order.kind}) was given up: {reason}", RuntimeWarning, stacklevel=4)
+        reason = f"the process ended each time that it was applied, {MOST_ATTEMPTS} times again; it is given up"
+        warnings.warn(f"order {order.id} ({order.kind}) is refused: {reason}", RuntimeWarning, stacklevel=4)
         with self._lock:
             self._replay.attempts.end(order.id)
             told = acknowledge(order, "refused", POISON, reason, self._step)

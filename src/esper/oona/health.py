@@ -18,6 +18,7 @@ import numpy.typing as npt
 from esper.errors import EnvelopeError
 from esper.kasmina.execution import Kasmina
 from esper.oona import arrays as packed
+from esper.oona.claims import CLAIM_BYTES
 
 MAX_CHUNKS = 16 << 20
 _SEED_FIELDS: dict[str, type[np.generic]] = {
@@ -68,6 +69,11 @@ class Snapshot:
     sensed: tuple[npt.NDArray[np.float32] | None, ...]
     """``(3, C)`` a site as its sensors were read last, shared with the sensors; ``None``: never."""
     seeds: Mapping[str, npt.NDArray[Any]]
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the packed report is one that goes by claim."""
+        return 8 * int(self.offsets[-1]) > CLAIM_BYTES
 
     @property
     def num_bytes(self) -> int:

@@ -28,7 +28,6 @@ from esper.oona import health, observations, outbox
 from esper.oona.address import open_bus
 from esper.oona.backoff import Backoff, CircuitBreaker
 from esper.oona.behind import ALWAYS, Behind, bytes_left
-from esper.oona.claims import CLAIM_BYTES
 from esper.oona.courier import Courier
 from esper.oona.desk import Desk
 from esper.oona.ears import JOB, Ears
@@ -289,8 +288,7 @@ class Link:
             return self._sender.envelope(HEALTH_SCHEMA, snapshot.pack(counts))
 
         # Where the bus is slower than large reports come, the newest says most.
-        is_large = snapshot.num_bytes > CLAIM_BYTES
-        self._publisher.offer(HEALTH, build, num_bytes=snapshot.num_bytes, supersedes=is_large)
+        self._publisher.offer(HEALTH, build, num_bytes=snapshot.num_bytes, supersedes=snapshot.is_large)
 
     def _heartbeat(self, counts: Mapping[str, int]) -> Envelope:
         paused = self._grower is not None and self._grower.loop.paused is not None
