@@ -596,9 +596,7 @@ def test_an_order_that_ends_the_process_is_given_up() -> None:
         fix = fix.again()
         assert fix.desk.is_open("poison")
     assert fix.desk.answer_to("a").outcome == "applied", "what was lived through is told, and has not to be tried again"
-    with pytest.warns(
-        RuntimeWarning, match=r"order poison \(set_budget\) is refused: the process ended each time .* 2 times again"
-    ):
+    with pytest.warns(RuntimeWarning, match=r"order poison \(set_budget\) is refused: the process ended each time"):
         assert fix.train(dying("poison")) == ["a", "c"]
     told = fix.desk.answer_to("poison")
     assert (told.outcome, told.gate) == ("refused", "poison") and "it is given up" in told.reason

@@ -75,6 +75,8 @@ class Training:
         self.desk = Desk(LOG, run=RUN, job=JOB, verify=anybody, clock=clock, room=12, disk=disk)
         loaded = self.checkpoints.load()
         self.has_lost_a_checkpoint = loaded is not None and bool(loaded.passed_over)
+        self.kept_turn = self.desk.state()["turn"] if loaded is None else loaded.tree["desk"]["turn"]
+        """Of the newest checkpoint that it knows of."""
         if loaded is not None:
             self._put(loaded.tree)
             self.orders.restore(loaded.tree["orders"])
@@ -131,6 +133,7 @@ class Training:
             self.keeping.due = None
             self.desk.kept(str(error))
         else:
+            self.kept_turn = self.desk.state()["turn"]
             self.keeping.kept(self.clock.steps)
             self.desk.kept()
 
@@ -233,10 +236,14 @@ class World:
         return faults
 
     def _start(self) -> None:
+        before = self.training
         self.training = Training(FaultyDisk(self.disk, self.faults), lambda: self.now)
         self.cursor = Position()
         # An exact rollback that only a damaged checkpoint knew cannot be done again from an older one; it is told.
         self.has_lost_a_checkpoint |= self.training.has_lost_a_checkpoint
+        # Nor from one that was written although its writer was told that it was not: these worlds' checkpoints hold no
+        # snapshots, and what was told after it counted on those of the one before.
+        self.has_lost_a_checkpoint |= before is not None and self.training.kept_turn > before.kept_turn
         self.horizon = max((intent.turn for intent in self.training.desk._replay.intents), default=0)
         # What no log holds to its course may go another way.
         self.course = {turn: what for turn, what in self.course.items() if turn <= self.horizon}
