@@ -248,6 +248,22 @@ def need(package: str) -> None:
         missing(f"{package} is not installed; pip install 'esper-morph[dev]' brings it")
 
 
+def certificates(folder: Path) -> tuple[str, str, str]:
+    """An authority of our own, and a certificate of this host with its key: three files."""
+    if shutil.which("openssl") is None:
+        missing("no openssl found; install it (Debian: apt-get install openssl)")
+    ca, cert, key = (str(folder / name) for name in ("ca.pem", "cert.pem", "key.pem"))
+    for command in (
+        ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{ca}.key", "-out", ca, "-subj", "/CN=ca"],
+        ["req", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", f"{cert}.csr", "-subj", "/CN=127.0.0.1",
+         "-addext", "subjectAltName=IP:127.0.0.1"],
+        ["x509", "-req", "-in", f"{cert}.csr", "-CA", ca, "-CAkey", f"{ca}.key", "-out", cert, "-days", "2",
+         "-copy_extensions", "copy"],
+    ):  # fmt: skip
+        subprocess.run(["openssl", *command], check=True, capture_output=True)
+    return ca, cert, key
+
+
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """One that every test of this process shares: take a prefix of your own, do not kill it."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from typing import Literal
 
 Way = Literal["requests", "answers"]
 
 
 class Wire:
-    """Forwards ``port`` to ``target``. All faults but ``cut`` last until :meth:`mend`."""
+    """Forwards ``port`` to ``target``. All faults but ``cut`` last until :meth:`mend`. With ``tls`` it is what ends TLS
+    before a server that has none."""
 
-    def __init__(self, target: int) -> None:
-        self.target = target
+    def __init__(self, target: int, tls: ssl.SSLContext | None = None) -> None:
+        self.target, self._tls = target, tls
         self.port = 0
         self.delay_s = 0.0
         self.is_refusing = False
@@ -29,7 +31,7 @@ class Wire:
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def __aenter__(self) -> Wire:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 

@@ -7,8 +7,11 @@ Run from the repository root (a minute or two; needs redis-server)::
 Each job has a publisher and a connection of its own, shared out to two processes; a report is 8 MB and goes by claim
 check (``SET ... EX``) through one Redis. One reader takes the messages, fetches the content, checks its hash and
 decodes it. In each of ``--rounds`` rounds all jobs offer a report at the same moment, and the next round begins when
-all have been read. Reported: milliseconds from the offer to the decoded report, how much a second gets through, what
-was lost.
+all have been read, or when nothing has come for ``--patience`` seconds: then the rest of that round counts as missing,
+and what comes of it later as late. Reported: milliseconds from the offer to the decoded report, how much a second gets
+through, what was lost, how often a broker or a store did not answer in time (``failures``).
+
+A short form, some seconds: ``--jobs 6 --chunks 200000 --rounds 2 --out /tmp/peak.json``.
 
 It writes ``benchmarks/results/oona_peak.json``.
 """
@@ -43,7 +46,7 @@ from esper.oona.topics import HEALTH
 
 RESULT = Path(__file__).parents[1] / "results" / "oona_peak.json"
 SITES = 100
-_FATES = ("offered", "delivered", "dropped", "pending")
+_FATES = ("offered", "delivered", "dropped", "dropped_superseded", "pending", "failures")
 _FIELDS = {
     "seed_id": np.int64, "site": np.int32, "num_chunks": np.int32, "lifecycle": np.int8, "alpha": np.float32,
     "blueprint": np.int16, "epochs_in_state": np.int16,
@@ -74,15 +77,14 @@ async def _send(numbers: list[int], url: str, args: argparse.Namespace, pipe: An
         tasks.append(asyncio.create_task(publishers[number].run(stop)))
     reports = {number: snapshot(args.chunks, number) for number in numbers}
     pipe.send("ready")
-    while await asyncio.to_thread(pipe.recv) == "go":
+    while (given := await asyncio.to_thread(pipe.recv)) != "end":
         for number in numbers:
-            began = time.time()
+            more = {"offered": repr(time.time()), "round": str(given)}
 
-            def build(counts: Any, number: int = number, began: float = began) -> wire.Envelope:
-                data = reports[number].pack(counts)
-                return senders[number].envelope(HEALTH_SCHEMA, data, extensions={"offered": repr(began)})
+            def build(counts: Any, number: int = number, more: Any = more) -> wire.Envelope:
+                return senders[number].envelope(HEALTH_SCHEMA, reports[number].pack(counts), extensions=more)
 
-            publishers[number].offer(HEALTH, build, num_bytes=reports[number].num_bytes)
+            publishers[number].offer(HEALTH, build, num_bytes=reports[number].num_bytes, supersedes=True)
     stop.set()
     await asyncio.gather(*tasks)
     told = [publisher.counts() for publisher in publishers.values()]
@@ -100,18 +102,21 @@ async def read(url: str, args: argparse.Namespace, pipes: list[Any]) -> dict[str
     subscription = await bus.subscribe([HEALTH], group="reader", consumer="one", begin="newest")
     waits: list[float] = []
     spans: list[float] = []
-    expired = 0
-    for _ in range(args.rounds):
+    expired = missing = late = 0
+    for number in range(args.rounds):
         began, read_in_round = time.monotonic(), 0
         for pipe in pipes:
-            pipe.send("go")
+            pipe.send(number)
         while read_in_round < args.jobs:
-            deliveries = await subscription.receive(most=10, wait_s=30.0)
-            assert deliveries, "nothing came for half a minute"
+            deliveries = await subscription.receive(most=10, wait_s=args.patience)
+            if not deliveries:
+                missing += args.jobs - read_in_round
+                break
             for delivery in deliveries:
                 envelope = wire.decode(delivery.value)
                 whole = await claims.redeem(envelope)
-                read_in_round += 1
+                is_late = int(envelope.extensions["round"]) != number
+                late, read_in_round = late + is_late, read_in_round + (not is_late)
                 if isinstance(whole, ClaimExpired):
                     expired += 1
                     continue
@@ -121,13 +126,15 @@ async def read(url: str, args: argparse.Namespace, pipes: list[Any]) -> dict[str
             await subscription.acknowledge(deliveries)
         spans.append(time.monotonic() - began)
     await bus.close()
-    quantiles = np.quantile(waits, [0.5, 0.99, 1.0]).tolist()
+    quantiles = np.quantile(waits or [float("nan")], [0.5, 0.99, 1.0]).tolist()
     return {
         "milliseconds": dict(zip(("p50", "p99", "max"), quantiles, strict=True)),
         "seconds_a_round": {"median": float(np.median(spans)), "max": max(spans)},
-        "megabytes_a_second": args.jobs * args.chunks * 8 / 1e6 / float(np.median(spans)),
+        "megabytes_a_second": len(waits) * args.chunks * 8 / 1e6 / sum(spans),
         "read": len(waits),
         "expired": expired,
+        "missing": missing,
+        "late": late,
     }
 
 
@@ -137,6 +144,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--patience", type=float, default=60.0)
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     load = os.getloadavg()
@@ -168,9 +176,7 @@ def main() -> None:
         "rounds": args.rounds,
         "bytes_a_report": args.chunks * 8,
         **measured,
-        "publishers": {
-            key: sum(each[key] for each in counts) for key in ("offered", "delivered", "dropped", "pending")
-        },
+        "publishers": {key: sum(each.get(key, 0) for each in counts) for key in _FATES},
         "megabytes_of_a_sending_process": max(size for _, size in told),
         "megabytes_of_the_reader": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }

@@ -159,6 +159,15 @@ def test_each_mistake_is_named(words: list[str], says: str, capsys: pytest.Captu
     assert says in capsys.readouterr().err
 
 
+def test_nobody_commands_in_the_name_of_somebody_else(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ESPER_BUS_KEY", "ada:" + "a" * 32)
+    to = ["--bus", url, "--run", "run", "--job", "job"]
+    assert main(["bus", "send", "pause", *to, "--issuer", "bob"]) == 2
+    assert "an order's issuer must be 'ada', whose key 'ada' signs it, got 'bob'" in capsys.readouterr().err
+
+
 def test_without_a_key_nobody_serves(url: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.delenv("ESPER_BUS_KEY")
     assert main(["controller", "serve", "--bus", url]) == 2

@@ -120,7 +120,7 @@ def life(folder: Path, pipe: socket.socket) -> None:
         if served.steps % 25 == 0:
             served.save()
     served.train(2)  # what was taken back is given again
-    known = {name: answer.acknowledgement for name, answer in served.desk._answers.items()}
+    known = {name: answer.acknowledgement for name, answer in served.desk._register.answers.items()}
     say({"applied": ledger.applied, "answers": {n: [a.outcome, a.gate, a.step] for n, a in known.items()}})
     say(None)
     speaker.join()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.buses import TALK, in_loop, numbered, said
-from tests.servers import RedisServer, Tansu, free_port, missing, need_redis
+from tests.servers import RedisServer, Tansu, certificates, free_port, need_redis
 
 from esper.errors import BusError, ConfigError
 from esper.oona.address import Credentials, open_bus, parse, shown
@@ -171,17 +169,7 @@ async def test_kafka_refuses_without_showing_the_password(tansu: Tansu, caplog: 
 @in_loop
 async def test_tls_with_our_own_authority(tmp_path: Path) -> None:
     need_redis()
-    if shutil.which("openssl") is None:
-        missing("no openssl found; install it (Debian: apt-get install openssl)")
-    ca, cert, key = (str(tmp_path / name) for name in ("ca.pem", "cert.pem", "key.pem"))
-    for command in (
-        ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{ca}.key", "-out", ca, "-subj", "/CN=ca"],
-        ["req", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", f"{cert}.csr", "-subj", "/CN=127.0.0.1",
-         "-addext", "subjectAltName=IP:127.0.0.1"],
-        ["x509", "-req", "-in", f"{cert}.csr", "-CA", ca, "-CAkey", f"{ca}.key", "-out", cert, "-days", "2",
-         "-copy_extensions", "copy"],
-    ):  # fmt: skip
-        subprocess.run(["openssl", *command], check=True, capture_output=True)
+    ca, cert, key = certificates(tmp_path)
     port = free_port()
     options = ("--tls-port", str(port), "--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", ca)
     server = RedisServer(tmp_path / "redis", *options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import importlib
 import os
@@ -22,6 +23,9 @@ from esper.oona import envelope as wire
 from esper.oona.claim_stores import FolderStore, MemoryStore, ObjectStore, RedisStore, make_store
 from esper.oona.claims import MOST_BYTES, ClaimExpired, ClaimReference, Claims, ClaimStore
 from esper.oona.envelope import ARRAYS, CLAIM, Envelope
+from esper.oona.schemas import HEALTH_SCHEMA
+from esper.oona.sender import Sender
+from esper.oona.signing import Keyring
 from esper.safety.disk import LocalDisk
 from esper.safety.simulation.faults import Fault, FaultyDisk
 
@@ -44,7 +48,7 @@ class FakeRedis:
         self.keys: dict[str, bytes] = {}
         self.commands: list[tuple[Any, ...]] = []
 
-    async def call(self, key: str, *command: Any) -> Any:
+    async def call(self, key: str, *command: Any, block_s: float = 0.0) -> Any:
         self.commands.append(command)
         if command[0] == "SET":
             self.keys[key] = command[2]
@@ -344,3 +348,24 @@ def test_what_fsspec_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim_stores.importlib, "import_module", missing)
     with pytest.raises(ConfigError, match=r"pip install 'esper-morph\[claims\]'"):
         ObjectStore("s3://bucket")
+
+
+@pytest.mark.parametrize("keyring", [None, Keyring({"a-long-name-of-a-key": "k" * 32})])
+def test_what_goes_by_claim_is_judged_by_the_whole_message(keyring: Keyring | None) -> None:
+    """Not by its data alone: attributes and signature are on the wire as well."""
+
+    async def body() -> None:
+        plain = Sender(source="esper/kasmina", run="r", subject="j", keyring=keyring)
+        sender = dataclasses.replace(plain, claims=Claims(MemoryStore(), above=4096))
+        for extra in range(-3, 4):
+            envelope = sender.envelope(HEALTH_SCHEMA, bytes(4096), extensions={"what": "ä" * 20})
+            spare = 4096 - len((await plain.message(envelope)).value)  # below 0: what is beside the data
+            envelope = msgspec.structs.replace(envelope, data=bytes(4096 + spare + extra))
+            whole, sent = await plain.message(envelope), await sender.message(envelope)
+            assert len(whole.value) == 4096 + extra
+            if keyring is None:
+                assert wire.num_bytes(envelope) == 4096 + extra
+            is_claim = wire.decode(sent.value).datacontenttype == CLAIM
+            assert is_claim == (extra > 0) and (is_claim or sent == whole)
+
+    asyncio.run(body())

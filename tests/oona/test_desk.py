@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +16,11 @@ from tests.oona.served import JOB, RUN, an_order, sealed
 
 from esper.errors import EnvelopeError, StateError
 from esper.kasmina.lifecycle import Gate
-from esper.oona.answers import Answer, Intent, answer_entry, intent_entry, read_entry
+from esper.oona.answers import Answer, Attempt, Intent, answer_entry, intent_entry, read_entry
 from esper.oona.desk import Desk
 from esper.oona.incoming import anybody, nobody
+from esper.oona.outbox import acknowledgement
+from esper.oona.topics import COMMANDS, DEAD_LETTERS
 from esper.protocol import Acknowledgement, Command, Order, RollBack, SetBudget, Snapshot, Stop
 from esper.safety.command_log import CommandLog, Entry, read_log
 from esper.safety.simulation.disk import SimulatedDisk
@@ -55,6 +58,7 @@ class Fixture:
             seen.append(order.id)
             self.desk.answer(order, self.step, gate(order), hold=hold)
         self.applied += seen
+        self.desk.write()  # as the courier does
         return seen
 
     def again(self, state: Any = None, **settings: Any) -> Fixture:
@@ -136,6 +140,8 @@ def test_refusals_go_to_the_disk_together_and_in_order() -> None:
     before = syncs(fix)
     names = [f"n{number}" for number in range(100)]
     assert fix.send(*names) == [None] * 100 and fix.send("n50") == [None] and syncs(fix) == before
+    fix.desk.write()
+    assert syncs(fix) - before == 1
     fix.train()
     assert 1 <= syncs(fix) - before <= 3, "what is to be applied, what is refused and what was applied"
     answered = [name for entry in read_log(LOG, disk=fix.disk)[0] if isinstance(name := read_entry(entry), Answer)]
@@ -145,7 +151,7 @@ def test_refusals_go_to_the_disk_together_and_in_order() -> None:
     assert 1 <= syncs(fix) - before <= 5, "what waits is bounded where no step comes"
 
 
-@pytest.mark.parametrize("end", [lambda desk: desk.close(), lambda desk: desk.end("over"), lambda desk: desk.kept()])
+@pytest.mark.parametrize("end", [lambda desk: desk.close(), lambda desk: desk.end("over"), lambda desk: desk.write()])
 def test_refusals_need_no_further_step(end: Callable[[Desk], None]) -> None:
     fix = Fixture(room=1)
     fix.send("a", "b")
@@ -443,3 +449,275 @@ def test_orders_of_eight_threads_while_steps_are_taken(tmp_path: Path) -> None:
         mine = [name for name in applied if name.startswith(f"i{i}-")]
         assert mine == [f"i{i}-{n}" for n in range(each)], "each issuer's orders keep their order"
     desk.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A step and the disk
+
+
+class Slow(FaultyDisk):
+    """Each sync waits until it is let go, in whatever thread it is."""
+
+    def __init__(self) -> None:
+        super().__init__(SimulatedDisk())
+        self.is_slow, self.syncing, self.go = False, threading.Event(), threading.Event()
+
+    def operate(self, kind: str, path: Path, action: Any, handle: Any = None) -> Any:
+        if self.is_slow and kind == "sync":
+            self.syncing.set()
+            assert self.go.wait(20)
+        return super().operate(kind, path, action, handle)
+
+
+def test_no_step_waits_for_the_disk_because_of_a_refusal() -> None:
+    disk = Slow()
+    fix = Fixture(disk=disk, room=1)
+    fix.send("a", "refused")
+    assert fix.train() == ["a"]
+    fix.send("waits", "refused-too")
+    disk.is_slow = True
+    writer = threading.Thread(target=fix.desk.write)
+    writer.start()
+    assert disk.syncing.wait(20)
+    turns = [list(fix.desk.turn(2)), list(fix.desk.turn(3))]  # would wait for ever
+    assert turns == [[], []] and fix.desk.is_open("waits") and fix.desk.is_open("refused-too")
+    assert fix.desk.submit(an_order("more", budget(1))) is None, "nor does who gives an order"
+    fix.desk.kept()
+    disk.is_slow = False
+    disk.go.set()
+    writer.join(20)
+    assert fix.desk.answer_to("refused-too").gate == "room", "told when it is on the disk"
+    assert fix.desk.is_open("more")
+    fix.desk.write()
+    assert fix.desk.is_open("more"), "the step that waits goes first"
+    assert fix.train() == ["waits"]
+    assert fix.desk.answer_to("more").gate == "room"
+    assert [e.id for e in read_log(LOG, disk=fix.disk)[0]][-4:] == [
+        "answer/refused-too", "order/waits", "answer/waits", "answer/more"
+    ]  # fmt: skip
+
+
+def test_a_step_writes_no_refusals_itself() -> None:
+    fix = Fixture(room=1, disk=FaultyDisk(SimulatedDisk()))
+    fix.send("late", "b", deadline="1970-01-01T00:00:00Z")
+    before = syncs(fix)
+    assert list(fix.desk.turn(1)) == list(fix.desk.turn(2)) == [] and syncs(fix) == before
+    assert fix.desk.is_open("late") and fix.desk.is_open("b")
+    fix.desk.write()
+    assert fix.desk.answer_to("late").outcome == "expired" and fix.desk.answer_to("b").gate == "room"
+
+
+def test_an_answer_that_a_step_could_not_write_is_written_with_the_refusals() -> None:
+    disk = Slow()
+    fix = Fixture(disk=disk, room=1)
+    fix.send("a", "refused")
+    turn = fix.desk.turn(1)
+    order = next(turn)
+    disk.is_slow = True
+    writer = threading.Thread(target=fix.desk.write)
+    writer.start()
+    assert disk.syncing.wait(20)
+    fix.desk.answer(order, 1, YES, hold=False)
+    assert list(turn) == [] and fix.desk.is_open("a")
+    disk.is_slow = False
+    disk.go.set()
+    writer.join(20)
+    assert fix.desk.is_open("a")
+    fix.desk.write()
+    assert fix.desk.answer_to("a").outcome == "applied"
+
+
+def test_going_back_keeps_a_refusal_that_the_disk_would_not_take() -> None:
+    disk = Moody(SimulatedDisk())
+    fix = Fixture(disk=disk, room=1)
+    state = fix.desk.state()
+    fix.send("a", "b")
+    disk.fault = "ENOSPC"
+    fix.desk.write()
+    fix.desk.restore(state)
+    assert fix.desk.is_open("b") and fix.desk.answer_to("b") is None
+    disk.fault, fix.now = None, fix.now + 2
+    fix.desk.write()
+    assert fix.desk.answer_to("b").gate == "room"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Emergency stops
+
+
+def test_an_emergency_stop_overtakes_what_waits(fix: Fixture) -> None:
+    fix.send(*(f"n{number}" for number in range(400)))
+    fix.send("fire", command=Stop(reason="fire", emergency=True))
+    fix.send("stop", command=Stop(reason="enough"))
+    assert fix.train()[-1] == "fire" and fix.train()[-1] == "stop"
+
+
+def test_an_emergency_stop_overtakes_the_replay_and_keeps_its_place() -> None:
+    fix = Fixture()
+    for number in range(1, 7):
+        fix.send(f"n{number}")
+        fix.train()
+    fix = fix.again()
+    assert fix.train() == ["n1"]
+    fix.send("ordinary")
+    fix.send("fire", command=Stop(reason="fire", emergency=True))
+    assert fix.train() == ["n2", "fire"] and fix.desk.is_replaying
+    assert fix.desk.answer_to("fire").step == 2, "told at once, too"
+    fix.train()
+    fix = fix.again()
+    lives = [fix.train() for _ in range(6)]
+    assert lives == [["n1"], ["n2", "fire"], ["n3"], ["n4"], ["n5"], ["n6"]], "the same again"
+    assert not fix.desk.is_replaying
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Orders that end the process
+
+
+class Dies(BaseException):
+    """Nothing catches it."""
+
+
+def dying(*names: str) -> Callable[[Order], Gate]:
+    def gate(order: Order) -> Gate:
+        if order.id in names:
+            raise Dies
+        return YES
+
+    return gate
+
+
+def test_an_order_that_ends_the_process_is_given_up() -> None:
+    fix = Fixture()
+    fix.send("a", "poison", "c")
+    for _ in range(3):
+        with pytest.raises(Dies):
+            fix.train(dying("poison"))
+        fix = fix.again()
+        assert fix.desk.is_open("poison")
+    assert fix.desk.answer_to("a").outcome == "applied", "what was lived through is told, and has not to be tried again"
+    with pytest.warns(RuntimeWarning, match=r"order poison \(set_budget\) is refused: the process ended each time"):
+        assert fix.train(dying("poison")) == ["a", "c"]
+    told = fix.desk.answer_to("poison")
+    assert (told.outcome, told.gate) == ("refused", "poison") and "it is given up" in told.reason
+    fix = fix.again()
+    assert fix.train(dying("poison")) == ["a", "c"] and fix.desk.answer_to("poison") == told
+    assert fix.send("poison")[0].gate == "poison"
+    letters = [draft for line in fix.disk.read(LOG, 1 << 20).splitlines() for draft in acknowledgement(line)]
+    (letter,) = [msgspec.json.decode(draft.data) for draft in letters if draft.topic is DEAD_LETTERS]
+    assert letter["topic"] == COMMANDS.name and "it is given up" in letter["reason"]
+    assert b'"poison"' in base64.b64decode(letter["original"])
+
+
+def test_each_attempt_is_on_the_disk_before_the_order_is_applied_again() -> None:
+    fix = Fixture()
+    fix.send("a")
+    with pytest.raises(Dies):
+        fix.train(dying("a"))
+    fix = fix.again()
+
+    def gate(order: Order) -> Gate:
+        assert read_entry(read_log(LOG, disk=fix.disk)[0][-1]) == Attempt("a", 1)
+        return YES
+
+    assert fix.train(gate) == ["a"] and fix.desk.answer_to("a").outcome == "applied"
+
+
+def test_deaths_that_are_not_an_orders_doing_do_not_count_against_it() -> None:
+    """Its answer has to wait for a checkpoint, and the process is killed again and again before there is one."""
+    fix = Fixture()
+    fix.send("a", command=Snapshot())
+    for _ in range(6):
+        assert fix.train(hold=True) == ["a"] and fix.desk.is_open("a")
+        fix = fix.again()
+    assert fix.train(hold=True) == ["a"]
+    fix.desk.kept()
+    assert fix.desk.answer_to("a").outcome == "applied"
+
+
+def test_an_order_that_waits_in_a_checkpoint_is_given_up_too() -> None:
+    fix = Fixture()
+    fix.send("back", "poison")
+    turn = fix.desk.turn(1)
+    fix.desk.answer(next(turn), 1, YES, hold=True)
+    turn.close()  # taken back
+    state = fix.desk.state()
+    fix.desk.kept()
+    for _ in range(3):
+        with pytest.raises(Dies):
+            fix.train(dying("poison"))
+        fix = fix.again(state)
+    with pytest.warns(RuntimeWarning, match="it is given up"):
+        assert fix.train(dying("poison")) == []
+    assert fix.desk.answer_to("poison").gate == "poison"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A checkpoint that knows no desk
+
+
+def after_step(steps: int, fix: Fixture) -> Fixture:
+    """The next life, from a checkpoint after so many steps in which there was no desk."""
+    other = fix.again()
+    other.step = steps
+    return other
+
+
+def test_orders_from_before_a_checkpoint_that_knows_no_desk_are_not_applied() -> None:
+    fix = Fixture()
+    for number in range(1, 5):
+        fix.send(f"n{number}")
+        fix.train()
+    fix.send("open")
+    with pytest.raises(Dies):
+        fix.train(dying("open"))  # in step 5
+    told = fix.desk.answer_to("n2")
+    fix = after_step(100, fix)
+    assert fix.desk.state()["turn"] == -1 and fix.desk.is_open("open")
+    assert fix.train() == [] and not fix.desk.is_replaying
+    assert fix.desk.answer_to("n2") == told, "what was told stays"
+    answer = fix.desk.answer_to("open")
+    assert (answer.outcome, answer.gate, answer.step) == ("expired", "checkpoint", 101)
+    assert fix.send("open")[0].outcome == "expired" and fix.train() == []
+
+
+def test_orders_from_after_it_are_applied_in_their_step_unless_they_are_too_late() -> None:
+    fix = Fixture()
+    fix.step = 100  # begun on such a checkpoint
+    for number in range(101, 104):
+        fix.send(f"n{number}")
+        fix.train()
+    fix.send("late", deadline="1970-01-12T13:46:50Z")  # ten seconds from now
+    with pytest.raises(Dies):
+        fix.train(dying("late"))
+    again = after_step(100, fix)
+    assert [again.train() for _ in range(4)] == [["n101"], ["n102"], ["n103"], ["late"]]
+    again.desk._pad.close()
+    fix = after_step(50, again)
+    assert [name for _ in range(50) for name in fix.train()] == [], "an older checkpoint: each in its step all the same"
+    assert fix.train() == ["n101"]
+
+
+def test_what_is_too_late_after_such_a_checkpoint_is_expired() -> None:
+    fix = Fixture()
+    fix.step = 100
+    fix.send("told", "late", deadline="1970-01-12T13:46:50Z")
+    with pytest.raises(Dies):
+        fix.train(dying("late"))
+    fix = after_step(100, fix)
+    fix.now += 60
+    assert fix.train() == []
+    assert [fix.desk.answer_to(name).gate for name in ("told", "late")] == ["deadline"] * 2
+    fix = after_step(100, fix)
+    assert fix.train() == [], "whatever the clock says"
+
+
+def test_a_desk_that_has_seen_no_step_says_so_in_its_checkpoint() -> None:
+    fix = Fixture()
+    fix.send("a")
+    fix.train()
+    fix = fix.again()
+    state = fix.desk.state()
+    fix = fix.again(state)
+    fix.step = 10
+    assert fix.train() == [] and fix.desk.state()["turn"] == 11

@@ -53,7 +53,7 @@ class AnyTraffic(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
-        replayed = [intent.order.id for intent in self.fix.desk._replay if intent.turn <= self.fix.desk._turn + 1]
+        replayed = [intent.order.id for intent in self.fix.desk._replay.intents if intent.turn <= self.fix.step + 1]
         expected = replayed or ([] if self.fix.desk._replay else self.waiting)
         seen = self.fix.train(lambda order: Gate("budget", order.id != "o3", "no" * (order.id == "o3")))
         assert seen == expected, "in the order in which they came"
@@ -75,7 +75,7 @@ class AnyTraffic(RuleBasedStateMachine):
         """What waits is forgotten; the bus still has it."""
         state, done = self.saved
         self.fix = self.fix.again(state, room=5)
-        self.fix.step = 0 if state is None else state["turn"]
+        self.fix.step = 0 if state is None else max(state["turn"], 0)
         self.done, self.waiting = list(done), []
 
     @invariant()
@@ -91,7 +91,7 @@ class AnyTraffic(RuleBasedStateMachine):
 
     @invariant()
     def what_was_told_as_applied_is_there_or_will_be(self) -> None:
-        coming = {intent.order.id for intent in self.fix.desk._replay}
+        coming = {intent.order.id for intent in self.fix.desk._replay.intents}
         for order_id, told in self.told.items():
             if told.gate != "room":
                 assert order_id in self.done or order_id in coming

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tests.oona.served import JOB, RUN, Served, an_order, turns
 
+from esper import commands
 from esper.errors import StateError
 from esper.oona.desk import Desk
 from esper.oona.incoming import anybody
@@ -112,8 +113,7 @@ def test_a_death_between_log_and_acknowledgement(
     if before == "it is applied":
         monkeypatch.setattr("esper.commands.apply", die)
     else:
-        life.desk._flush = die
-        life.desk._take_from_log = lambda: life.desk._write_down(life.steps)
+        life.desk._register.enter = die
     with pytest.raises(Death):
         life.step()
     monkeypatch.undo()
@@ -177,6 +177,55 @@ def test_a_loop_that_looks_writes_the_checkpoint_at_once(tmp_path: Path) -> None
     life.end()
 
 
+def test_an_emergency_stop_does_not_wait_for_the_replay(tmp_path: Path) -> None:
+    life = Served(tmp_path)
+    turns(life, script(), 30)
+    life.end()
+    life = Served(tmp_path)
+    turns(life, {}, 10)
+    life.send([an_order("fire", Stop(reason="fire", emergency=True))])
+    life.step()
+    assert life.desk.answer_to("fire").outcome == "applied" and life.desk.answer_to("fire").step == 11
+    assert life.grower.is_replaying and life.grower.stopped == "fire"
+    assert not [c for c in life.grower.kasmina.cohorts.values() if c.state.name not in ("CULLED", "EMBARGOED", "RESET")]
+    with pytest.warns(RuntimeWarning, match="the training took another course"):
+        turns(life, {}, 25)
+    state = life.hash()
+    life.end()
+    life = Served(tmp_path)
+    with pytest.warns(RuntimeWarning, match="the training took another course"):
+        turns(life, {}, 25)
+    assert life.hash() == state, "it has its place in the log as all others have"
+    life.end()
+
+
+def test_an_order_whose_application_kills_is_given_up_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply = commands.apply
+
+    def deadly(run: Any, command: Any, step: int, *, issuer: str) -> Any:
+        return die() if command == SetBudget(params=100_000) else apply(run, command, step, issuer=issuer)
+
+    monkeypatch.setattr("esper.commands.apply", deadly)
+    orders = {turn: sent for turn, sent in script().items() if turn in (4, 9)}
+    life = Served(tmp_path)
+    for _ in range(3):
+        with pytest.raises(Death):
+            turns(life, orders, 10)
+        life.end()
+        life, orders = Served(tmp_path), {9: script()[9]}
+    with pytest.warns(RuntimeWarning, match="order b .* is refused: .* given up"):
+        turns(life, orders, 10)
+    assert [life.desk.answer_to(name).gate for name in "abc"] == ["germination", "poison", "command"]
+    life.save()
+    life.end()
+    life = Served(tmp_path).resume()
+    life.train(2)
+    assert life.desk.answer_to("b").gate == "poison"
+    life.end()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Logs that do not belong
 
@@ -221,8 +270,9 @@ def test_a_run_that_took_none_may_take_some_later(tmp_path: Path) -> None:
     life.save()
     life.grower.detach()
     life = Served(tmp_path).resume()
-    turns(life, script(), 4)
-    assert answers(life)["a"].step == 7
+    life.send(script()[4])
+    life.step()
+    assert answers(life)["a"].step == 4 and life.desk.state()["turn"] == 4, "turns go on from the run's steps"
     state = life.hash()
     life.end()
     life = Served(tmp_path).resume()

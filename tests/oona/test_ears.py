@@ -78,6 +78,7 @@ def test_a_controller_that_does_not_list_the_training_gets_a_chance_only() -> No
     assert room.hears(room.say())
     room.seconds += 0.1
     assert not room.hears(room.say("run/other", "run/jo", "other/job"))
+    assert room.ears.heard_any == room.seconds
     assert room.hears(room.say("run/other", "run/job"))
     room.seconds += 1
     assert not room.hears(room.say())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from typing import Any
 
@@ -98,9 +99,19 @@ def a_snapshot(num_chunks: int = 8, num_seeds: int = 2, num_sites: int = 2) -> S
 def test_a_hundred_thousand_chunks_are_one_message_without_a_claim() -> None:
     snapshot = a_snapshot(100_000, 100, 10)
     data = snapshot.pack()
-    assert len(data) < 1 << 20
-    assert abs(len(data) - snapshot.num_bytes) < 4096
+    assert len(data) < 1 << 20 and not snapshot.is_large
+    assert a_snapshot(140_000, 100, 10).is_large
     assert health.decode(data).mean.shape == (100_000,)
+
+
+@pytest.mark.parametrize("is_sensed", [True, False])
+def test_a_report_counts_for_what_it_keeps_in_memory(is_sensed: bool) -> None:
+    snapshot = a_snapshot(100_000, 100, 10)
+    if not is_sensed:
+        snapshot = dataclasses.replace(snapshot, sensed=(None,) * 10)
+    kept = [array for array in snapshot.sensed if array is not None]
+    held = sum(array.nbytes for array in (*kept, snapshot.offsets, *snapshot.seeds.values()))
+    assert max(held, len(snapshot.pack())) <= snapshot.num_bytes <= max(held, len(snapshot.pack())) + 4096
 
 
 @pytest.mark.parametrize(

@@ -37,16 +37,18 @@ class Operator:
     """Somebody at another desk: commands from a thread of its own while the training goes on."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
-        self.url, self.keyring = url, None if key is None else Keyring({"default": key})
+        self.url, self.keyring = url, None if key is None else Keyring.of(key)
 
-    def ask(self, training: Callable[[], None], command: Command, wait_s: float = 10.0) -> Acknowledgement | None:
+    def ask(
+        self, training: Callable[[], None], command: Command, wait_s: float = 10.0, issuer: str = "ada"
+    ) -> Acknowledgement | None:
         told: list[Acknowledgement | None] = []
 
         async def work() -> None:
             bus = open_bus(self.url, {})
             sender = Sender(source="esper/operator", run="run", subject="job", keyring=self.keyring)
             try:
-                told.append(await ask(bus, sender, command, issuer="ada", wait_s=wait_s))
+                told.append(await ask(bus, sender, command, issuer=issuer, wait_s=wait_s))
             finally:
                 await bus.close()
 
@@ -152,6 +154,24 @@ def test_without_a_key_others_cannot_command(life: Served, redis_server: RedisSe
         letters = operator.until(life.step, DEAD_LETTERS)
     assert life.grower.stopped is None
     assert b"signed" in letters[0].value and KEY.encode() not in letters[0].value
+
+
+def test_a_key_commands_in_the_name_of_its_owner_only(url: str, life: Served) -> None:
+    ada, bob = f"ada:{'a' * 32}", f"bob:{'b' * 32}"
+    ring = {"ESPER_BUS_KEY": f"run:{KEY} {ada} {bob}"}
+    with link_to(url, life.folder, environ=ring).serving(life.grower, life.folder / "commands.jsonl"):
+        operator = Operator(url, f"{bob} run:{KEY}")
+        before = digest(life.grower.state_dict()["esper"]["desk"])
+        assert operator.ask(lambda: None, Stop(reason="not mine"), wait_s=1.0, issuer="ada") is None
+        assert digest(life.grower.state_dict()["esper"]["desk"]) == before
+        told = operator.ask(life.step, Pause(reason="mine"), issuer="bob")
+        letters = operator.until(life.step, DEAD_LETTERS)
+    assert told is not None and (told.outcome, told.issuer) == ("applied", "bob")
+    assert life.grower.stopped is None
+    assert (
+        "issuer must be 'bob', whose key 'bob' has signed it, got 'ada'"
+        in decode_payload(wire.decode(letters[0].value)).reason
+    )
 
 
 def test_unsigned_commands_are_taken_where_the_user_says_so(life: Served, redis_server: RedisServer) -> None:

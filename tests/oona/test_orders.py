@@ -337,7 +337,7 @@ def test_a_training_of_a_job_takes_orders_and_goes_on_with_them(tmp_path: Path) 
             try:
                 yield
             finally:
-                answers.update(desk._answers)
+                answers.update(desk._register.answers)
                 desk.close()
 
         try:

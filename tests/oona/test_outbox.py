@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.oona.buses import Broker, Clock
 
@@ -23,7 +24,7 @@ from esper.oona.follower import Follower
 from esper.oona.outbox import Outbox, acknowledgement, event
 from esper.oona.schemas import decode_payload
 from esper.oona.sender import Sender
-from esper.oona.topics import ACKNOWLEDGEMENTS, DEAD_LETTERS, EPOCHS, LIFECYCLE
+from esper.oona.topics import ACKNOWLEDGEMENTS, COMMANDS, DEAD_LETTERS, EPOCHS, LIFECYCLE
 from esper.protocol import (
     Acknowledgement,
     AnyEvent,
@@ -266,7 +267,7 @@ def test_acknowledgements_are_sent_once_they_are_on_the_disk(tmp_path: Path) -> 
     assert outbox.counts()["skipped"] == 1
     with pytest.raises(EnvelopeError, match="must hold an acknowledgement"):
         acknowledgement(b'{"seal":"","command":{"id":"answer/1","payload":{}}}')
-    assert acknowledgement(b'{"seal":"","command":[]}') is None
+    assert acknowledgement(b'{"seal":"","command":[]}') == []
 
 
 def test_it_runs_until_it_is_told_to_stop_and_sends_what_is_there(tmp_path: Path) -> None:
@@ -318,3 +319,23 @@ def test_a_log_that_cannot_be_read_is_a_failure_and_no_end(tmp_path: Path) -> No
     with contextlib.suppress(OSError):
         rig.turns()
     assert rig.outbox.counts()["failures"] == 1
+
+
+def test_all_answers_of_a_line_are_sent_each_with_an_id_of_its_own(tmp_path: Path) -> None:
+    """A step with several orders writes one line."""
+    path, broker = tmp_path / "commands.jsonl", Broker()
+    told = [Acknowledgement(id=str(n), outcome="applied", run="r", job="grown-seed0", step=5) for n in range(3)]
+    poison = Order(command=Stop(reason=""), id="3", run="r", job="grown-seed0")
+    given_up = Acknowledgement(id="3", outcome="refused", gate="poison", reason="it kills", run="r", job="grown-seed0")
+    with CommandLog(path) as log:
+        answers = [*(Answer(one, "hash") for one in told), Answer(given_up, "hash", poison)]
+        log.extend([answer_entry(answer) for answer in answers])
+    for _ in range(2):  # the second time after a crash that lost the cursor
+        outbox = Outbox(broker, SENDER, Follower(path, tmp_path / "none" / "cursor"), acknowledgement)
+        asyncio.run(outbox.turn())
+    assert len(path.read_bytes().splitlines()) == 1
+    assert [decode_payload(sent) for sent in broker.envelopes(ACKNOWLEDGEMENTS)] == [*told, given_up] * 2
+    assert len(broker.ids()) == 5, "the same ids again"
+    (letter, _) = [decode_payload(sent) for sent in broker.envelopes(DEAD_LETTERS)]
+    assert (letter.topic, letter.key, letter.reason) == (COMMANDS.name, "r/grown-seed0", "it kills")
+    assert msgspec.json.decode(letter.original, type=Order) == poison

@@ -21,7 +21,7 @@ from esper.oona import envelope as wire
 from esper.oona.backoff import Backoff, CircuitBreaker
 from esper.oona.bus import Message
 from esper.oona.claim_stores import MemoryStore
-from esper.oona.claims import Claims
+from esper.oona.claims import MOST_IN_FLIGHT, Claims
 from esper.oona.envelope import CLAIM, Envelope
 from esper.oona.memory import MOST_LOSSY_BYTES, Hub
 from esper.oona.publisher import PublisherLimits, TelemetryPublisher
@@ -64,9 +64,11 @@ class Rig:
         self.spool = Spool(Path("/simulated/spool"), max_bytes=4000, segment_bytes=1000, disk=self.disk)
         return self.spool
 
-    def offer(self, topic: Topic = HEALTH, *, size: int = 20, valid_s: float | None = None, pad: int = 0) -> bool:
-        number = next(self.numbers)
-        return self.publisher.offer(topic, builder(number, topic, pad), num_bytes=size, valid_s=valid_s)
+    def offer(
+        self, topic: Topic = HEALTH, *, size: int = 20, valid_s: float | None = None, pad: int = 0, newest: bool = False
+    ) -> bool:
+        build = builder(next(self.numbers), topic, pad)
+        return self.publisher.offer(topic, build, num_bytes=size, valid_s=valid_s, supersedes=newest)
 
     async def settle(self, turns: int = 50) -> None:
         """Turns until nothing moves, without time going on."""
@@ -537,3 +539,99 @@ def test_reports_that_nobody_reads_take_bounded_memory() -> None:
 
 def test_expiry_is_written_as_times_are() -> None:
     assert wire.seconds(wire.timestamp(1.5e9)) == 1.5e9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A bus that is slower than what comes
+
+
+def test_the_newest_large_report_takes_the_place_of_those_that_wait() -> None:
+    rig = Rig()
+    rig.offer()  # 0
+    for _ in range(5):
+        rig.offer(newest=True)  # 1 to 5
+    rig.offer()  # 6
+    assert rig.counts()["dropped_superseded"] == 4 and rig.counts()["queued"] == 3
+    asyncio.run(rig.settle())
+    assert rig.broker.ids() == [f"kasmina.health.layer-{n}" for n in (0, 5, 6)], "small ones all stay, in order"
+    assert rig.counts()["delivered"] == 3
+
+
+def test_what_is_under_way_is_not_superseded_but_is_not_tried_again_either() -> None:
+    rig = Rig()
+    rig.offer(newest=True)
+    rig.broker.is_away = True
+    publish = rig.broker.publish
+
+    async def slow(topic: Topic, messages: Any) -> None:
+        rig.offer(newest=True)
+        await publish(topic, messages)
+
+    rig.broker.publish = slow  # type: ignore[method-assign]
+    asyncio.run(rig.settle(1))
+    found = rig.counts()
+    assert (found["queued"], found["in_flight"], found["dropped_superseded"]) == (1, 0, 1)
+    rig.broker.is_away, rig.broker.publish = False, publish  # type: ignore[method-assign]
+    rig.clock.now += 10
+    asyncio.run(rig.settle())
+    assert rig.broker.ids() == ["kasmina.health.layer-1"]
+
+
+class Shelf(MemoryStore):
+    """As slow as it is told, and counts how many are under way in the whole process."""
+
+    under_way = most = 0
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    async def put(self, name: str, data: bytes) -> None:
+        Shelf.under_way += 1
+        Shelf.most = max(Shelf.most, Shelf.under_way)
+        try:
+            await asyncio.sleep(self.seconds)
+        finally:
+            Shelf.under_way -= 1
+        await super().put(name, data)
+
+
+def test_few_claims_are_under_way_at_once_whoever_sends_them() -> None:
+    async def job(number: int) -> dict[str, int]:
+        claims = Claims(Shelf(0.02), above=100, patience_s=0.2)  # less than all of them take together
+        rig = Rig(sender=Sender(source="s", run="r", claims=claims))
+        rig.offer(pad=500 + number)
+        await rig.settle()
+        return rig.counts()
+
+    async def jobs() -> list[dict[str, int]]:
+        return await asyncio.gather(*(job(number) for number in range(60)))
+
+    Shelf.most = 0
+    told = asyncio.run(jobs())
+    assert Shelf.most == MOST_IN_FLIGHT and Shelf.under_way == 0
+    assert all(counts["delivered"] == 1 and "failures" not in counts for counts in told)
+
+
+def test_what_is_large_has_more_time() -> None:
+    async def sent(size: int) -> bool:
+        claims = Claims(Shelf(0.2), above=100, patience_s=0.05)
+        rig = Rig(sender=Sender(source="s", run="r", claims=claims))
+        rig.offer(pad=size)
+        await rig.settle(3)
+        return rig.counts()["delivered"] == 1
+
+    assert not asyncio.run(sent(1000))
+    assert asyncio.run(sent(1 << 20)), "a second more for each MiB"
+
+
+def test_claims_count_against_the_rate_with_what_they_stand_for() -> None:
+    claims = Claims(MemoryStore(), above=100)
+    rig = Rig(sender=Sender(source="s", run="r", claims=claims), bytes_per_s=1000.0)
+    for _ in range(3):
+        rig.offer(pad=10_000)
+    asyncio.run(rig.settle())
+    assert rig.counts()["delivered"] == 3, "in one batch"
+    rig.offer(pad=10_000)
+    asyncio.run(rig.settle())
+    assert rig.counts()["queued"] == 1

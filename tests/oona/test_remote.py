@@ -31,6 +31,7 @@ class Local:
 class Line:
     def __init__(self) -> None:
         self.heard: float | None = None
+        self.heard_any: float | None = None
         self.observed: list[Observation] = []
 
     def observe(self, observation: Observation) -> None:
@@ -65,3 +66,20 @@ def test_its_state_is_the_local_ones() -> None:
     one.decide(full())
     two.load(one.state())
     assert two.fallback.state() == {"asked": 1}
+
+
+def test_a_controller_that_steers_others_only_is_not_said_to_be_silent() -> None:
+    now, line = [0.0], Line()
+    remote = RemoteController(Local(), line=line, patience_s=10, clock=lambda: now[0])
+    line.heard_any = 0.0
+    remote.decide(full())
+    line.heard = 0.0
+    remote.decide(full())
+    now[0], line.heard_any = 20.0, 20.0  # not listed any more
+    remote.decide(full())
+    line.heard = 20.0
+    remote.decide(full())
+    now[0] = 40.0  # gone
+    remote.decide(full())
+    said = ["not among those that it steers" in text for text in remote.notes()]
+    assert said == [True, False, True, False, False]

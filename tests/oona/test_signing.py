@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from esper.errors import ConfigError, EnvelopeError
 from esper.oona import envelope as wire
 from esper.oona.envelope import Envelope
-from esper.oona.signing import Flaw, Keyring, Verifier
+from esper.oona.signing import Flaw, Keyring, Verifier, _Issued
+from esper.protocol import ORDER_SCHEMA, Order, Pause
 
 pytestmark = pytest.mark.unit
 
@@ -202,7 +204,7 @@ def test_keys_come_from_the_environment_or_a_file(tmp_path: Path) -> None:
 
 
 def test_secrets_are_shown_nowhere() -> None:
-    keys = Keyring.of(f"new:{NEW}\nold:{OLD}")
+    keys = Keyring.of(f"new@*:{NEW}\nold@*:{OLD}")
     verifier = Verifier(keys, clock=lambda: NOW)
     reasons = [
         verifier.check(an_envelope()), verifier.check(Keyring({"new": "x" * 40}).sign(an_envelope())),
@@ -218,3 +220,66 @@ def test_secrets_are_shown_nowhere() -> None:
 def test_a_window_has_a_size(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="above 0"):
         Verifier(Keyring({"a": NEW}), **wrong)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whose a key is
+
+ADA, BOB, ALL = "a" * 32, "b" * 32, "c" * 32
+RING = f"ada:{ADA} ada-2@ada:{NEW} bob:{BOB} night@*:{ALL}"
+
+
+def an_order_of(issuer: str | None, **fields: Any) -> Envelope:
+    plain = {"command": {"type": "pause"}, "id": "1", "issuer": issuer}
+    data = json.dumps({name: value for name, value in plain.items() if value is not None}).encode()
+    return an_envelope(**{"dataschema": ORDER_SCHEMA, "data": data, **fields})
+
+
+@pytest.mark.parametrize(
+    ("signs", "issuer", "expected"),
+    [
+        ("ada:" + ADA, "ada", None), ("ada-2@ada:" + NEW, "ada", None), ("bob:" + BOB, "bob", None),
+        ("night@*:" + ALL, "anybody", None), ("night@*:" + ALL, "ada", None),
+        ("bob:" + BOB, "ada", Flaw.IMPERSONATED), ("ada-2@ada:" + NEW, "ada-2", Flaw.IMPERSONATED),
+        ("ada:" + ADA, "Ada", Flaw.IMPERSONATED), ("ada:" + ADA, "", Flaw.IMPERSONATED),
+        ("ada:" + ADA, None, Flaw.IMPERSONATED),
+        # what the sender says of his own key counts for nothing
+        ("bob@ada:" + BOB, "ada", Flaw.IMPERSONATED), ("ada@*:" + ADA, "bob", Flaw.IMPERSONATED),
+    ],
+)  # fmt: skip
+def test_an_order_names_the_issuer_whose_key_has_signed_it(signs: str, issuer: str | None, expected: Any) -> None:
+    verifier = Verifier(Keyring.of(RING), clock=lambda: NOW)
+    reason = verifier.check(Keyring.of(signs).sign(an_order_of(issuer)))
+    assert (reason and reason.flaw) is expected
+    if reason is not None:
+        assert not reason.is_authentic and verifier.num_seen == 0
+        assert not any(secret in str(reason) for secret in (ADA, BOB, ALL, NEW))
+
+
+def test_who_gives_an_order_is_read_as_the_order_is() -> None:
+    verifier, bob = Verifier(Keyring.of(RING), clock=lambda: NOW), Keyring.of(f"bob:{BOB}")
+    for number, names in enumerate((b'"issuer":"bob","issuer":"ada"', b'"issuer":"ada","issuer":"bob"')):
+        data = b'{"command":{"type":"pause"},' + names + b"}"
+        envelope = an_order_of(None, data=data, id=str(number))
+        is_bobs = msgspec.json.decode(data, type=Order).issuer == "bob"
+        assert (verifier.check(bob.sign(envelope)) is None) == is_bobs
+    assert Order(command=Pause()).issuer == _Issued().issuer
+    for data in (b"", b"[]", b'{"issuer":1}', b"[" * 5000, b'{"issuer":"\xff"}'):
+        assert flaw(verifier, bob.sign(an_order_of(None, data=data))) is Flaw.IMPERSONATED
+    assert flaw(verifier, bob.sign(an_order_of("ada", dataschema="esper:order:2", id="8"))) is Flaw.IMPERSONATED
+    assert flaw(verifier, bob.sign(an_envelope(id="9", dataschema="esper:health:1"))) is None, (
+        "what is no order names nobody"
+    )
+
+
+def test_who_signs_is_who_issues() -> None:
+    assert Keyring.of(f"ada:{ADA} bob:{BOB}").issuer(None, "operator") == "ada"
+    assert Keyring.of(f"ada-2@ada:{ADA}").issuer("ada", "operator") == "ada"
+    shared = Keyring.of(ALL)
+    assert (shared.issuer(None, "operator"), shared.issuer("eve", "operator")) == ("operator", "eve")
+    with pytest.raises(ConfigError, match="must be 'ada', whose key 'ada-2' signs it, got 'bob'") as caught:
+        Keyring.of(f"ada-2@ada:{ADA}").issuer("bob", "operator")
+    assert ADA not in str(caught.value)
+    for text in (f"ada@:{ADA}", f"ada@b@c:{ADA}", f"ada@**:{ADA}", f"@ada:{ADA}"):
+        with pytest.raises(ConfigError, match="of another form"):
+            Keyring.of(text)

@@ -141,6 +141,15 @@ def test_each_training_gets_its_own_orders_from_its_own_controller() -> None:
     assert [d.key for d in field.on(COMMANDS)] == ["run/x", "run/y", "run/z"]
 
 
+def test_its_orders_name_whose_the_key_is_that_signs_them() -> None:
+    field = Field(keyring=Keyring.of(f"night-watch:{'n' * 32} run:{'r' * 32}"))
+    field.observe("a", 10, at=0)
+    field.turn()
+    assert {order.issuer for order in field.orders()} == {"night-watch"}
+    sent = wire.decode(asyncio.run(held(field.bus, COMMANDS, 9))[0].value)
+    assert field.keyring is not None and field.keyring.is_signed(sent) and sent.esperkeyid == "night-watch"
+
+
 def test_one_name_in_two_runs_is_two_trainings() -> None:
     field = Field()
     field.observe("x", 1, at=1, run="one")

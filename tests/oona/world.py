@@ -31,7 +31,18 @@ from esper.oona.incoming import anybody
 from esper.oona.memory import Hub
 from esper.oona.topics import COMMANDS
 from esper.orders import Keeping, Orders
-from esper.protocol import Acknowledgement, Command, Lifecycle, Order, Pause, Resume, RollBack, SetBudget, Snapshot
+from esper.protocol import (
+    Acknowledgement,
+    Command,
+    Lifecycle,
+    Order,
+    Pause,
+    Resume,
+    RollBack,
+    SetBudget,
+    Snapshot,
+    Stop,
+)
 from esper.safety.checkpoint import Checkpoints
 from esper.safety.command_log import Position
 from esper.safety.simulation.disk import SimulatedDisk
@@ -53,6 +64,7 @@ class Training:
         self.kasmina = SimpleNamespace(host_params=HOST, cohorts={1: cohort})
         self.clock, self.loop = SimpleNamespace(steps=0), SimpleNamespace(paused=None)
         self.journal, self.guard = SimpleNamespace(emit=lambda event: None), self
+        self.stages = SimpleNamespace(expel=lambda cohort, step, reason: None)
         self.stopped: str | None = None
         self.weights, self.applied = torch.arange(4, dtype=torch.int64), list[int]()
         self.snapshots: dict[int, Any] = {}
@@ -63,6 +75,8 @@ class Training:
         self.desk = Desk(LOG, run=RUN, job=JOB, verify=anybody, clock=clock, room=12, disk=disk)
         loaded = self.checkpoints.load()
         self.has_lost_a_checkpoint = loaded is not None and bool(loaded.passed_over)
+        self.kept_turn = self.desk.state()["turn"] if loaded is None else loaded.tree["desk"]["turn"]
+        """Of the newest checkpoint that it knows of."""
         if loaded is not None:
             self._put(loaded.tree)
             self.orders.restore(loaded.tree["orders"])
@@ -76,6 +90,9 @@ class Training:
         assert params is not None
         self.weights = self.weights * 31 + params
         self.applied = [*self.applied, params]
+
+    def stop(self, reason: str) -> None:
+        self.weights = self.weights * 7 + 1
 
     def take_back(self, cohort: Any, step: int, reason: str) -> Gate:
         earlier = [at for at in self.snapshots if at < step]
@@ -116,6 +133,7 @@ class Training:
             self.keeping.due = None
             self.desk.kept(str(error))
         else:
+            self.kept_turn = self.desk.state()["turn"]
             self.keeping.kept(self.clock.steps)
             self.desk.kept()
 
@@ -218,11 +236,15 @@ class World:
         return faults
 
     def _start(self) -> None:
+        before = self.training
         self.training = Training(FaultyDisk(self.disk, self.faults), lambda: self.now)
         self.cursor = Position()
         # An exact rollback that only a damaged checkpoint knew cannot be done again from an older one; it is told.
         self.has_lost_a_checkpoint |= self.training.has_lost_a_checkpoint
-        self.horizon = max((intent.turn for intent in self.training.desk._replay), default=0)
+        # Nor from one that was written although its writer was told that it was not: these worlds' checkpoints hold no
+        # snapshots, and what was told after it counted on those of the one before.
+        self.has_lost_a_checkpoint |= before is not None and self.training.kept_turn > before.kept_turn
+        self.horizon = max((intent.turn for intent in self.training.desk._replay.intents), default=0)
         # What no log holds to its course may go another way.
         self.course = {turn: what for turn, what in self.course.items() if turn <= self.horizon}
         self._note(f"start at {self.training.clock.steps}, turn {self.training.desk._turn}")
@@ -251,16 +273,35 @@ class World:
         self._issue()
         self._carry()
         self._receive()
+        overtaking = [o for o in self.training.desk._waiting.values() if isinstance(o.command, Stop)]
+        is_overtaken = bool(self.training.desk._replay and overtaking)
+        if is_overtaken:  # nothing can be said of the course any more, whether this step is lived through or not
+            self.course, self.horizon = {}, 10**9
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             self.training.step()
-        if said and not self.has_lost_a_checkpoint:
-            self._violate(str(said[0].message))
+        if is_overtaken:
+            self._hurry(overtaking)
+        texts = [str(one.message) for one in said]
+        if any("given up" in text for text in texts):  # the disk took neither its answer nor that it was lived through
+            self.outcome.count("given up")
+            self.course, self.horizon = {}, 10**9
+        texts = [text for text in texts if "given up" not in text]
+        if texts and not self.has_lost_a_checkpoint:
+            self._violate(texts[0])
+        if self.is_calm or self.rng.random() < 0.7:
+            self.training.desk.write()
         self._observe()
         self._tell()
         if self.rng.random() < 0.15:
             self.training.save()
             self.outcome.count("saves")
+
+    def _hurry(self, stops: list[Order]) -> None:
+        """An emergency stop does not wait for the replay."""
+        self.outcome.count("replays overtaken")
+        if self.training.desk._pad.is_ready and any(order.id in self.training.desk._waiting for order in stops):
+            self._violate("an emergency stop waits for the replay")
 
     def _issue(self) -> None:
         if not self.is_calm and self.rng.random() < 0.5:
@@ -283,7 +324,7 @@ class World:
         if kind < 0.18:
             return RollBack(cohort=1, reason="", exact=True)
         if kind < 0.25:
-            return self.rng.choice((Pause(), Resume(), Snapshot()))
+            return self.rng.choice((Pause(), Resume(), Snapshot(), Stop(reason="fire", emergency=True)))
         return SetBudget(params=number if kind < 0.35 else HOST + number)
 
     def _carry(self) -> None:

@@ -75,7 +75,10 @@ class Bus:
     exact: Annotated[bool, Option(help="roll-back: take the whole training back.", default="no")] = False
     emergency: Annotated[bool, Option(help="stop: remove everything alive at once.", default="no")] = False
     wait: Annotated[float, Option(metavar="SECONDS", help="How long to wait for an answer.")] = 30.0
-    issuer: Annotated[str, Option(metavar="NAME", help="Who commands, for the run's log.")] = "operator"
+    issuer: Annotated[
+        str | None,
+        Option(metavar="NAME", help="Who commands, for the run's log.", default="whose the key is, else operator"),
+    ] = None
     json: JsonPath = None
 
     def execute(self, context: Context) -> Outcome:
@@ -133,7 +136,10 @@ class Bus:
         from esper.oona.operators import ask
 
         assert self.what is not None
-        told = await ask(bus, self._sender(), self._command(self.what), issuer=self.issuer, wait_s=self.wait)
+        sender, issuer = self._sender(), self.issuer or "operator"
+        if sender.keyring is not None:
+            issuer = sender.keyring.issuer(self.issuer, issuer)
+        told = await ask(bus, sender, self._command(self.what), issuer=issuer, wait_s=self.wait)
         if told is None:
             text = f"no answer in {self.wait:g} s; is {self.run} {self.job} running, and on this bus?"
             return Outcome(result={"outcome": "no answer"}, lines=[labelled("unanswered", text)], ok=False)

@@ -5,7 +5,8 @@
     order/ID    {"order": ..., "turn": n}                 on the disk before the order is applied
     answer/ID   {"acknowledgement": ..., "content": ...}  on the disk before the acknowledgement is sent
 
-An order that was turned away (expired, no room) has an answer only. Whoever sends acknowledgements follows the answers.
+An order that was turned away (expired, no room) has an answer only. The answer to one that was given up holds the order
+too. Whoever sends acknowledgements follows the answers. Attempts (:mod:`esper.oona.attempts`) stand there as well.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from esper.protocol import Acknowledgement, Order, Outcome, Snapshot
 from esper.safety.command_log import Entry
 
 SNAPSHOT = str(Snapshot.__struct_config__.tag)
-_ORDER, _ANSWER = "order/", "answer/"
+JOURNAL = "journal"
+"""The gate of the one refusal that a death may forget: the log did not take the order."""
+POISON = "poison"
+"""The gate of an order that was given up: the process ended whenever it was applied."""
+_ORDER, _ANSWER, _ATTEMPT = "order/", "answer/", "attempt/"
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,24 @@ class Intent:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of an order; ``content`` says which command the id stands for (:func:`content_of`)."""
+    """What became of an order; ``content`` says which command the id stands for (:func:`content_of`).
+
+    ``order`` is set where it was given up, for the dead letters.
+    """
 
     acknowledgement: Acknowledgement
     content: str
+    order: Order | None = None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An order that no life has lived to answer is applied again, for the ``number``-th time; with ``is_over`` it was,
+    and the process is still there."""
+
+    order_id: str
+    number: int
+    is_over: bool = False
 
 
 class Kept(msgspec.Struct):
@@ -59,7 +78,16 @@ def answer_entry(answer: Answer) -> Entry:
     """An answer as it stands in the log."""
     told = answer.acknowledgement
     payload = {"acknowledgement": _plain(told), "content": answer.content}
+    if answer.order is not None:
+        payload["order"] = _plain(answer.order)
     return Entry(id=_ANSWER + told.id, step=told.step, payload=payload)
+
+
+def attempt_entry(attempt: Attempt, step: int) -> Entry:
+    """An attempt as it stands in the log."""
+    state = "over" if attempt.is_over else "begun"
+    payload = {"order": attempt.order_id, "number": attempt.number, "over": attempt.is_over}
+    return Entry(id=f"{_ATTEMPT}{attempt.number}/{state}/{attempt.order_id}", step=step, payload=payload)
 
 
 def is_order(entry_id: str) -> bool:
@@ -67,13 +95,13 @@ def is_order(entry_id: str) -> bool:
     return entry_id.startswith(_ORDER)
 
 
-def read_entry(entry: Entry) -> Intent | Answer:
+def read_entry(entry: Entry) -> Intent | Answer | Attempt:
     """What an entry of the log says.
 
     Raises
     ------
     StateError
-        It is neither an order nor an answer.
+        It is neither an order nor an answer, nor an attempt at an order.
     """
     payload = cast("dict[str, Any]", entry.payload) if isinstance(entry.payload, dict) else {}
     try:
@@ -84,7 +112,13 @@ def read_entry(entry: Entry) -> Intent | Answer:
         elif entry.id.startswith(_ANSWER):
             told = msgspec.convert(payload["acknowledgement"], Acknowledgement)
             if entry.id == _ANSWER + told.id:
-                return Answer(told, msgspec.convert(payload["content"], str))
+                order = msgspec.convert(payload.get("order"), Order | None)
+                return Answer(told, msgspec.convert(payload["content"], str), order)
+        elif entry.id.startswith(_ATTEMPT):
+            values = (payload["order"], payload["number"], payload["over"])
+            attempt = Attempt(*msgspec.convert(values, tuple[str, int, bool]))
+            if entry.id == attempt_entry(attempt, 0).id:
+                return attempt
     except (KeyError, msgspec.ValidationError) as error:
         raise StateError(
             f"a log of orders holds orders and answers, got another entry {entry.id!r} ({error})"

@@ -19,6 +19,7 @@ from esper.errors import BusError, ConfigError
 from esper.oona.address import Address, parse
 from esper.oona.aside import aside
 from esper.oona.claims import TTL_S, ClaimStore
+from esper.oona.patience import patience_for
 from esper.safety.disk import Disk, LocalDisk, make_folders
 
 MOST_MEMORY_BYTES = 512 << 20
@@ -155,7 +156,7 @@ class FolderStore:
 class RedisCalls(Protocol):
     """What is used of :class:`esper.oona.redis_connection.RedisConnection`."""
 
-    async def call(self, key: str, *command: Any) -> Any: ...
+    async def call(self, key: str, *command: Any, block_s: float = 0.0) -> Any: ...
 
     async def close(self) -> None: ...
 
@@ -174,7 +175,7 @@ class RedisStore:
     async def get(self, name: str, limit: int) -> bytes | None:
         key = self._prefix + name
         # No more than limit + 1 bytes leave the server, whatever lies under the key.
-        found: bytes = await self._calls.call(key, "GETRANGE", key, 0, limit)
+        found: bytes = await self._calls.call(key, "GETRANGE", key, 0, limit, block_s=patience_for(limit))
         return found or None
 
     async def sweep(self) -> int:

@@ -6,26 +6,37 @@ The message carries a hash, never an address: the receiver looks in the store th
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from typing import Literal, Protocol
 
 import msgspec
 
 from esper.errors import EnvelopeError
 from esper.oona import envelope as wire
-from esper.oona.aside import aside
+from esper.oona.aside import aside, within
 from esper.oona.envelope import ARRAYS, CLAIM, JSON, Envelope
+from esper.oona.patience import patience_for
 
 CLAIM_BYTES = 1 << 20
-"""Data above this size go to the store."""
+"""The data of messages above this size go to the store."""
 MOST_BYTES = 64 << 20
 """Data above this size are not taken from a store."""
 TTL_S = 300.0
+MOST_IN_FLIGHT = 4
+"""Contents that one process hands to stores at the same time: many at once would make each other late, and each that is
+late is sent again."""
+PATIENCE_S = 10.0
+"""How long a store may take for content of no size."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_IN_FLIGHT = threading.BoundedSemaphore(MOST_IN_FLIGHT)
+_LOOK_S = 0.01
 
 
 class ClaimReference(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,31 +104,44 @@ class Claims:
     Parameters
     ----------
     above:
-        Bytes of data from which on a message is sent as a claim.
+        Bytes above which a message is sent as a claim: all of it, as it would be on the wire.
+    patience_s:
+        How long the store may take, beside a second for each MiB.
     clock:
         Unix time.
     """
 
-    def __init__(self, store: ClaimStore, *, above: int = CLAIM_BYTES, clock: Callable[[], float] = time.time) -> None:
-        self.store, self._above, self._clock = store, above, clock
+    def __init__(
+        self,
+        store: ClaimStore,
+        *,
+        above: int = CLAIM_BYTES,
+        patience_s: float = PATIENCE_S,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.store, self._above, self._patience_s, self._clock = store, above, patience_s, clock
 
-    async def check_in(self, envelope: Envelope) -> Envelope:
+    async def check_in(self, envelope: Envelope, signature_bytes: int = 0) -> Envelope:
         """The message as it is to be sent: itself, or with a claim in the place of its data.
+
+        ``signature_bytes`` is how much longer it will be when it is signed.
 
         Raises
         ------
         EnvelopeError
             The data are larger than any receiver takes.
         BusError
-            The store cannot be reached.
+            The store cannot be reached, or takes too long.
         """
         size = len(envelope.data)
-        if size <= self._above or envelope.datacontenttype == CLAIM:
+        if envelope.datacontenttype == CLAIM or wire.num_bytes(envelope) + signature_bytes <= self._above:
             return envelope
         if size > MOST_BYTES:
             raise EnvelopeError(f"a claim may stand for {MOST_BYTES} bytes, got {size}; send less at once")
         name = await _hash(envelope.data)
-        await self.store.put(name, envelope.data)
+        async with _turn():
+            put = self.store.put(name, envelope.data)
+            await within(self._patience_s + patience_for(size), put, f"the claim store at {self.store.address}")
         reference = ClaimReference(
             sha256=name, size=size, media_type=envelope.datacontenttype,
             expires=wire.timestamp(self._clock() + self.store.ttl_s),
@@ -167,6 +191,17 @@ def reference_in(envelope: Envelope) -> ClaimReference:
         raise EnvelopeError(f"a claim's media type must be {JSON} or {ARRAYS}, got {reference.media_type[:80]!r}")
     wire.seconds(reference.expires)
     return reference
+
+
+@asynccontextmanager
+async def _turn() -> AsyncGenerator[None]:
+    """Wait until few enough are under way, in whatever threads."""
+    while not _IN_FLIGHT.acquire(blocking=False):
+        await asyncio.sleep(_LOOK_S)
+    try:
+        yield
+    finally:
+        _IN_FLIGHT.release()
 
 
 async def _hash(data: bytes) -> str:

@@ -5,10 +5,11 @@
     take       checked: size, schema, run and job, signature; an id that is known is answered, not taken again
     turn       in the training thread: on the disk (the intent), then handed out to be applied
     answer     on the disk (what became of it), and only then told: whoever sends acknowledgements follows the log
+    write      in another thread: what was refused without a step, on the disk; no step waits for it
 
 So whatever was told survives any death, and what was applied without having been told is applied again, in the same
-step of the same run, before anything new. The bus need not remember: a delivery is done with once
-:meth:`Desk.is_open` says no.
+step of the same run, before anything new but an emergency stop. What ends the process whenever it is applied is given
+up. The bus need not remember: a delivery is done with once :meth:`Desk.is_open` says no.
 """
 
 from __future__ import annotations
@@ -28,21 +29,26 @@ import numpy as np
 from esper.errors import StateError
 from esper.kasmina.lifecycle import Gate
 from esper.oona.answers import (
+    JOURNAL,
+    POISON,
     SNAPSHOT,
     Answer,
+    Attempt,
     Intent,
     Kept,
     acknowledge,
-    answer_entry,
+    attempt_entry,
     content_of,
     intent_entry,
     read_entry,
-    refused,
 )
+from esper.oona.attempts import MOST_ATTEMPTS, Attempts
 from esper.oona.envelope import Envelope, seconds
-from esper.oona.incoming import Verify, check_order, read_order
+from esper.oona.incoming import Verify, check_order, is_emergency, read_order
 from esper.oona.pad import Pad
-from esper.protocol import Acknowledgement, Order, Outcome, Stop
+from esper.oona.register import MOST_AT_ONCE, Register
+from esper.oona.replay import Replay
+from esper.protocol import Acknowledgement, Order, Outcome
 from esper.safety.command_log import Position
 from esper.safety.disk import Disk
 from esper.safety.tree import Tree
@@ -51,10 +57,10 @@ ROOM = 1000
 """Orders that may wait."""
 EMERGENCY_ROOM = 16
 """More of them, for emergency stops."""
-JOURNAL = "journal"
-"""The gate of the one refusal that a death may forget: the log did not take the order."""
-MOST_AT_ONCE = 256
-"""Orders applied in one step, and refusals written at once; the others wait for the next one."""
+MOST_A_STEP = 256
+"""Orders applied in one step; the others wait for the next one, but for emergency stops."""
+_UNPLACED = -1
+"""The turn of a desk that has seen no step, and of whose steps no checkpoint tells."""
 
 
 class Desk:
@@ -73,8 +79,7 @@ class Desk:
     room:
         Most orders that may wait; more are refused.
     on_written:
-        Called when answers have reached the log, in the training thread or that of :meth:`take`; keep it short.
-        What :meth:`take` refuses is written with the next step, or when many refusals wait.
+        Called when answers have reached the log, in the thread that has written them; keep it short.
 
     Raises
     ------
@@ -87,17 +92,17 @@ class Desk:
         room: int = ROOM, on_written: Callable[[], None] | None = None, disk: Disk | None = None,
     ) -> None:  # fmt: skip
         self.run, self.job = run, job
-        self._verify, self._clock, self._room, self._on_written = verify, clock, room, on_written
+        self._verify, self._clock, self._room = verify, clock, room
         self._lock = threading.RLock()
         self._waiting: dict[str, Order] = {}
         """Taken, and not on the disk yet: a death forgets them, and their senders have not been told anything."""
-        self._unwritten: list[Answer] = []
         self._unlogged: list[Acknowledgement] = []
         self._doubted: list[Order] = []
         """They may be on the disk or not, and were not applied: nothing is said of them before it is known."""
         self._ended: str | None = None
         self._step = 0
         self._pad = Pad(Path(path), clock, disk)
+        self._register = Register(self._pad, self._lock, on_written)
         try:
             self.restore(None)
         except StateError:
@@ -120,17 +125,18 @@ class Desk:
         if read is None:
             return None
         order, doubt = read
-        if doubt is None:
-            return self._put(order)
         with self._lock:
-            if self._content(order.id) is not None:
-                return self._put(order)
-            if doubt.flaw not in ("stale", "expired"):
-                self._turn_away(order, doubt.flaw, str(doubt))
-                return None
-            # Late once is late for ever, so this need not be remembered.
-            outcome: Outcome = "expired" if doubt.flaw == "expired" else "refused"
-            return acknowledge(order, outcome, doubt.flaw, str(doubt), self._step)
+            told = None
+            if doubt is None or self._content(order.id) is not None:
+                told = self._put(order)
+            elif doubt.flaw not in ("stale", "expired"):
+                self._turn_away(order, "refused", doubt.flaw, str(doubt))
+            else:  # Late once is late for ever, so this need not be remembered.
+                outcome: Outcome = "expired" if doubt.flaw == "expired" else "refused"
+                told = acknowledge(order, outcome, doubt.flaw, str(doubt), self._step)
+        if self._ended is not None or self._register.num_turned_away >= MOST_AT_ONCE:
+            self.write()
+        return told
 
     def submit(self, order: Order) -> Acknowledgement | None:
         """Take an order of this very process, whose sender needs no proof; returns what :meth:`take` does.
@@ -142,47 +148,55 @@ class Desk:
         """
         order = msgspec.structs.replace(order, run=self.run, job=self.job)
         check_order(order)
-        return self._put(order)
+        with self._lock:
+            return self._put(order)
 
     def is_open(self, order_id: str) -> bool:
         """Whether its answer is still to come: until then its delivery must not be acknowledged to the bus."""
         with self._lock:
-            return order_id in self._waiting or order_id in self._open
+            return order_id in self._waiting or order_id in self._register.open
 
     @property
     def num_bytes(self) -> int:
         """How much of the log is on the disk for certain. Safe from any thread."""
         return self._pad.num_bytes
 
+    @property
+    def has_unwritten(self) -> bool:
+        """Whether :meth:`write` has anything to do."""
+        return self._register.has_unwritten
+
+    def write(self) -> None:
+        """Bring what was refused without a step onto the disk; it is told then. Not for the training thread."""
+        self._register.write()
+
     def answer_to(self, order_id: str) -> Acknowledgement | None:
         """The answer for ever, or ``None`` before there is one."""
         with self._lock:
-            known = self._answers.get(order_id)
+            known = self._register.answers.get(order_id)
             return None if known is None else known.acknowledgement
 
     def unlogged(self) -> list[Acknowledgement]:
-        """Orders that the log could not take were refused; nobody else will send this. Each is told once."""
+        """Orders that the log could not take were refused; perhaps nobody else sends this. Each is told once."""
         with self._lock:
             told, self._unlogged = self._unlogged, []
             return told
 
     def end(self, reason: str) -> None:
         """The training is over: what waits and what comes is refused."""
-        with self._lock:
+        with self._register.waiting_for_pen():
             self._ended = reason
-            if self._replay:
-                warnings.warn(
-                    f"{len(self._replay)} logged commands were not reached again; the training took another course",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            if num := len(self._replay.intents):
+                text = f"{num} logged commands were not reached again; the training took another course"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
             self._turn_away_waiting(dict.fromkeys(self._waiting, ("refused", "ended", reason)))
+            self._register.flush_all()
 
     def close(self) -> None:
         """Let the next process have the log."""
-        with self._lock:
+        with self._register.waiting_for_pen():
             self._ended = self._ended or "the desk is closed"
-            self._flush()
+            self._register.flush_all()
             self._pad.close()
 
     # ---------------------------------------------------------------------------------------------- step boundaries
@@ -196,51 +210,51 @@ class Desk:
     def turn(self, step: int) -> Generator[Order, None, None]:
         """The orders to apply in this real step. Steps that are taken back count all the same."""
         with self._lock:
-            self._turn, self._step = self._turn + 1, step
+            self._step = step
+            if self._turn == _UNPLACED:
+                self._place(step - 1)
+            self._turn += 1
             self._take_from_log()
-            if not self._ready and not self._replay:
-                self._write_down(step)
+            self._write_down(step)
         while True:
             with self._lock:
                 if not self._ready:
-                    self._flush()
+                    self._register.flush()
                     return
                 order = self._ready.popleft()
-            yield order
+            if order.id not in self._replay.attempts or self._begin_again(order):
+                yield order
 
     def answer(self, order: Order, step: int, gate: Gate, *, hold: bool) -> None:
         """What became of an order. With ``hold`` it is not written before the next checkpoint."""
         outcome: Outcome = "applied" if gate.passed else "refused"
         told = acknowledge(order, outcome, gate.name, gate.reason, step)
+        over: Attempt | None = None
         with self._lock:
-            known = self._answers.get(order.id)
+            known = self._register.answers.get(order.id)
             if known is not None:
                 self._compare(known.acknowledgement, told)
                 return
-            answer = Answer(told, content_of(order))
-            # The next ones wait behind it: order is kept.
-            (self._held if hold or self._held else self._unwritten).append(answer)
-            if not self._ready:
-                self._flush()
+            self._register.enter(Answer(told, content_of(order)), hold=hold)
+            if order.id in self._replay.attempts:
+                over = self._replay.attempts.end(order.id)
+            if not self._ready or over is not None:  # the next one may end the process, and is not to take it along
+                self._register.flush()
+        if over is not None and self.answer_to(order.id) is None:
+            self._register.write_entry(attempt_entry(over, step))
 
     def kept(self, refusal: str | None = None) -> None:
         """A checkpoint was written, or could not be: then nobody who asked for it gets it."""
         with self._lock:
-            if refusal is None:
-                self._unwritten, self._held = self._unwritten + self._held, []
-            else:
-                asked = [answer for answer in self._held if answer.acknowledgement.kind == SNAPSHOT]
-                self._held = [answer for answer in self._held if answer not in asked]
-                self._unwritten += [refused(answer, refusal) for answer in asked]
-            self._flush()
+            self._register.kept(refusal)
 
     # ---------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Tree]:
         """Answers, those that are held, and how far the log goes. What waits is not part of it."""
         with self._lock:
-            held = [*self._unwritten, *self._held]
-            kept = Kept(list(self._answers.values()), held, list(self._ready), list(self._replay))
+            answers, unwritten = list(self._register.answers.values()), self._register.unwritten
+            kept = Kept(answers, unwritten, list(self._ready), list(self._replay.intents))
             return {
                 "turn": self._turn,
                 "position": self._pad.position.tree(),
@@ -250,113 +264,111 @@ class Desk:
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go on from what :meth:`state` has told, or from a run that knew no desk; what the log says after it follows.
 
+        A run that knew no desk has counted no turns: they begin with the number of its steps, and what the log holds
+        from before is not applied (:meth:`Replay.place`).
+
         Raises
         ------
         StateError
             The log does not go on from there, or is another training's.
         """
-        turn, position, kept = 0, Position(), Kept([], [], [], [])
+        turn, position, kept = _UNPLACED, Position(), Kept([], [], [], [])
         if state is not None:
             turn, position = state["turn"], Position(**state["position"])
             kept = msgspec.msgpack.decode(bytes(state["kept"]), type=Kept)
-        with self._lock:
-            self._flush()  # what was refused meanwhile is no part of any checkpoint
+        with self._register.waiting_for_pen():
+            self._register.flush_all()  # what was refused meanwhile is no part of any checkpoint
             said = [read_entry(entry) for entry in self._pad.after(position)]
-            for intent in said:
-                if isinstance(intent, Intent):
-                    self._check_mine(intent.order)
-            answered = {answer.acknowledgement.id: answer for answer in said if isinstance(answer, Answer)}
-            self._turn, self._ready = turn, deque(kept.ready)
-            self._replay = deque([*kept.replay, *(intent for intent in said if isinstance(intent, Intent))])
-            self._answers = {**{answer.acknowledgement.id: answer for answer in kept.answers}, **answered}
-            # What was held was held for this checkpoint.
-            self._held, self._unwritten = [], [a for a in kept.held if a.acknowledgement.id not in answered]
-            orders = [*kept.ready, *(intent.order for intent in self._replay)]
-            self._open = {order.id: content_of(order) for order in orders if order.id not in self._answers}
-            self._open |= {answer.acknowledgement.id: answer.content for answer in self._unwritten}
-            for known in [order_id for order_id in self._waiting if order_id in self._open | self._answers]:
-                del self._waiting[known]
-            self._flush()
+            answers = [*kept.answers, *(answer for answer in said if isinstance(answer, Answer))]
+            replay = Replay(kept.replay, said, answers)
+            replay.check(self.run, self.job)
+            self._turn, self._ready, self._replay = turn, deque(kept.ready), replay
+            orders = [*kept.ready, *(intent.order for intent in replay.intents)]
+            self._register.restore(answers, kept.held, orders)
+            answered = {answer.acknowledgement.id for answer in (*answers, *kept.held)}
+            replay.attempts = Attempts(said, (order.id for order in orders if order.id not in answered))
+            for order_id in [order_id for order_id in self._waiting if self._register.content(order_id) is not None]:
+                del self._waiting[order_id]
+            self._register.flush_all()
 
     # ---------------------------------------------------------------------------------------------- how
 
     def _put(self, order: Order) -> Acknowledgement | None:
-        with self._lock:
-            known = self._content(order.id)
-            if known is not None:
-                return self._again(order, known)
-            is_emergency = isinstance(order.command, Stop) and order.command.emergency
-            if self._ended is not None:
-                self._turn_away(order, "ended", self._ended)
-            elif len(self._waiting) >= self._room + EMERGENCY_ROOM * is_emergency:
-                reason = f"at most {self._room} orders may wait; send it later, with an id of its own"
-                self._turn_away(order, "room", reason)
-            else:
-                self._waiting[order.id] = order
-            return None
-
-    def _again(self, order: Order, content: str) -> Acknowledgement | None:
-        """An id that is known: the same order is answered again, another one is refused."""
-        if content != content_of(order):
-            reason = f"the id {order.id!r} stands for another order; give each its own"
-            told = acknowledge(order, "refused", "id", reason, self._step)
-            return msgspec.structs.replace(told, first=False)
-        answer = self._answers.get(order.id)
-        return None if answer is None else msgspec.structs.replace(answer.acknowledgement, first=False)
+        known = self._content(order.id)
+        if known is not None:
+            return self._register.again(order, known, self._step)
+        if self._ended is not None:
+            self._turn_away(order, "refused", "ended", self._ended)
+        elif len(self._waiting) >= self._room + EMERGENCY_ROOM * is_emergency(order):
+            reason = f"at most {self._room} orders may wait; send it later, with an id of its own"
+            self._turn_away(order, "refused", "room", reason)
+        else:
+            self._waiting[order.id] = order
+        return None
 
     def _content(self, order_id: str) -> str | None:
         """What an id stands for, if it is known."""
-        if order_id in self._waiting:
-            return content_of(self._waiting[order_id])
-        answer = self._answers.get(order_id)
-        return self._open.get(order_id) if answer is None else answer.content
+        waiting = self._waiting.get(order_id)
+        return self._register.content(order_id) if waiting is None else content_of(waiting)
 
-    def _turn_away(self, order: Order, gate: str, reason: str) -> None:
-        """Refuse what was not taken. A step must not wait while each of many refusals goes to the disk by itself."""
-        self._remember(order, acknowledge(order, "refused", gate, reason, self._step))
-        if self._ended is not None or len(self._unwritten) >= MOST_AT_ONCE:
-            self._flush()
+    def _turn_away(self, order: Order, outcome: Outcome, gate: str, reason: str) -> None:
+        told = acknowledge(order, outcome, gate, reason, self._step)
+        self._register.turn_away(order, told)
+        if gate == JOURNAL:
+            self._unlogged.append(told)
 
     def _turn_away_waiting(self, why: dict[str, tuple[Outcome, str, str]]) -> None:
         """Answer those of what waits that will not be applied: outcome, gate and reason by id."""
         for order_id, reasons in why.items():
-            order = self._waiting.pop(order_id)
-            self._remember(order, acknowledge(order, *reasons, self._step))
-        self._flush()
-        for answer in self._unwritten:
-            if answer.acknowledgement.id in why and answer.acknowledgement.gate == JOURNAL:
-                self._unlogged.append(answer.acknowledgement)
-
-    def _remember(self, order: Order, told: Acknowledgement) -> None:
-        answer = Answer(told, content_of(order))
-        self._unwritten.append(answer)
-        if told.gate == JOURNAL:  # the one answer that need not be on the disk: the disk is what it is about
-            self._answers[order.id] = answer
-        else:
-            self._open[order.id] = answer.content
+            self._turn_away(self._waiting.pop(order_id), *reasons)
 
     def _take_from_log(self) -> None:
-        while self._replay and self._replay[0].turn <= self._turn:
-            self._ready.append(self._replay.popleft().order)
+        self._ready.extend(self._replay.due(self._turn))
+
+    def _place(self, steps: int) -> None:
+        """The run stands after ``steps`` steps, of which no desk tells."""
+        self._turn = steps
+        for order, gate, reason in self._replay.place(steps, self._lateness):
+            self._turn_away(order, "expired", gate, reason)
+
+    def _begin_again(self, order: Order) -> bool:
+        """Count another attempt at an order that no life has lived to answer; not if there were too many."""
+        if not self._replay.attempts.has_failed(order.id):
+            self._register.write_entry(attempt_entry(self._replay.attempts.begin(order.id), self._step))
+            return True
+        reason = f"the process ended each time that it was applied, {MOST_ATTEMPTS} times again; it is given up"
+        warnings.warn(f"order {order.id} ({order.kind}) is refused: {reason}", RuntimeWarning, stacklevel=4)
+        with self._lock:
+            self._replay.attempts.end(order.id)
+            told = acknowledge(order, "refused", POISON, reason, self._step)
+            self._register.enter(Answer(told, content_of(order), order), hold=False)
+        return False
 
     def _settle(self) -> None:
         """Refuse what was in doubt, once it is certain that it is not on the disk."""
         if self._doubted and self._pad.settle():
-            for order in self._doubted:
-                self._open.pop(order.id)
-                self._waiting[order.id] = order
-            why: tuple[Outcome, str, str] = ("refused", JOURNAL, "the disk did not take it; send it anew")
             doubted, self._doubted = self._doubted, []
-            self._turn_away_waiting({order.id: why for order in doubted})
+            for order in doubted:
+                self._turn_away(order, "refused", JOURNAL, "the disk did not take it; send it anew")
 
     def _write_down(self, step: int) -> None:
-        """Bring what waits onto the disk: what is there is ready, all else is turned away."""
-        self._settle()
-        orders = list(islice(self._waiting.values(), MOST_AT_ONCE))
+        """Bring what waits onto the disk: what is there is ready, all else is turned away.
+
+        Until all of an earlier life is done that is emergency stops only.
+        """
+        is_new = not self._ready and not self._replay
+        orders = list(islice(self._waiting.values(), MOST_A_STEP if is_new else 0))
+        orders += [order for order in islice(self._waiting.values(), len(orders), None) if is_emergency(order)]
+        if not orders and not (is_new and self._doubted):
+            return
+        with self._register.pen(ask=True) as is_mine:
+            if is_mine:  # else refusals are on their way to the disk, and this is for the next step
+                self._settle()
+                self._write_intents(orders, step)
+
+    def _write_intents(self, orders: list[Order], step: int) -> None:
         away: dict[str, tuple[Outcome, str, str]] = {
-            order.id: ("expired", "deadline", f"its deadline {order.deadline} has passed")
-            for order in orders
-            if self._is_late(order)
+            order.id: ("expired", "deadline", late) for order in orders if (late := self._lateness(order)) is not None
         }
         timely = [order for order in orders if order.id not in away]
         entries = [intent_entry(Intent(order, self._turn), step) for order in timely]
@@ -364,33 +376,18 @@ class Desk:
         for order, entry in zip(timely, entries, strict=True):
             if entry.id in self._pad:
                 self._ready.append(self._waiting.pop(order.id))
-                self._open[order.id] = content_of(order)
+                self._register.open[order.id] = content_of(order)
             elif entry.id in self._pad.doubtful:
                 self._doubted.append(self._waiting.pop(order.id))
-                self._open[order.id] = content_of(order)
+                self._register.open[order.id] = content_of(order)
             else:
                 away[order.id] = ("refused", JOURNAL, refusal or "")
         self._turn_away_waiting(away)
 
-    def _is_late(self, order: Order) -> bool:
-        return order.deadline is not None and seconds(order.deadline) < self._clock()
-
-    def _flush(self) -> None:
-        """Bring answers onto the disk; those that it does not take wait."""
-        if not self._unwritten or not self._pad.is_ready:
-            return
-        entries = [answer_entry(answer) for answer in self._unwritten]
-        self._pad.write(entries)
-        waiting: list[Answer] = []
-        for answer, entry in zip(self._unwritten, entries, strict=True):
-            if entry.id in self._pad:
-                self._answers[answer.acknowledgement.id] = answer
-                self._open.pop(answer.acknowledgement.id, None)
-            else:
-                waiting.append(answer)
-        is_news, self._unwritten = len(waiting) < len(entries), waiting
-        if is_news and self._on_written is not None:
-            self._on_written()
+    def _lateness(self, order: Order) -> str | None:
+        """Why an order comes too late; ``None``: it does not."""
+        is_late = order.deadline is not None and seconds(order.deadline) < self._clock()
+        return f"its deadline {order.deadline} has passed" if is_late else None
 
     def _compare(self, first: Acknowledgement, now: Acknowledgement) -> None:
         if now.kind != SNAPSHOT and (first.outcome, first.step) != (now.outcome, now.step):
@@ -399,11 +396,4 @@ class Desk:
                 "that it is applied again: the training took another course; its first answer stands",
                 RuntimeWarning,
                 stacklevel=4,
-            )
-
-    def _check_mine(self, order: Order) -> None:
-        if (order.run, order.job) != (self.run, self.job):
-            raise StateError(
-                f"a log of commands belongs to one training, got one of {order.run!r}, {order.job!r} for {self.run!r}, "
-                f"{self.job!r}; use the folder of this run"
             )

@@ -56,7 +56,9 @@ class Ears:
         self._first: dict[str, float] = {}
         """When each controller was heard for the first time, by its name."""
         self.heard: float | None = None
-        """When the last one came, by ``clock``."""
+        """When the last one came that steers this training, by ``clock``."""
+        self.heard_any: float | None = None
+        """When the last one came, whomever it steers."""
 
     async def run(self, stop: asyncio.Event) -> None:
         """Listen until ``stop`` is set.
@@ -69,7 +71,7 @@ class Ears:
         await listen(self._bus, self._sender.keyring, self._group, stop, self._hear, self._wall)
 
     def _hear(self, beat: Heartbeat) -> None:
-        now = self._clock()
+        now = self.heard_any = self._clock()
         if beat.name not in self._first and len(self._first) >= MOST_NAMES:
             del self._first[next(iter(self._first))]
         first = self._first.setdefault(beat.name, now)

@@ -127,6 +127,17 @@ def encode(envelope: Envelope, *, max_bytes: int = MAX_MESSAGE_BYTES) -> bytes:
     return value
 
 
+def num_bytes(envelope: Envelope) -> int:
+    """The size of :func:`encode`'s message, without making it.
+
+    Raises
+    ------
+    EnvelopeError
+        An attribute has no form in JSON.
+    """
+    return len(encode(msgspec.structs.replace(envelope, data=b""))) + len(envelope.data)
+
+
 def decode(value: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES) -> Envelope:
     """The message that ``value`` holds. Its data are not looked at.
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from esper.errors import EnvelopeError
 from esper.kasmina.execution import Kasmina
 from esper.oona import arrays as packed
+from esper.oona.claims import CLAIM_BYTES
 
 MAX_CHUNKS = 16 << 20
 _SEED_FIELDS: dict[str, type[np.generic]] = {
@@ -70,10 +71,17 @@ class Snapshot:
     seeds: Mapping[str, npt.NDArray[Any]]
 
     @property
+    def is_large(self) -> bool:
+        """Whether the packed report is one that goes by claim."""
+        return 8 * int(self.offsets[-1]) > CLAIM_BYTES
+
+    @property
     def num_bytes(self) -> int:
-        """About the size of the packed report."""
+        """What it keeps in memory until it is packed: 12 a chunk; the packed report is not larger."""
         names = sum(len(name) + 3 for name in self.sites)
-        return 8 * int(self.offsets[-1]) + sum(array.nbytes for array in self.seeds.values()) + names + 1024
+        held = sum(array.nbytes for array in (self.offsets, *self.seeds.values())) + names + 1024
+        chunks = max(8 * int(self.offsets[-1]), sum(array.nbytes for array in self.sensed if array is not None))
+        return held + chunks
 
     def pack(self, publisher: Mapping[str, int] | None = None) -> bytes:
         """Safetensors bytes; 8 a chunk, 25 a seed and the names of the sites."""

@@ -10,7 +10,7 @@ import msgspec
 
 from esper.errors import EnvelopeError, StateError
 from esper.oona.envelope import JSON, Envelope, read_json, seconds
-from esper.protocol import ORDER_SCHEMA, Order
+from esper.protocol import ORDER_SCHEMA, Order, Stop
 from esper.safety import bounded_json
 
 MAX_ORDER_BYTES = 128 << 10
@@ -112,3 +112,8 @@ def check_order(order: Order) -> None:
         raise EnvelopeError(f"an order must be of plain values and not too large ({error}); ask for less") from error
     if not same:
         raise EnvelopeError("an order must be the same when it is read again, got numbers that are none; say null")
+
+
+def is_emergency(order: Order) -> bool:
+    """Whether it goes before all others."""
+    return isinstance(order.command, Stop) and order.command.emergency

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from esper.errors import BusError, EnvelopeError
 from esper.oona import envelope as wire
+from esper.oona.aside import aside
 from esper.oona.bus import Bus, Delivery, Message, Subscription
 from esper.oona.dead_letters import bury
 from esper.oona.desk import Desk
@@ -84,6 +85,8 @@ class Intake:
                 self._open[envelope.id] = delivery
             else:
                 done.append(delivery)
+        if self._desk.has_unwritten:  # refusals; the disk may take its time
+            await aside(self._desk.write)
         told += self._desk.unlogged()
         if told:
             await self._bus.publish(ACKNOWLEDGEMENTS, [await self._message(one) for one in told])

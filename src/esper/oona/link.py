@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from esper.errors import BusError, StateError
+from esper.errors import BusError
 from esper.kasmina.execution import Kasmina
 from esper.oona import envelope as wire
 from esper.oona import health, observations, outbox
 from esper.oona.address import open_bus
 from esper.oona.backoff import Backoff, CircuitBreaker
+from esper.oona.behind import ALWAYS, Behind, bytes_left
 from esper.oona.courier import Courier
 from esper.oona.desk import Desk
 from esper.oona.ears import JOB, Ears
@@ -39,7 +40,7 @@ from esper.oona.publisher import TelemetryPublisher
 from esper.oona.schemas import HEALTH_SCHEMA, HEARTBEAT_SCHEMA, OBSERVATION_SCHEMA, Heartbeat
 from esper.oona.sender import Sender
 from esper.oona.signing import Keyring, Verifier
-from esper.oona.spool import Spool
+from esper.oona.spool import SEGMENT_BYTES, Spool
 from esper.oona.stores import open_claims
 from esper.oona.topics import HEALTH, HEARTBEATS, OBSERVATIONS
 from esper.protocol import Observation, Order, Pause, Resume
@@ -253,8 +254,13 @@ class Link:
 
     @property
     def heard(self) -> float | None:
-        """When a controller was heard last (``time.monotonic``)."""
+        """When a controller was heard last that steers this training (``time.monotonic``)."""
         return None if self._ears is None else self._ears.heard
+
+    @property
+    def heard_any(self) -> float | None:
+        """When any controller was heard last."""
+        return None if self._ears is None else self._ears.heard_any
 
     def observe(self, observation: Observation) -> None:
         """Send an observation to whoever steers."""
@@ -281,7 +287,8 @@ class Link:
         def build(counts: Mapping[str, int]) -> Envelope:
             return self._sender.envelope(HEALTH_SCHEMA, snapshot.pack(counts))
 
-        self._publisher.offer(HEALTH, build, num_bytes=snapshot.num_bytes)
+        # Where the bus is slower than large reports come, the newest says most.
+        self._publisher.offer(HEALTH, build, num_bytes=snapshot.num_bytes, supersedes=snapshot.is_large)
 
     def _heartbeat(self, counts: Mapping[str, int]) -> Envelope:
         paused = self._grower is not None and self._grower.loop.paused is not None
@@ -303,7 +310,7 @@ class Link:
         """How far this training's logs and its run's are ahead of the bus; looked up once a second."""
         if time.monotonic() - self._looked_at >= 1.0:
             self._looked_at = time.monotonic()
-            self._run_behind = sum(_bytes_left(*log) for log in self._run_logs)
+            self._run_behind = sum(bytes_left(*log) for log in self._run_logs)
         return self.bytes_behind + self._run_behind
 
     def _is_behind(self) -> bool:
@@ -338,8 +345,8 @@ class Link:
 
         def check(envelope: Envelope) -> Doubt | None:
             doubt = verify(envelope)
-            if doubt is None and self._is_behind() and not envelope.type.endswith(_ALWAYS):
-                return _Behind()
+            if doubt is None and self._is_behind() and not envelope.type.endswith(ALWAYS):
+                return Behind()
             return doubt
 
         return check if verify is not nobody else verify
@@ -356,7 +363,8 @@ class Link:
         return 0 if self._desk is None else self._desk.num_bytes
 
     def _spool(self) -> Spool:
-        return Spool(self._folder / "spool", max_bytes=self.limits.spool_bytes)
+        most = self.limits.spool_bytes
+        return Spool(self._folder / "spool", max_bytes=most, segment_bytes=min(SEGMENT_BYTES, max(1, most // 4)))
 
     async def _sweep(self, stop: asyncio.Event) -> None:
         """Claims whose time is over go, where the store does not see to that."""
@@ -375,21 +383,3 @@ class Link:
 
 _HELD = "the bus is"
 """How the reason of a pause begins that is not a person's."""
-_ALWAYS = (".stop", ".cull", ".cancel", ".roll_back", ".pause")
-
-
-class _Behind:
-    """The bus is so far behind that nothing more is promised."""
-
-    flaw, is_authentic = "behind", True
-
-    def __str__(self) -> str:
-        return "the run's logs are too far ahead of the bus; send it again when it has caught up"
-
-
-def _bytes_left(log: Path, cursor: Path) -> int:
-    """How much of a log its own link has not sent, as the two files say; 0 where they cannot be read."""
-    try:
-        return Follower(log, cursor).num_bytes_left
-    except (StateError, OSError):
-        return 0

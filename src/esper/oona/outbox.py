@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,12 +22,12 @@ from esper.oona.aside import aside, within
 from esper.oona.backoff import Backoff, CircuitBreaker
 from esper.oona.bell import Bell
 from esper.oona.bus import Bus, Delivery, Message
-from esper.oona.dead_letters import bury
+from esper.oona.dead_letters import bury, dead_letter
 from esper.oona.envelope import Envelope
 from esper.oona.follower import Follower, Line
-from esper.oona.schemas import EVENT_SCHEMA
+from esper.oona.schemas import DEAD_LETTER_SCHEMA, EVENT_SCHEMA
 from esper.oona.sender import Sender
-from esper.oona.topics import ACKNOWLEDGEMENTS, EPOCHS, LIFECYCLE, Topic
+from esper.oona.topics import ACKNOWLEDGEMENTS, COMMANDS, DEAD_LETTERS, EPOCHS, LIFECYCLE, Topic
 from esper.protocol import ACKNOWLEDGEMENT_SCHEMA
 
 _CURVES = {"train_loss", "held_out", "overhead", "telemetry"}
@@ -37,19 +37,19 @@ _BATCH_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """What a line of a log becomes."""
+    """What a line of a log becomes, or a part of it."""
 
     topic: Topic
     schema: str
-    kind: str
+    kind: str | None
     subject: str
     data: bytes
     sequence: int | None = None
     time: str | None = None
 
 
-Classify = Callable[[bytes], Draft | None]
-"""What a line becomes; ``None``: it is not to be sent. Raises ``EnvelopeError`` for a line that it cannot read."""
+Classify = Callable[[bytes], Sequence[Draft]]
+"""What a line becomes; nothing: it is not to be sent. Raises ``EnvelopeError`` for a line that it cannot read."""
 
 
 class _Event(msgspec.Struct):
@@ -70,7 +70,7 @@ class _Record(msgspec.Struct):
 _RECORDS = msgspec.json.Decoder(_Record)
 
 
-def event(line: bytes) -> Draft:
+def event(line: bytes) -> list[Draft]:
     """A line of ``events.jsonl``: curves go to the epochs, all else to the lifecycle."""
     try:
         record = _RECORDS.decode(line)
@@ -78,7 +78,7 @@ def event(line: bytes) -> Draft:
     except (msgspec.MsgspecError, ValueError, OverflowError, OSError, RecursionError) as error:
         raise EnvelopeError(f"a line of an event log must be an event ({error})") from error
     told = record.event
-    return Draft(
+    draft = Draft(
         topic=EPOCHS if told.type in _CURVES else LIFECYCLE,
         schema=EVENT_SCHEMA.rpartition(":")[0] + f":{record.v}",
         kind=told.type,
@@ -87,22 +87,40 @@ def event(line: bytes) -> Draft:
         sequence=record.seq,
         time=written,
     )
+    return [draft]
 
 
-def acknowledgement(line: bytes) -> Draft | None:
-    """A line of ``commands.jsonl``: answers are acknowledgements, orders are not sent."""
-    entry = wire.read_json(line, dict[str, Any]).get("command")
-    named = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
-    if not str(named.get("id", "")).startswith("answer/"):
-        return None
-    try:
-        told = cast("dict[str, Any]", named["payload"]["acknowledgement"])
-        return Draft(
-            topic=ACKNOWLEDGEMENTS, schema=ACKNOWLEDGEMENT_SCHEMA, kind=str(told["outcome"]), subject=str(told["job"]),
-            data=wire.write_json(told),
-        )  # fmt: skip
-    except (KeyError, TypeError) as error:
-        raise EnvelopeError(f"an answer must hold an acknowledgement ({type(error).__name__}: {error})") from error
+def acknowledgement(line: bytes) -> list[Draft]:
+    """A line of ``commands.jsonl``, which holds one entry or several: answers are acknowledgements, orders are not
+    sent, those that were given up are dead letters."""
+    command: Any = wire.read_json(line, dict[str, Any]).get("command")
+    several = cast("list[Any]", command) if isinstance(command, list) else [command]
+    drafts: list[Draft] = []
+    for entry in several:
+        named = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
+        if not str(named.get("id", "")).startswith("answer/"):
+            continue
+        try:
+            drafts += _answered(cast("dict[str, Any]", named["payload"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EnvelopeError(f"an answer must hold an acknowledgement ({type(error).__name__}: {error})") from error
+    return drafts
+
+
+def _answered(payload: dict[str, Any]) -> list[Draft]:
+    told, order = payload["acknowledgement"], payload.get("order")
+    job = str(told["job"])
+    answer = Draft(
+        topic=ACKNOWLEDGEMENTS, schema=ACKNOWLEDGEMENT_SCHEMA, kind=str(told["outcome"]), subject=job,
+        data=wire.write_json(told),
+    )  # fmt: skip
+    if order is None:
+        return [answer]
+    place = Delivery(
+        topic=COMMANDS.name, key=f"{told['run']}/{job}", value=wire.write_json(order), position=str(told["id"])
+    )
+    letter = wire.write_json(dead_letter(place, str(told["reason"])))
+    return [answer, Draft(topic=DEAD_LETTERS, schema=DEAD_LETTER_SCHEMA, kind=None, subject=job, data=letter)]
 
 
 class Outbox:
@@ -225,29 +243,29 @@ class Outbox:
         batches: dict[str, tuple[Topic, list[Message]]] = {}
         for line in lines:
             try:
-                draft = self._classify(line.data)
-                if draft is None:
-                    self._counts["skipped"] += 1
-                    continue
-                message = await self._sender.message(self._envelope(line, draft))
-                batches.setdefault(draft.topic.name, (draft.topic, []))[1].append(message)
+                drafts = self._classify(line.data)
+                self._counts["skipped"] += not drafts
+                for number, draft in enumerate(drafts):
+                    message = await self._sender.message(self._envelope(line, draft, number))
+                    batches.setdefault(draft.topic.name, (draft.topic, []))[1].append(message)
             except EnvelopeError as error:
                 await self._bury(line, str(error))
         for topic, messages in batches.values():
             await within(self._patience_s, self._bus.publish(topic, messages), f"the bus at {self._bus.address}")
             self._counts["sent"] += len(messages)
 
-    def _envelope(self, line: Line, draft: Draft) -> Envelope:
+    def _envelope(self, line: Line, draft: Draft, number: int) -> Envelope:
         sequence = {} if draft.sequence is None else {"sequence": str(draft.sequence)}
         rewrites = {} if self._follower.rewrites == 0 else {"esperrewrites": str(self._follower.rewrites)}
         return self._sender.envelope(
             draft.schema, draft.data, kind=draft.kind, subject=draft.subject, time=draft.time,
-            id=self._id(line), extensions={**sequence, **rewrites},
+            id=self._id(line, number), extensions={**sequence, **rewrites},
         )  # fmt: skip
 
-    def _id(self, line: Line) -> str:
-        """The same for the same line at the same place of the same run, whenever it is sent."""
-        place = f"{self._sender.run}\0{self._follower.path.name}\0{line.start}\0".encode()
+    def _id(self, line: Line, number: int) -> str:
+        """The same for the same part of the same line at the same place of the same run, whenever it is sent."""
+        part = f"{number}\0" if number else ""
+        place = f"{self._sender.run}\0{self._follower.path.name}\0{line.start}\0{part}".encode()
         return hashlib.sha256(place + line.data).hexdigest()[:32]
 
     async def _bury(self, line: Line, reason: str) -> None:

@@ -26,6 +26,7 @@ from esper.oona.bell import Bell
 from esper.oona.bus import Bus, Message
 from esper.oona.claims import MOST_BYTES
 from esper.oona.envelope import Envelope
+from esper.oona.patience import patience_for
 from esper.oona.rate import TokenBucket
 from esper.oona.sender import Sender
 from esper.oona.spool import Losses, Spool, Spooled
@@ -42,7 +43,7 @@ class PublisherLimits:
     """Bounds of a publisher.
 
     ``queue_...``: what waits in memory. ``batch_...``: what is sent at once. ``..._per_s``: telemetry at most, with
-    bursts of two seconds' worth. ``patience_s``: how long a broker may take for a batch.
+    bursts of two seconds' worth. ``patience_s``: how long a broker may take for a batch, beside a second for each MiB.
     """
 
     queue_offers: int = 10_000
@@ -118,6 +119,7 @@ class TelemetryPublisher:
         *,
         num_bytes: int,
         valid_s: float | None = None,
+        supersedes: bool = False,
     ) -> bool:
         """Have a message sent; whether it waits now. Never blocks.
 
@@ -130,6 +132,8 @@ class TelemetryPublisher:
             About the size of the message; what counts for the queue's bound.
         valid_s:
             Seconds after which nobody wants it any more; ``None``: ever.
+        supersedes:
+            One of the topic that waits in memory and was offered so as well is dropped for this one.
 
         Raises
         ------
@@ -137,7 +141,7 @@ class TelemetryPublisher:
             The topic's messages may not be lost; they have another way.
         """
         expires = 0.0 if valid_s is None else self._clock() + valid_s
-        kept = self._waiting.offer(Offer(topic, num_bytes, build, expires))
+        kept = self._waiting.offer(Offer(topic, num_bytes, build, expires, supersedes))
         self._bell.ring()
         return kept
 
@@ -315,7 +319,8 @@ class TelemetryPublisher:
                 messages += [] if message is None else [message]
             if messages:
                 publish = self._bus.publish(topic, messages)
-                await within(self.limits.patience_s, publish, f"the bus at {self._bus.address}")
+                limit_s = self.limits.patience_s + patience_for(sum(len(message.value) for message in messages))
+                await within(limit_s, publish, f"the bus at {self._bus.address}")
         except BusError:
             self._breaker.failed()
             self._not_before = self._monotonic() + self._backoff.next_s()
@@ -325,12 +330,12 @@ class TelemetryPublisher:
         self._backoff.reset()
         self._not_before = 0.0
         self._messages.spend(len(messages))
-        self._bytes.spend(sum(len(message.value) for message in messages))
+        self._bytes.spend(sum(len(envelope.data) for envelope in envelopes))
         return fates
 
     async def _message(self, envelope: Envelope) -> Message | None:
         """``None`` for what can never be sent."""
         try:
-            return await within(self.limits.patience_s, self._sender.message(envelope), "the claim store")
+            return await self._sender.message(envelope)
         except EnvelopeError:
             return None

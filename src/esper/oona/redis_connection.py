@@ -14,6 +14,7 @@ from redis.backoff import NoBackoff
 
 from esper.errors import BusError
 from esper.oona.address import Address
+from esper.oona.patience import patience_for
 
 _RAW = ("XREADGROUP", "XAUTOCLAIM", "XPENDING", "XRANGE")
 """Replies that are read here as the server sends them."""
@@ -35,6 +36,8 @@ class RedisConnection:
     async def call(self, key: str, *command: Any, block_s: float = 0.0) -> Any:
         """The reply to ``command``, which touches ``key`` alone and may block for ``block_s`` seconds.
 
+        Large arguments have more time.
+
         Raises
         ------
         BusError
@@ -42,7 +45,8 @@ class RedisConnection:
         GroupGone
             The stream or its group do not exist.
         """
-        limit_s = self._address.timeout_s + block_s
+        num_bytes = sum(len(part) for part in command if isinstance(part, bytes))
+        limit_s = self._address.timeout_s + block_s + patience_for(num_bytes)
         try:
             async with asyncio.timeout(limit_s):
                 client = await self._connected()

@@ -20,7 +20,12 @@ class Line(Protocol):
 
     @property
     def heard(self) -> float | None:
-        """When a controller was heard last (``time.monotonic``), ``None``: never."""
+        """When a controller was heard last that steers this training (``time.monotonic``), ``None``: never."""
+        ...
+
+    @property
+    def heard_any(self) -> float | None:
+        """The same of one that perhaps steers others only."""
         ...
 
     def observe(self, observation: Observation) -> None:
@@ -54,7 +59,9 @@ class RemoteController:
     @property
     def is_steered(self) -> bool:
         """Whether somebody was heard of late."""
-        heard = None if self.line is None else self.line.heard
+        return self.line is not None and self._is_of_late(self.line.heard)
+
+    def _is_of_late(self, heard: float | None) -> bool:
         return heard is not None and self._clock() - heard <= self._patience_s
 
     def decide(self, observation: Observation) -> tuple[Command, ...]:
@@ -70,6 +77,11 @@ class RemoteController:
     def _told(self, steered: bool) -> str:
         if steered:
             return "a remote controller steers this training"
+        if self.line is not None and self._is_of_late(self.line.heard_any):
+            return (
+                "a remote controller is heard, but this training is not among those that it steers (it cannot read its "
+                "observations, or failed at them; its own log says which): the local one decides"
+            )
         if self._was_steered is None:
             return "no remote controller was heard yet: the local one decides"
         return f"no remote controller was heard for {self._patience_s:g} s: the local one decides"

@@ -75,9 +75,10 @@ class Sender:
         BusError
             The claim store cannot be reached.
         """
-        if self.claims is not None:
-            envelope = await self.claims.check_in(envelope)
         envelope = msgspec.structs.replace(envelope, esperkeyid=None, espersignature=None)
+        if self.claims is not None:
+            signature_bytes = 0 if self.keyring is None else self.keyring.signature_bytes
+            envelope = await self.claims.check_in(envelope, signature_bytes)
         if self.keyring is not None:
             envelope = self.keyring.sign(envelope)
         return Message(key=f"{envelope.esperrun}/{envelope.subject}", value=wire.encode(envelope))

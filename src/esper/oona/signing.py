@@ -1,7 +1,8 @@
 """Who may say something: HMAC-SHA256 over all of a message, keys with names, a window of time, ids seen before.
 
-The signature covers every attribute but itself, as JSON with sorted keys and nothing but ASCII, and the data. Keys are
-never shown: not in a ``repr``, not in an error.
+The signature covers every attribute but itself, as JSON with sorted keys and nothing but ASCII, and the data. A key
+belongs to one issuer, or to all who share it; an order that it signs names that issuer. Keys are never shown: not in a
+``repr``, not in an error.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import msgspec
 from esper.errors import ConfigError, EnvelopeError
 from esper.oona import envelope as wire
 from esper.oona.envelope import Envelope
+from esper.protocol import ORDER_SCHEMA
 
 KEY_VARIABLE = "ESPER_BUS_KEY"
 KEY_FILE_VARIABLE = "ESPER_BUS_KEY_FILE"
@@ -31,7 +33,10 @@ MAX_FILE_BYTES = 64 << 10
 WINDOW_S = 60.0
 """How far a message's time may be from the receiver's clock, before or after: age and skew together."""
 MAX_SEEN = 200_000
-_ENTRY = re.compile(r"([A-Za-z0-9._-]{1,64}):(\S+)")
+SHARED = "*"
+"""The issuer of a key that several share: any."""
+_ORDERS = ORDER_SCHEMA.rpartition(":")[0] + ":"
+_ENTRY = re.compile(r"([A-Za-z0-9._-]{1,64})(?:@([A-Za-z0-9._-]{1,64}|\*))?:(\S+)")
 
 
 class Keyring:
@@ -43,6 +48,8 @@ class Keyring:
     ----------
     keys:
         Secret text by name; the first one signs.
+    issuers:
+        Whose each key is, by its name; one that is left out is everybody's who has it.
 
     Raises
     ------
@@ -50,7 +57,7 @@ class Keyring:
         There is no key, or one that is too short. The message does not show it.
     """
 
-    def __init__(self, keys: Mapping[str, str]) -> None:
+    def __init__(self, keys: Mapping[str, str], issuers: Mapping[str, str] | None = None) -> None:
         short = [name for name, secret in keys.items() if len(secret) < MIN_SECRET_CHARS]
         if not keys or short:
             raise ConfigError(
@@ -58,11 +65,15 @@ class Keyring:
                 f"{f'fewer for key {short[0]!r}' if short else 'no key'}; make one with: openssl rand -hex 32"
             )
         self._keys = {name: secret.encode() for name, secret in keys.items()}
+        self._issuers = {name: issuer for name, issuer in (issuers or {}).items() if issuer != SHARED}
         self.signing_id = next(iter(keys))
 
     @classmethod
     def of(cls, text: str) -> Keyring:
-        """Keys from text: ``NAME:SECRET``, several parted by space, comma or newline; a lone secret is ``default``.
+        """Keys from text, several parted by space, comma or newline.
+
+        ``NAME:SECRET`` is the key of the issuer NAME, ``NAME@ISSUER:SECRET`` one of ISSUER's, ``NAME@*:SECRET`` one
+        that all share who have it. A lone secret is shared, and called ``default``.
 
         Raises
         ------
@@ -73,15 +84,16 @@ class Keyring:
         if len(parts) == 1 and ":" not in parts[0]:
             return cls({"default": parts[0]})
         found: dict[str, str] = {}
+        issuers: dict[str, str] = {}
         for number, part in enumerate(parts, start=1):
             match = _ENTRY.fullmatch(part)
             if match is None or match[1] in found:
                 raise ConfigError(
-                    f"bus keys are NAME:SECRET with names of letters, digits, '.', '_' and '-', each once, got entry "
-                    f"{number} of another form; give each key a name of its own"
+                    f"bus keys are NAME:SECRET or NAME@ISSUER:SECRET with names of letters, digits, '.', '_' and '-', "
+                    f"each once, got entry {number} of another form; give each key a name of its own"
                 )
-            found[match[1]] = match[2]
-        return cls(found)
+            found[match[1]], issuers[match[1]] = match[3], match[2] or match[1]
+        return cls(found, issuers)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Keyring | None:
@@ -105,10 +117,35 @@ class Keyring:
         """Names of the keys, the one that signs first."""
         return tuple(self._keys)
 
+    def issuer_of(self, key_id: str | None) -> str | None:
+        """Whose a key is; ``None``: everybody's who has it."""
+        return self._issuers.get(key_id or "")
+
+    def issuer(self, named: str | None, otherwise: str) -> str:
+        """Who gives the orders that this ring signs: whose the key is, or else who is named.
+
+        Raises
+        ------
+        ConfigError
+            Somebody else is named.
+        """
+        owner = self.issuer_of(self.signing_id)
+        if owner is not None and named not in (None, owner):
+            raise ConfigError(
+                f"an order's issuer must be {owner!r}, whose key {self.signing_id!r} signs it, got {named!r}; leave it "
+                "out, or sign with another key"
+            )
+        return owner or named or otherwise
+
     def sign(self, envelope: Envelope) -> Envelope:
         """The message with key id and signature."""
         named = msgspec.structs.replace(envelope, esperkeyid=self.signing_id, espersignature=None)
         return msgspec.structs.replace(named, espersignature=_mac(self._keys[self.signing_id], named))
+
+    @property
+    def signature_bytes(self) -> int:
+        """How much longer a message is when it is signed."""
+        return len(f',"esperkeyid":"{self.signing_id}","espersignature":""') + 2 * hashlib.sha256().digest_size
 
     def is_signed(self, envelope: Envelope) -> bool:
         """Whether the signature is that of one of the keys; takes as long whether it nearly fits or not at all."""
@@ -127,6 +164,8 @@ class Flaw(enum.StrEnum):
     UNSIGNED = "unsigned"
     FORGED = "forged"
     """The key is unknown or the signature does not fit."""
+    IMPERSONATED = "impersonated"
+    """The order names an issuer whose key it is not."""
     STALE = "stale"
     EXPIRED = "expired"
     REPEATED = "repeated"
@@ -147,7 +186,7 @@ class Reason:
     @property
     def is_authentic(self) -> bool:
         """Whether a holder of a key has sent it, although it comes too late or again."""
-        return self.flaw not in (Flaw.UNSIGNED, Flaw.FORGED)
+        return self.flaw not in (Flaw.UNSIGNED, Flaw.FORGED, Flaw.IMPERSONATED)
 
     def __str__(self) -> str:
         return self.text
@@ -197,6 +236,9 @@ class Verifier:
             return Reason(
                 Flaw.FORGED, f"the signature must fit a key of this receiver ({', '.join(self._keyring.ids)})"
             )
+        impersonated = self._impersonated(envelope)
+        if impersonated is not None:
+            return impersonated
         now = self._clock()
         late = self._late(envelope, now)
         if late is not None:
@@ -213,6 +255,19 @@ class Verifier:
             return Reason(Flaw.CROWDED, f"at most {self._max_seen} messages in {2 * self._window_s:g} s; send fewer")
         self._seen[name] = (now + 2 * self._window_s, digest)
         return None
+
+    def _impersonated(self, envelope: Envelope) -> Reason | None:
+        owner = self._keyring.issuer_of(envelope.esperkeyid)
+        if owner is None or not envelope.dataschema.startswith(_ORDERS):
+            return None
+        try:
+            named = repr(wire.read_json(envelope.data, _Issued).issuer)
+        except EnvelopeError as error:
+            named = str(error)
+        if named == repr(owner):
+            return None
+        rule = f"an order's issuer must be {owner!r}, whose key {envelope.esperkeyid!r} has signed it"
+        return Reason(Flaw.IMPERSONATED, f"{rule}, got {named[:200]}")
 
     def _late(self, envelope: Envelope, now: float) -> Reason | None:
         try:
@@ -238,6 +293,12 @@ class Verifier:
             if until > now:
                 return
             del self._seen[name]
+
+
+class _Issued(msgspec.Struct):
+    """Of an order only who gives it, as the order itself is read."""
+
+    issuer: str = "operator"
 
 
 def _digest(text: str) -> bytes:

@@ -18,7 +18,6 @@ import hashlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 
 import msgspec
 
@@ -96,6 +95,7 @@ class Steering:
         self._note = on_note or _silent
         self._settle_s, self._rivals = settle_s, Rivals(bus, keyring, consumer)
         self._sender = Sender(source="esper/tamiyo", keyring=keyring, claims=claims)
+        self._issuer = ISSUER if keyring is None else keyring.issuer(None, ISSUER)
         self._trainings: dict[tuple[str, str], Training] = {}
         self._next_listed = 0
         self._untold: deque[Message] = deque(maxlen=MOST_UNTOLD)
@@ -332,8 +332,10 @@ class Steering:
     def _order(self, job: tuple[str, str], envelope: Envelope, number: int, command: Command) -> Order:
         """The same observation makes the same id: a decision that is sent again is applied once."""
         name = hashlib.sha256("\0".join((*job, envelope.id, str(number))).encode()).hexdigest()[:32]
-        until = datetime.fromtimestamp(self._clock() + self._deadline_s, UTC).isoformat().replace("+00:00", "Z")
-        return Order(id=name, command=command, issuer=ISSUER, run=job[0], job=job[1], issued=wire.now(), deadline=until)
+        until = wire.timestamp(self._clock() + self._deadline_s)
+        return Order(
+            id=name, command=command, issuer=self._issuer, run=job[0], job=job[1], issued=wire.now(), deadline=until
+        )
 
     async def _message(self, job: tuple[str, str], order: Order) -> Message:
         envelope = self._sender.envelope(

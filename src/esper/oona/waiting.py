@@ -26,13 +26,15 @@ class Offer:
     """Something to be published.
 
     ``build`` makes the message, in the courier's thread, from the counts at that time; ``num_bytes`` is about its size;
-    ``expires`` is the unix time after which nobody wants it (0: never).
+    ``expires`` is the unix time after which nobody wants it (0: never). One that ``supersedes`` takes the place of
+    those of its topic that do too and still wait here.
     """
 
     topic: Topic
     num_bytes: int
     build: Callable[[Mapping[str, int]], Envelope]
     expires: float = 0.0
+    supersedes: bool = False
 
 
 class Waiting:
@@ -70,6 +72,8 @@ class Waiting:
             if offer.num_bytes > self._max_bytes:
                 self._dropped["too_large"] += 1
                 return False
+            if offer.supersedes:
+                self._drop_superseded(queue)
             while self._held >= self._max_offers or self._held_bytes + offer.num_bytes > self._max_bytes:
                 if not self._evict(PRIORITIES[offer.topic.name]):
                     self._dropped["queue_full"] += 1
@@ -78,6 +82,13 @@ class Waiting:
             self._held += 1
             self._held_bytes += offer.num_bytes
             return True
+
+    def _drop_superseded(self, queue: deque[Offer]) -> None:
+        old = [offer for offer in queue if offer.supersedes]
+        for offer in old:
+            queue.remove(offer)
+            self._release(offer)
+        self._dropped["superseded"] += len(old)
 
     def _evict(self, priority: int) -> bool:
         for name, queue in reversed(self._queues.items()):
@@ -114,11 +125,16 @@ class Waiting:
             return []
 
     def put_back(self, offers: Sequence[Offer]) -> None:
-        """In flight no more: the first of their queue again."""
+        """In flight no more: the first of their queue again, but for those that were superseded meanwhile."""
         with self._lock:
             self._in_flight -= len(offers)
             for offer in reversed(offers):
-                self._queues[offer.topic.name].appendleft(offer)
+                queue = self._queues[offer.topic.name]
+                if offer.supersedes and any(other.supersedes for other in queue):
+                    self._release(offer)
+                    self._dropped["superseded"] += 1
+                else:
+                    queue.appendleft(offer)
 
     def delivered(self, offers: Sequence[Offer]) -> None:
         with self._lock:
