@@ -131,6 +131,27 @@ def test_hands_over_where_it_has_no_experience(tmp_path: Path, observe: Observe)
         assert f"({stranger} lies outside" in note
 
 
+def test_the_policy_of_the_package_is_followed_where_none_is_named(
+    tmp_path: Path, observe: Observe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_file, "SHIPPED", tmp_path / "shipped")
+    assert policy_file.shipped() is None and NeuralController(TamiyoConfig()).policy is None
+    seen = [observe(spans=num, train_loss=1.0, step=step) for num in (2, 4) for step in (100, 120)]
+    own, named = train(tmp_path / "shipped", seen), train(tmp_path / "other", seen, seed=1)
+    subject = NeuralController(TamiyoConfig(controller="neural"))
+    assert subject.state()["policy"] == NeuralController(own).state()["policy"]
+    assert NeuralController(named).state()["policy"] != subject.state()["policy"]
+
+
+def test_what_ships_is_small_whole_and_says_what_it_is() -> None:
+    folder = policy_file.shipped()
+    if folder is None:
+        pytest.skip("no policy has earned its place")
+    _, card = policy_file.load(folder)
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 1_000_000
+    assert card.data and card.hosts and card.seeds and card.scores and card.limits
+
+
 def test_ranges(observe: Observe) -> None:
     reader = FeatureReader()
     one, two = (reader.read(observe(spans=num, held_out=loss)) for num, loss in ((2, 1.0), (4, 1.5)))
