@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.controller.contest.cells import Cells
-from benchmarks.controller.contest.verdict import interval
+from benchmarks.controller.contest.verdict import interval, mean
 
 from esper.config import TamiyoConfig
 from esper.files import replace_text
@@ -166,7 +166,7 @@ def summary(targets: dict[str, float], found: dict[str, Any]) -> dict[str, Any]:
         for what in ("flops", "runs", "cpu_s"):
             logs = {n: math.log(paid(c, "growing", what) / paid(c, other, what)) for n, c in found.items()}
             ratios = np.array([[v for n, v in logs.items() if n.rsplit("/", 1)[0] == task] for task in names]).T[None]
-            over = interval([ratios], lambda values: float(values.mean()))
+            over = interval([ratios], mean)
             made["ratio"][f"{what} over {other}"] = {
                 key: round(math.exp(over[key]), 3) for key in ("value", "low", "high")
             }

@@ -164,7 +164,8 @@ def pages() -> dict[Path, str]:
     """What the pages should hold."""
     found: dict[Path, str] = {}
     for page, name, make in (
-        ("control_headroom", "headroom", headroom_table), ("greenhouse", "parity", parity_text),
+        ("control_headroom", "headroom", headroom_table), ("control_headroom", "headroom_32", headroom_table),
+        ("greenhouse", "parity", parity_text),
         ("control", "contest", contest_tables), ("control", "effort", effort_text),
     ):  # fmt: skip
         path, source = ROOT / "docs" / f"{page}.md", RESULTS / f"controller_{name}.json"

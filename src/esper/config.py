@@ -300,7 +300,8 @@ class TamiyoConfig:
     controller: str = "heuristic"
     """Name of a registered controller."""
     policy: str | None = None
-    """Folder of the policy that the controller ``neural`` follows; without one the heuristic decides."""
+    """Folder of the policy that the controller ``neural`` follows; ``None``: the one that comes with the package, or,
+    as long as none does, the heuristic decides."""
     temper: str = "balanced"
     """conservative, balanced, aggressive or exploratory."""
     first: int = 100

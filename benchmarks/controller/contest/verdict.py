@@ -58,34 +58,38 @@ def differences(known: Table, one: str, other: str, family: str) -> np.ndarray |
     return a - b
 
 
-def iqm(values: np.ndarray) -> float:
-    """Mean of the middle half."""
-    ordered = np.sort(values, axis=None)
-    cut = len(ordered) // 4
-    return float(ordered[cut : len(ordered) - cut].mean())
+def iqm(values: np.ndarray) -> np.ndarray:
+    """Mean of the middle half of each row."""
+    ordered = np.sort(values, axis=-1)
+    cut = ordered.shape[-1] // 4
+    return ordered[..., cut : ordered.shape[-1] - cut].mean(-1)
 
 
-def drawn_again(parts: list[np.ndarray], statistic: Callable[[np.ndarray], float]) -> np.ndarray:
-    """The statistic of all parts together under the bootstrap; every part draws for itself, policies alike."""
+def mean(values: np.ndarray) -> np.ndarray:
+    """Of each row."""
+    return values.mean(-1)
+
+
+def drawn_again(parts: list[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The statistic (of each row) of all parts together under the bootstrap; every part draws tasks and seeds for
+    itself, policies alike."""
     rng = np.random.default_rng(0)
-    found = np.zeros(DRAWS)
-    for draw in range(DRAWS):
-        some: list[np.ndarray] = []
-        policies = rng.integers(len(parts[0]), size=len(parts[0]))
-        for part in parts:
-            num, seeds, tasks = part.shape
-            chosen = part[policies % num][:, :, rng.integers(tasks, size=tasks)]
-            again = rng.integers(seeds, size=(seeds, tasks))
-            some.append(np.take_along_axis(chosen, np.broadcast_to(again, chosen.shape), axis=1).ravel())
-        found[draw] = statistic(np.concatenate(some))
-    return found
+    chosen = rng.integers(len(parts[0]), size=(DRAWS, len(parts[0])))
+    some: list[np.ndarray] = []
+    for part in parts:
+        num, seeds, tasks = part.shape
+        policy = (chosen % num)[:, :, None, None]
+        task = rng.integers(tasks, size=(DRAWS, 1, 1, tasks))
+        seed = rng.integers(seeds, size=(DRAWS, 1, seeds, tasks))
+        some.append(part[policy, seed, task].reshape(DRAWS, -1))
+    return statistic(np.concatenate(some, axis=1))
 
 
-def interval(parts: list[np.ndarray], statistic: Callable[[np.ndarray], float]) -> dict[str, float]:
+def interval(parts: list[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
     """Value, 95% interval, and the share of draws at or below zero."""
     draws = drawn_again(parts, statistic)
     low, high = np.quantile(draws, (0.025, 0.975))
-    value = statistic(np.concatenate([part.ravel() for part in parts]))
+    value = float(statistic(np.concatenate([part.ravel() for part in parts])))
     return {
         "value": round(value, 3), "low": round(float(low), 3), "high": round(float(high), 3),
         "p": round(float((1 + (draws <= 0).sum()) / (1 + DRAWS)), 4),
@@ -112,7 +116,7 @@ def against(known: Table, one: str, others: list[str]) -> dict[str, Any]:
             continue
         found[other] = {
             "overall": interval(list(there.values()), iqm),
-            "families": {f: interval([part], lambda values: float(values.mean())) for f, part in there.items()},
+            "families": {f: interval([part], mean) for f, part in there.items()},
         }
     adjusted = holm({name: entry["overall"]["p"] for name, entry in found.items()})
     for name, value in adjusted.items():
@@ -131,7 +135,7 @@ def arms(known: Table) -> dict[str, Any]:
             error = float(by_task.std(ddof=1)) / math.sqrt(len(by_task)) if len(by_task) > 1 else math.nan
             found[group][family] = {
                 "reward": round(float(rewards.mean()), 3), "standard_error": round(error, 3),
-                "iqm": round(iqm(rewards), 3), "policies": len(values), "seeds": values.shape[1],
+                "iqm": round(float(iqm(rewards.ravel())), 3), "policies": len(values), "seeds": values.shape[1],
                 "tasks": values.shape[2],
                 **{
                     name: round(float(values[..., COLUMNS.index(name)].mean()), 3)

@@ -58,7 +58,10 @@ def train(
     return TamiyoConfig(controller="neural", policy=str(folder))
 
 
-def test_without_a_policy_the_heuristic_decides_and_it_says_so_once(observe: Observe) -> None:
+def test_without_a_policy_the_heuristic_decides_and_it_says_so_once(
+    observe: Observe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(policy_file, "SHIPPED", tmp_path)
     subject = make_controller("neural", TamiyoConfig())
     assert isinstance(subject, NeuralController) and isinstance(subject, Noting)
     assert subject.decide(observe()) == HeuristicController(TamiyoConfig()).decide(observe())
@@ -131,6 +134,25 @@ def test_hands_over_where_it_has_no_experience(tmp_path: Path, observe: Observe)
         assert f"({stranger} lies outside" in note
 
 
+def test_the_policy_of_the_package_is_followed_where_none_is_named(
+    tmp_path: Path, observe: Observe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_file, "SHIPPED", tmp_path / "shipped")
+    assert policy_file.shipped() is None and NeuralController(TamiyoConfig()).policy is None
+    seen = [observe(spans=num, train_loss=1.0, step=step) for num in (2, 4) for step in (100, 120)]
+    own, named = train(tmp_path / "shipped", seen), train(tmp_path / "other", seen, seed=1)
+    subject = NeuralController(TamiyoConfig(controller="neural"))
+    assert subject.state()["policy"] == NeuralController(own).state()["policy"]
+    assert NeuralController(named).state()["policy"] != subject.state()["policy"]
+
+
+def test_what_ships_is_small_whole_and_says_what_it_is() -> None:
+    for folder in filter(None, [policy_file.shipped()]):
+        _, card = policy_file.load(folder)
+        assert sum(path.stat().st_size for path in folder.iterdir()) < 1_000_000
+        assert card.data and card.hosts and card.seeds and card.scores and card.limits
+
+
 def test_ranges(observe: Observe) -> None:
     reader = FeatureReader()
     one, two = (reader.read(observe(spans=num, held_out=loss)) for num, loss in ((2, 1.0), (4, 1.5)))
@@ -142,7 +164,8 @@ def test_ranges(observe: Observe) -> None:
     assert ranges.stranger(silent) == "loss_drop.missing"
 
 
-def test_notes_reach_the_user_and_the_log_once() -> None:
+def test_notes_reach_the_user_and_the_log_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(policy_file, "SHIPPED", tmp_path)
     rig = attach(Pair(), controller=NeuralController(TamiyoConfig(first=10**6)))
     with pytest.warns(RuntimeWarning, match="the neural controller needs a policy, got none") as caught:
         rig.train(15)

@@ -38,7 +38,8 @@ class NeuralController:
     Parameters
     ----------
     config:
-        ``config.policy`` names the policy's folder; all of it is the heuristic's too.
+        ``config.policy`` names the policy's folder (``None``: the one that comes with the package, if one does); all of
+        it is the heuristic's too.
     seed:
         Starts the generator that ``sampled`` draws from; the heuristic's as well.
     sampled:
@@ -59,10 +60,11 @@ class NeuralController:
         self._heuristic = HeuristicController(config, seed=seed)
         self._decisions = 0
         self._notes: list[str] = []
-        if config.policy is None:
+        folder = config.policy or policy_file.shipped()
+        if folder is None:
             self._notes.append(NO_POLICY)
         else:
-            self.policy, self.card = policy_file.load(config.policy)
+            self.policy, self.card = policy_file.load(folder)
 
     def decide(self, observation: Observation) -> tuple[Command, ...]:
         """Return the commands of one action: none, one ``Germinate``, one ``Cull`` or one ``Stop``."""

@@ -26,6 +26,9 @@ VERSION = 1
 """Raised when a card or the network changes its meaning."""
 TENSORS, CARD = "policy.safetensors", "card.json"
 
+SHIPPED = Path(__file__).parent / "shipped"
+"""Where the policy is that comes with the package, if one does."""
+
 _MOST_CARD_BYTES = 1 << 20
 _MOST_HEADER_BYTES = 1 << 20
 """What a safetensors file may have besides the tensors."""
@@ -78,6 +81,11 @@ def save(folder: str | Path, policy: Policy, card: Card) -> Card:
     except OSError as error:
         raise StateError(f"a policy needs a folder it can be written to, got {str(path)!r} ({error})") from error
     return card
+
+
+def shipped() -> Path | None:
+    """The folder of the policy that comes with the package; ``None``: none has earned it."""
+    return SHIPPED if (SHIPPED / CARD).is_file() else None
 
 
 def load(folder: str | Path) -> tuple[Policy, Card]:
