@@ -230,7 +230,7 @@ def _memory(results: Results) -> str:
 
 
 def _size(row: Row) -> str:
-    names = {"steps": "steps", "rows": "rows", "rows_read": "read", "chunks": "chunks", "seeds": "seeds", "slots": "slots"}
+    names = {key: key for key in ("steps", "rows", "rows_read", "chunks", "seeds", "slots")} | {"rows_read": "read"}
     parts = [f"{row[key]:,} {word}" for key, word in names.items() if key in row]
     return ", ".join([*parts, *([f"{row['columns']} x {row['hidden']}"] if "hidden" in row else [])])
 

@@ -32,7 +32,7 @@ class SitesConfig:
 
     def __post_init__(self) -> None:
         _check(len(self.include) > 0, "sites.include must hold at least one pattern", self.include, "use ('*',)")
-        known = self.chunks in (None, "feature") or (isinstance(self.chunks, int) and self.chunks >= 1)
+        known = self.chunks in (None, "feature") or (type(self.chunks) is int and self.chunks >= 1)
         _check(known, "sites.chunks must be at least 1", self.chunks, 'use None, or "feature" for one a feature')
 
 
