@@ -51,7 +51,7 @@ def test_times_of_operations_stand_beside_bytes_flops_and_floor(sitting: dict[st
 
 def test_seeds_too_wide_for_the_kernels_take_dense_products(sitting: dict[str, Any]) -> None:
     paths = {row["columns"]: row["path"] for row in sitting["ops_graft"]["rows"] if row["what"] == "width"}
-    assert paths == {16: "kernel", 128: "dense products"}
+    assert paths == {16: "kernel", 256: "dense products"}
 
 
 def test_the_layer_is_compared_with_itself_alone_and_with_the_plans_loop(sitting: dict[str, Any]) -> None:

@@ -209,7 +209,7 @@ def test_while_isolated_host_and_branch_get_no_gradient_from_one_another(case: C
     site.telemetry_due = True
     site.telemetry = TelemetryBuffer(chunk_bounds(6, 6), 8, torch.device("cpu"))
     site.refresh()
-    handles = attach(list(found.sites), {found.sites[0].info.name: site})
+    switch = attach(list(found.sites), {found.sites[0].info.name: site})
     run().square().sum().backward()
     assert site.telemetry.reported and all(value.grad is None for value in bank.params.values())
     assert all(torch.equal(p.grad, g) for p, g in zip(host.parameters(), alone, strict=True) if p.grad is not None)
@@ -218,8 +218,7 @@ def test_while_isolated_host_and_branch_get_no_gradient_from_one_another(case: C
     _run(bank, x, y.detach()).square().sum().backward()
     assert all(p.grad is None for p in host.parameters()) and y.grad is None
     assert all(value.grad is not None for value in bank.params.values())
-    for handle in handles:
-        handle.remove()
+    switch.detach()
 
 
 @whole_site

@@ -44,7 +44,7 @@ SIZES = (
 WIDTHS = (4, 8, 16, 32, 64, 128, 256, 512)
 """Columns and hidden units a seed, seeds over the whole layer: where do dense matrix products win?"""
 TINY = ((20, 32, 4, 4, 8, 15.0),)
-TINY_WIDTHS = (16, 128)
+TINY_WIDTHS = (16, 256)
 _SPEEDUP = 5.0
 """Forward and backward must be this much faster than vectorised PyTorch."""
 
