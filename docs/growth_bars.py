@@ -124,7 +124,8 @@ def _as_good_as_its_twin(results: Results, task: str) -> Row:
     twin, final = _minus(results, task, "static_small"), _minus(results, task, "static_final")
     if twin is None or final is None:
         return bar, "", NOT_YET
-    said = f"{_said(twin)} (accuracy) against the same training that never grows; {_said(final)} against the final shape"
+    said = f"{_said(twin)} (accuracy) against the same training that never grows; "
+    said += f"{_said(final)} against the final shape"
     return bar, said, YES if twin[1] >= -POINT else NO
 
 

@@ -284,8 +284,9 @@ def test_bars_of_growing_are_met_or_missed_by_their_intervals(tmp_path: Path) ->
     assert met("above TINY", dict.fromkeys(peers, good), dict.fromkeys(peers, level)) == "yes"  # 5 of 9
     assert met("above TINY", dict.fromkeys(peers, level), dict.fromkeys(peers, good)) == "**no**"  # 4 of 9
     assert met("above TINY", {peers[0]: good, peers[1]: level}) == "**no**"
-    assert met("CIFAR-10", {"static_final": contrast(0.0, -0.001, 0.001)}) == "yes"
-    assert met("CIFAR-10", {"static_final": contrast(0.1, -0.002, 0.2)}) == "**no**"
+    assert met("CIFAR-10", {"static_small": contrast(0.0, -0.001, 0.001), "static_final": bad}) == "yes"
+    assert met("CIFAR-10", {"static_small": contrast(0.1, -0.002, 0.2), "static_final": good}) == "**no**"
+    assert met("CIFAR-10", {"static_final": good}) == "not measured"
 
 
 @pytest.mark.unit
