@@ -255,11 +255,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes of one thread each; 0: this one alone")
     parser.add_argument("--deadline", type=float, help="seconds after which to stop and write what there is")
     parser.add_argument("--train-seconds", type=float, help="most seconds of one training")
+    parser.add_argument("--policies", type=int, default=Scale.policies, help="trainings of the full recipe")
+    parser.add_argument("--ablations", type=int, default=Scale.ablations, help="trainings of each other recipe")
     parser.add_argument("--tiny", action="store_true", help="a few cells, to see that everything works")
     parser.add_argument("--only-summary", action="store_true", help="of what is there")
     given = parser.parse_args()
     until = time.monotonic() + (given.deadline or 1e9)
     base = asdict(TINY if given.tiny else Scale()) | {"train_seconds": given.train_seconds}
+    if not given.tiny:
+        base |= {"policies": given.policies, "ablations": given.ablations}
     scale = Scale(**{**base, "extent": (TINY if given.tiny else Scale()).extent})
     contest = Contest(given.work, scale, workers=given.workers, until=until)
     if not given.only_summary:
