@@ -10,9 +10,12 @@ What has no measurement yet says so.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # this script is also loaded by its path
 
 from speed_charts import OPERATIONS, Results, Row, charts, picture
 
