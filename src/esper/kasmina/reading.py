@@ -46,8 +46,9 @@ class Transfer:
                 event = torch.cuda.Event()
                 event.record(torch.cuda.current_stream(device))
                 self._events.append(event)
-                flat = pinned
-            self.host[device] = flat.cpu().numpy()
+                self.host[device] = pinned.numpy()
+            else:
+                self.host[device] = flat.cpu().numpy().copy()  # of the host's memory, whatever the device is
 
     def wait(self) -> None:
         """Until everything has arrived; the second time there is nothing to wait for."""
