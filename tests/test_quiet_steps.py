@@ -183,6 +183,18 @@ def test_a_copy_with_its_sites_has_the_hooks() -> None:
     assert [hook.site for hook in found] == list(network.sites.values())
 
 
+def test_how_many_passes_make_a_step_is_remembered_when_nobody_counts_them_any_more() -> None:
+    rig = quiet(Mlp(), interval=5)
+    for _ in range(25):
+        for part in zip(*(values.chunk(2) for values in rig.batches[0]), strict=True):
+            loss = mse(rig.model, part)
+            loss.backward()
+        rig.optimizer.step()
+        rig.optimizer.zero_grad()
+        rig.grower.step(loss)
+    assert rig.grower.clock.passes == 2
+
+
 @pytest.fixture
 def compiler() -> Generator[None]:
     torch._dynamo.reset()
@@ -215,6 +227,25 @@ def test_compiled_in_a_quiet_step_the_hooks_are_in_the_graph(compiler: None, res
     x = rows(1, seed=3)[0][0]
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), rig.model(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_compiler_that_was_reset_in_between_traces_anew(compiler: None) -> None:
+    """Nobody tells the hooks of a compilation after a reset: they ask when they are needed next."""
+    rig = quiet(Mlp(), interval=5, telemetry=esper.TelemetryConfig(every=4))
+    assert hooks_on(rig.model) == []
+    torch._dynamo.reset()
+    compiled = torch.compile(rig.model, backend="aot_eager", fullgraph=True)
+    sites = rig.grower.kasmina.sites.values()
+    before = {site.info.name: int(site.telemetry.reports) for site in sites}
+    with pytest.warns(RuntimeWarning, match="compiler was reset"):
+        for number in range(16):
+            loss = mse(compiled, rig.batches[number % 10])
+            loss.backward()
+            rig.optimizer.step()
+            rig.optimizer.zero_grad()
+            rig.grower.step(loss)
+    assert all(int(site.telemetry.reports) >= before[site.info.name] + 3 for site in sites)
 
 
 def test_another_compilation_only_delays(compiler: None) -> None:

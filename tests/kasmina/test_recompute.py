@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.models import Pair, mse
 from tests.rigs import QUICK, Rig, attach, graft, keep_visible
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from esper.kasmina.bank import Bank
 from esper.kasmina.geometry import Activation, GateGeometry, Geometry
+from esper.kasmina.recompute import Recipe, product, recomputed, weighted
 from esper.protocol import SiteKind
 
 pytestmark = pytest.mark.component
@@ -74,6 +76,30 @@ def test_values_and_gradients_are_those_of_the_plain_branch(
         if one is not None and two is not None:
             assert one.dtype == torch.float32
             torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_an_activation_that_autocast_computes_in_fp32(slots: int) -> None:
+    """As it does softplus on a GPU: the product behind it is in bf16 all the same."""
+
+    def hidden(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return F.softplus(F.linear(x, params["w1"].flatten(0, 1)).float())
+
+    source = torch.Generator().manual_seed(3)
+    params = {
+        "w1": torch.randn(slots, 5, 6, generator=source), "w2": torch.randn(slots, 4, 5, generator=source),
+    }  # fmt: skip
+    x, alpha = torch.randn(7, 6, generator=source), torch.ones(slots)
+    leaves = [value.requires_grad_() for value in (*params.values(), x)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = recomputed(Recipe(hidden, "w2"), params, x, alpha)
+        h = hidden(params, x)
+        plain = product(h, weighted(params["w2"], alpha, h.dtype))
+    assert out.dtype == torch.bfloat16
+    found, wanted = (torch.autograd.grad(y.float().square().sum(), leaves) for y in (out, plain))
+    for one, two in zip(found, wanted, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, two, atol=0.05, rtol=0.02)
 
 
 @pytest.mark.parametrize("slots", [1, 4])

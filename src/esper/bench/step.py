@@ -62,7 +62,7 @@ def parts(device: torch.device, *, tiny: bool = False) -> Iterator[tuple[str, Ca
         eager = hosts.gpt2(device, shape=shape, compiled=False)
         yield "memory", lambda: peaks(eager, device)
     if tiny or device.type != "cuda":
-        small = (hosts.digits, 1, 12), (hosts.mlp, 2, 12), (hosts.resnet, 20, 8)
+        small = (hosts.digits, 1, 12), (hosts.mlp, 2, 24), (hosts.resnet, 20, 30)
         for make, slower, pairs in small:
             settings = (2, 2) if tiny else (max(10, 200 // slower), pairs)
             yield make.__name__, lambda make=make, s=settings: phases(make(device), device, steps=s[0], blocks=s[1])

@@ -37,7 +37,7 @@ class Network:
     def park(self) -> Network:
         """Let it lie in the CPU's memory until :meth:`at_hand`; returns itself."""
         tensors = [tensor for tensor in self._tensors() if memory.is_scarce(tensor.device)]
-        self._homes = [(tensor, tensor.device) for tensor in tensors]
+        self._homes += [(tensor, tensor.device) for tensor in tensors]  # behind those that have stayed parked
         parked = memory.Parked(tensors)
         parked.wait()
         for tensor, copied in zip(tensors, parked.copies, strict=True):
@@ -47,10 +47,11 @@ class Network:
     @contextmanager
     def at_hand(self) -> Generator[None, None, None]:
         """Where it computes, for as long as the context lasts; parked again on exit."""
-        for tensor, device in self._homes:
-            tensor.data = tensor.data.to(device)
-        self._homes = []
         try:
+            while self._homes:
+                tensor, device = self._homes[-1]
+                tensor.data = tensor.data.to(device)
+                self._homes.pop()
             yield
         finally:
             self.park()

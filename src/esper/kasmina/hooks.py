@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -191,6 +192,14 @@ class Switch:
 
     def arm(self) -> None:
         """Every hook is called again from now on."""
+        if self._off and not self.armed and _was_forgotten():
+            warnings.warn(
+                "the compiler was reset (torch._dynamo.reset()) while Esper's hooks were off: a graph that was "
+                "compiled since may lack them, so all graphs are traced anew",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            sys.modules["torch._dynamo"].reset()
         self.armed = True
         for store in self._off:
             store.fill()
@@ -230,6 +239,14 @@ _MOST_COMPILATIONS = 8
 def _before_compiling(*_: Any) -> None:
     for switch in list(_switches):
         switch.expect_compiler()
+
+
+def _was_forgotten() -> bool:
+    """Whether the compiler has dropped who listens, as a reset of it does, and has compiled something since."""
+    handler: Any = getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
+    if _before_compiling in getattr(handler, "start_callbacks", [_before_compiling]):
+        return False
+    return getattr(sys.modules.get("torch._dynamo.convert_frame"), "FRAME_COUNTER", 1) > 0
 
 
 def _hears_compilers() -> bool:

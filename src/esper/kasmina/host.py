@@ -66,7 +66,7 @@ class HostClock:
         self.steps = 0
         self.backwards_since_step = 0
         self.passes = 0
-        """Backward passes that made the last step."""
+        """Backward passes that made the last step of those in which they were counted."""
         self.hosts: dict[str, Hyperparameters] = {}
         self._had_gradient: set[str] = set()
         self._scaler = next((t for t in tracked if hasattr(t, "get_scale") and hasattr(t, "unscale_")), None)
@@ -209,7 +209,9 @@ class HostClock:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips by itself: the scaler tells it here
         if found_inf is None or float(found_inf) == 0.0:
             self.steps += 1
-        self.passes, self.backwards_since_step = self.backwards_since_step, 0
+        if self.backwards_since_step:
+            self.passes = self.backwards_since_step
+        self.backwards_since_step = 0
 
     def _after_backward(self, _: torch.Tensor) -> None:
         self.backwards_since_step += 1

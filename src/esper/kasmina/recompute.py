@@ -88,7 +88,7 @@ class _Recomputed(torch.autograd.Function):
             h = ctx.recipe.hidden(params, x)
             weight = weighted(params[ctx.recipe.output], alpha, h.dtype)
         outs = [value for value in (h, weight) if value.requires_grad]
-        heads = [_to_hidden(g, weight) if value is h else _to_weight(g, h, weight) for value in outs]
+        heads = [(_to_hidden(g, weight) if value is h else _to_weight(g, h, weight)).to(value.dtype) for value in outs]
         wanted = [value for value, need in zip(inputs, needed, strict=True) if need]
         found: Iterator[Tensor | None] = iter(
             torch.autograd.grad(outs, wanted, heads, create_graph=twice, allow_unused=True)
@@ -99,6 +99,7 @@ class _Recomputed(torch.autograd.Function):
 def _to_hidden(g: Tensor, weight: Tensor) -> Tensor:
     """The product's gradient at the hidden units."""
     slots, columns, _ = weight.shape
+    weight = weight.to(g.dtype)  # autocast computes some activations in fp32, and the product behind them lower
     if slots == 1:
         return g @ weight[0]
     return torch.einsum("...sk,sku->...su", g.unflatten(-1, (slots, columns)), weight).flatten(-2)
@@ -107,7 +108,7 @@ def _to_hidden(g: Tensor, weight: Tensor) -> Tensor:
 def _to_weight(g: Tensor, h: Tensor, weight: Tensor) -> Tensor:
     """The product's gradient at its weights."""
     slots, columns, units = weight.shape
-    rows, read = g.reshape(-1, g.shape[-1]), h.reshape(-1, h.shape[-1])
+    rows, read = g.reshape(-1, g.shape[-1]), h.reshape(-1, h.shape[-1]).to(g.dtype)
     if slots == 1:
         return (rows.t() @ read)[None]
     return torch.einsum("nsk,nsu->sku", rows.unflatten(-1, (slots, columns)), read.unflatten(-1, (slots, units)))

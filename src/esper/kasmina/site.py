@@ -84,7 +84,8 @@ class Site:
         Whether branches compute their hidden units again in the backward pass instead of keeping them.
     """
 
-    thrifty = False  # also of sites in models that were saved before there was a choice
+    thrifty = False  # also of sites in models that were saved before there was a choice, or a switch
+    switch: Switch | None = None
 
     def __init__(self, info: SiteInfo, geometry: Geometry, upstream: Site | None) -> None:
         self.info = info
@@ -113,7 +114,7 @@ class Site:
         self.recording = True
         self.telemetry_due = False
         self.engaged = False
-        self.switch: Switch | None = None
+        self.switch = None
         """Takes hooks off their modules while no site is engaged."""
         self.ran_eagerly = False
         """Python itself has called the hooks in a training forward, not a compiled graph."""

@@ -69,13 +69,14 @@ class TelemetryBuffer:
 
     def state(self) -> dict[str, Any]:
         """What was read so far, as a state tree; the tensors are its own, not copies."""
-        return {"statistics": self.statistics, "gradient_energy": self.gradient_energy, "reports": self.reports}
+        reports = torch.tensor(self.reports)  # as it was when a graph counted on the device: checkpoints' hashes hold
+        return {"statistics": self.statistics, "gradient_energy": self.gradient_energy, "reports": reports}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` has told, in the same memory."""
         self.statistics.copy_(state["statistics"])
         self.gradient_energy.copy_(state["gradient_energy"])
-        self.reports, self.fresh = int(state["reports"]), None  # once it was a tensor
+        self.reports, self.fresh = int(state["reports"]), None
 
     def snapshot(self) -> npt.NDArray[np.float32]:
         """``(3, C)``: mean, variance, gradient energy, at once. Synchronises with the device."""

@@ -7,7 +7,9 @@ another thread, which lets the training thread go first.
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
@@ -20,6 +22,8 @@ from esper.safety.command_log import Entry
 
 MOST_AT_ONCE = 256
 """Refusals written at once."""
+PATIENCE = 1.0
+"""Seconds for which the pen is kept for the training thread: a validation between two steps takes longer."""
 
 
 class Register:
@@ -36,8 +40,8 @@ class Register:
     def __init__(self, pad: Pad, lock: threading.RLock, on_written: Callable[[], None] | None) -> None:
         self._pad, self._lock, self._on_written = pad, lock, on_written
         self._pen = threading.Lock()
-        self._is_wanted = False
-        """The training thread found the pen taken: it goes next."""
+        self._wanted_until = -math.inf
+        """The training thread found the pen taken: it goes next, unless it takes its time (:func:`time.monotonic`)."""
         self.answers: dict[str, Answer] = {}
         self.open: dict[str, str] = {}
         """Content of the orders whose answer is not in the log yet, by id."""
@@ -113,18 +117,21 @@ class Register:
         """Whether the training thread has the pen now. With ``ask`` nobody else takes it before it had it."""
         is_mine = self._pen.acquire(blocking=False)
         if ask:
-            self._is_wanted = not is_mine
+            self._wanted_until = -math.inf if is_mine else time.monotonic() + PATIENCE
         try:
             yield is_mine
         finally:
             if is_mine:
                 self._pen.release()
 
+    def _is_wanted(self) -> bool:
+        return time.monotonic() < self._wanted_until
+
     @contextmanager
     def waiting_for_pen(self) -> Generator[None]:
         """The pen, and then the lock: for whoever does not hold the lock and may wait for the disk."""
         with self._pen, self._lock:
-            self._is_wanted = False
+            self._wanted_until = -math.inf
             yield
 
     def flush(self) -> None:
@@ -143,7 +150,7 @@ class Register:
         """Bring refusals onto the disk, and answers that a step could not write. Call it without the lock."""
         with self._lock:
             answers = [*self._turned_away[:MOST_AT_ONCE], *self._unwritten]
-            if not answers or self._is_wanted or not self._pad.is_ready or not self._pen.acquire(blocking=False):
+            if not answers or self._is_wanted() or not self._pad.is_ready or not self._pen.acquire(blocking=False):
                 return
         try:
             written = self._written(answers)

@@ -10,9 +10,13 @@ tutorials).
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
+
+_NOWHERE = nullcontext()
 
 _MOST = 1024
 """Launches kept: shapes that vary without end must not fill the memory."""
@@ -46,6 +50,12 @@ class Launches:
         args:
             Every argument of the kernel in order, constants included.
         """
+        with on_device_of(args):
+            self._launch(key, kernel, grid, args, options)
+
+    def _launch(
+        self, key: Hashable, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, int]
+    ) -> None:
         known = self._known.get(key)
         if known is not None and _kept[0]:
             known(*args)
@@ -53,6 +63,14 @@ class Launches:
         compiled = kernel[grid](*args, **options)
         if compiled is not None and len(self._known) < _MOST:  # the interpreter compiles nothing
             self._known[key] = compiled[(*grid, 1, 1)[:3]]
+
+
+def on_device_of(args: Iterable[Any]) -> AbstractContextManager[Any]:
+    """The GPU of the first tensor is the current one inside: Triton launches on that, wherever its arguments lie."""
+    device = next((arg.device for arg in args if isinstance(arg, Tensor)), None)
+    if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOWHERE
+    return torch.cuda.device(device)
 
 
 def alignment(tensors: Iterable[Tensor]) -> tuple[int, ...]:

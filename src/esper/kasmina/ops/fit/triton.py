@@ -28,6 +28,7 @@ from torch import Tensor
 
 from esper.kasmina.ops import dispatch
 from esper.kasmina.ops.graft.triton import Grouping, _first_weights, _group_columns, _group_units, _second_weights
+from esper.kasmina.ops.launches import on_device_of
 from esper.kasmina.ops.sizes import power_above
 
 _WHOLE_RUNS = 16
@@ -253,7 +254,8 @@ def fit(
             launch(begin=step, end=step + 1, SUMS=True, UPDATES=False)
             launch(begin=step, end=step + 1, SUMS=False, UPDATES=True)
     else:
-        launch(begin=0, end=steps, SUMS=True, UPDATES=True)
+        with on_device_of((y_NF,)):
+            launch(begin=0, end=steps, SUMS=True, UPDATES=True)
     for value, part in zip((w1, w2, b1), own, strict=True):
         value.copy_(part.view(value.shape))
 

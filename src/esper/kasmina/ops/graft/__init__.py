@@ -49,9 +49,9 @@ class Seats:
     flat: Tensor
     own: Tensor
     whole: bool
-    rising: bool
     runs: int
     own_runs: int
+    rising: bool = False
 
     @classmethod
     def of(cls, columns: Tensor, num_features: int, device: torch.device) -> Seats:
@@ -62,8 +62,8 @@ class Seats:
         fits = runs >= _COPIED_RUNS and num_features % min(runs, 8) == 0
         rising = fits and bool((flat[1:] > flat[:-1]).all())
         return cls(
-            columns.to(device), flat.long().to(device), own.to(device), columns.numel() == num_features, rising, runs,
-            _run_length(own),
+            columns.to(device), flat.long().to(device), own.to(device), columns.numel() == num_features, runs,
+            _run_length(own), rising,
         )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def graft(
     if not _is_taken(y, w1, compiling):
         return reference.graft(y, w1, b1, w2, alpha, seats.flat)
     if compiling:
-        places = (seats.columns, seats.flat, seats.own, seats.whole, seats.rising, seats.runs, seats.own_runs)
+        places = (seats.columns, seats.flat, seats.own, seats.whole, seats.runs, seats.own_runs, seats.rising)
         return _graft_opaque(y, w1, b1, w2, alpha, *places)[0]
     if not dispatch.runs_triton("graft", y):
         return reference.graft(y, w1, b1, w2, alpha, seats.flat)
@@ -215,10 +215,10 @@ def _parameter_gradients(
 @torch.library.custom_op("esper::graft", mutates_args=())
 def _graft_opaque(
     y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor, own: Tensor,
-    whole: bool, rising: bool, runs: int, own_runs: int,
+    whole: bool, runs: int, own_runs: int, rising: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result, and what the seeds read (empty if they are ``whole``: it is ``y`` then)."""
-    seats = Seats(columns, flat, own, whole, rising, runs, own_runs)
+    seats = Seats(columns, flat, own, whole, runs, own_runs, rising)
     if dispatch.runs_triton("graft", y):
         out, read = _forward(y, w1, b1, w2, alpha, seats, writable=False, keep=True)
         assert read is not None
@@ -231,7 +231,7 @@ def _graft_opaque(
 @_graft_opaque.register_fake
 def _(
     y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor, own: Tensor,
-    whole: bool, rising: bool, runs: int, own_runs: int,
+    whole: bool, runs: int, own_runs: int, rising: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = y.numel() // y.shape[-1]
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
@@ -241,10 +241,10 @@ def _(
 @torch.library.custom_op("esper::graft_backward", mutates_args=())
 def _graft_backward_opaque(
     g: Tensor, read: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor,
-    own: Tensor, whole: bool, rising: bool, runs: int, own_runs: int, weights: bool,
+    own: Tensor, whole: bool, runs: int, own_runs: int, rising: bool, weights: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients, as of :func:`_backward`."""
-    seats = Seats(columns, flat, own, whole, rising, runs, own_runs)
+    seats = Seats(columns, flat, own, whole, runs, own_runs, rising)
     if dispatch.runs_triton("graft", g):
         return _backward(g, read.reshape(-1, read.shape[-1]), w1, b1, w2, alpha, seats, weights)
     rows = g.reshape(-1, g.shape[-1])
@@ -258,7 +258,7 @@ def _graft_backward_opaque(
 @_graft_backward_opaque.register_fake
 def _(
     g: Tensor, read: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor,
-    own: Tensor, whole: bool, rising: bool, runs: int, own_runs: int, weights: bool,
+    own: Tensor, whole: bool, runs: int, own_runs: int, rising: bool, weights: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     gy = torch.empty_like(g, memory_format=torch.contiguous_format)
     size = w1.numel() + w2.numel() + b1.numel() if weights else 0

@@ -9,7 +9,7 @@ from esper.kasmina.ops.graft import Seats, reference, triton
 
 
 def check(device: torch.device) -> None:
-    """Scattered seeds of 3 columns, one of 20, and chunks of 4 with what lies between, forward and backward.
+    """Scattered seeds of 3 columns, one of 20, and chunks of 4 with what lies between, both ways.
 
     The reference computes in float64: in float32 it would follow the host's choice of matrix precision (TF32), which
     the kernels do not.
@@ -24,9 +24,13 @@ def check(device: torch.device) -> None:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=source).to(device)
 
-    for rows, features, seeds, width, units in ((40, 33, 7, 3, 5), (9, 24, 1, 20, 17), (40, 48, 5, 4, 5)):
+    for rows, features, seeds, width, units in (
+        (40, 33, 7, 3, 5), (9, 24, 1, 20, 17), (40, 48, 5, 4, 5), (40, 48, 8, 4, 20),
+    ):  # fmt: skip
         if width == 4:
-            chosen = torch.randperm(features // width, generator=source)[:seeds].sort().values
+            side_by_side = torch.arange(seeds)  # groups of three end where no vector of 16 bytes does
+            anywhere = torch.randperm(features // width, generator=source)[:seeds].sort().values
+            chosen = side_by_side if units == 20 else anywhere
             columns = chosen[:, None] * width + torch.arange(width)
         else:
             columns = torch.randperm(features, generator=source)[: seeds * width].view(seeds, width)

@@ -16,6 +16,7 @@ GH >= G * H hidden units (powers of two, at least 16: the smallest tile of the m
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -246,6 +247,11 @@ def _is_dense(runs: int, plan: Grouping, width: int) -> bool:
     return runs >= _WHOLE and plan.is_full(width)
 
 
+def _aligned(runs: int, plan: Grouping, width: int) -> int:
+    """Neighbours that lie together in every group: ``runs`` are those of seeds side by side, a group may end within."""
+    return math.gcd(min(runs, 8), plan.seeds * width)
+
+
 def _tiles(rows: int, height: int, groups: int, most: int) -> int:
     """Tiles a program: weights are loaded once for all of them, but the chip must stay full."""
     blocks = -(-rows // height)
@@ -273,7 +279,7 @@ def forward(
     numbers = (
         rows, features, seeds, groups,
         width, units, plan.seeds, plan.columns, plan.units, plan.rows, tiles,
-        _is_dense(runs, plan, width), min(runs, 8), kept is not None, _COPY if copy else 0,
+        _is_dense(runs, plan, width), _aligned(runs, plan, width), kept is not None, _COPY if copy else 0,
     )  # fmt: skip
     _launches.launch(
         (numbers, plan.warps, plan.stages, *_kinds(tensors)), forward_kernel, (groups * blocks,), *tensors, *numbers,
@@ -311,7 +317,8 @@ def backward(
     numbers = (
         rows, features, y.shape[1], seeds, groups,
         width, units, plan.seeds, plan.columns, plan.units, plan.rows, tiles,
-        _is_dense(runs, plan, width), min(runs, 8), _is_dense(read_runs, plan, width), min(read_runs, 8),
+        _is_dense(runs, plan, width), _aligned(runs, plan, width),
+        _is_dense(read_runs, plan, width), _aligned(read_runs, plan, width),
         weights, _COPY if copy else 0,
     )  # fmt: skip
     _launches.launch(
