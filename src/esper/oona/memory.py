@@ -69,7 +69,9 @@ class _Stream:
         on a topic that may lose."""
         keep_from = min((group.oldest for group in self.groups.values()), default=self.first)
         newest = max(self.first, self.end - self.topic.retention)
-        if not self.topic.durable or not self.groups:
+        if not self.topic.durable and not hard:
+            keep_from = newest  # whoever comes later reads what there was, though all who were there are done with it
+        elif not self.topic.durable or not self.groups:
             keep_from = max(keep_from, newest)
         elif not hard:
             keep_from = min(keep_from, newest)
