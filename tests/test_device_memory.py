@@ -31,8 +31,8 @@ SMALL = Shape(dim=64, blocks=2, symbols=4192, context=64, batch=8)
 PER_PARAM = 12
 """A weight and two moments, fp32."""
 CHANGE = 64 << 10
-"""Scalars, counts, alphas, and what a decision has read, which lies in the host's memory where there is a GPU: a twelfth
-of what is grown. A capture, a snapshot or a copy of the host is many times as much."""
+"""Scalars, counts, alphas, and what a decision has read, which lies in the host's memory where there is a GPU: a
+twelfth of what is grown. A capture, a snapshot or a copy of the host is many times as much."""
 
 
 @pytest.fixture
