@@ -266,9 +266,10 @@ def _small_hosts(results: Results) -> str:
         cells = [host, row["phase"].replace("_", " "), f"{row['bare_cpu_ms']:.3f} ms", f"{row['esper_cpu_ms']:.3f} ms"]
         lines.append(f"| {' | '.join([*cells, wall, cpu])} |")
     text = (
-        "\nTimes are CPU time of the process. A dormant step costs some microseconds of Python whatever the host (the\n"
-        "step itself, hooks on each site's layers, a look every tenth step): a step of a third of a millisecond shows\n"
-        "that, one of seven milliseconds hardly does. The machine was shared while this was measured."
+        "\nTimes are CPU time of the process. What a dormant step costs hardly depends on the host: a look at all\n"
+        "sites every tenth step, a few hundred microseconds of Python, and next to nothing in between. A step of a\n"
+        "quarter of a millisecond shows that, one of seven hardly does; the quartiles of the ResNet's steps (-1% to\n"
+        "+6%) are wider than what is looked for."
     )
     return "\n".join(lines) + "\n" + text if len(lines) > 2 else NOT_YET
 
