@@ -43,8 +43,8 @@ With `--out DIR` each line is on file as soon as it is measured, so that a run t
 Nothing is timed that computes wrongly: every operation is compared with float64 first. Times of operations are medians
 of GPU time between events, caches cold and clean (*dirty* caches hold what somebody has just written, and the call pays
 for writing that back); steps are medians over pairs of blocks that alternate between the bare host and the same host
-under Esper. The *floor* is the time that the bytes take at the measured rate of a copy; the launch itself, some three
-microseconds between two events, is part of every time but not of the floor.
+under Esper. The *floor* is the time that the bytes take at the measured rate of a copy; the launch itself (`launch_us`
+in newer files) is part of every time but not of the floor.
 """
 
 
@@ -267,7 +267,7 @@ def _small_hosts(results: Results) -> str:
         lines.append(f"| {' | '.join([*cells, wall, cpu])} |")
     text = (
         "\nTimes are CPU time of the process. What a dormant step costs hardly depends on the host: a look at all\n"
-        "sites every tenth step, a few hundred microseconds of Python, and next to nothing in between. A step of a\n"
+        "sites every tenth step, less than a millisecond for two sites, and next to nothing in between. A step of a\n"
         "quarter of a millisecond shows that, one of seven hardly does; the quartiles of the ResNet's steps (-1% to\n"
         "+6%) are wider than what is looked for."
     )
