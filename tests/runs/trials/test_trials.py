@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import msgspec
@@ -71,7 +72,7 @@ def test_a_trial_follows_from_its_number() -> None:
 @pytest.mark.parametrize("kind", ["a constant", "copies of hidden units", "units that read irrelevant inputs only"])
 def test_null_branches_stay_null(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     number, looks = list(KINDS).index(kind), []
-    hold = KINDS[kind]
+    hold, prepare = KINDS[kind]
 
     def watched(model: nn.Module, site: Site, bank: object) -> None:
         hold(model, site, bank)  # type: ignore[arg-type]
@@ -81,12 +82,24 @@ def test_null_branches_stay_null(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
         elif kind == "copies of hidden units":
             looks.append(all(any(torch.equal(unit, row) for row in head.weight) for unit in w1[0]))  # type: ignore[union-attr]
         else:
-            looks.append(bool((w1[..., : nulls.SIGNAL] == 0).all()))
+            blind = (head.weight[:, nulls.SIGNAL :] == 0).all()  # type: ignore[index]
+            looks.append(bool((w1[..., : nulls.SIGNAL] == 0).all() and blind))
 
-    monkeypatch.setitem(KINDS, kind, watched)
+    monkeypatch.setitem(KINDS, kind, (watched, prepare))
     record = null_trial(number)
     assert record.kind == f"null: {kind}" and len(looks) > 20 and all(looks)
     assert record.cohorts and all(cohort.is_null for cohort in record.cohorts)
+
+
+def test_a_linear_map_meets_a_host_that_has_learned_all_it_can() -> None:
+    _, prepare = KINDS["a linear map on a linear layer"]
+    setup = nulls._setup(0, pure_noise=False)
+    model = setup.host()
+    prepare(setup, model)
+    rows = setup.task.train
+    settled = float(setup.task.loss(model, rows))
+    training.train_plainly(dataclasses.replace(setup, recipe=training.Recipe("adamw", 1e-2, decays=True)), model)
+    assert 0.97 * settled < float(setup.task.loss(model, rows)) <= 1.005 * settled
 
 
 def test_real_cohorts_of_a_null_trial_do_not_count() -> None:
