@@ -106,7 +106,7 @@ def test_a_linear_map_meets_a_layer_that_has_learned_all_it_can() -> None:
     model = setup.host()
     assert what_the_last_layer_leaves(setup, model) > 1.5
     prepare(setup, model)
-    assert what_the_last_layer_leaves(setup, model) < 1.003
+    assert what_the_last_layer_leaves(setup, model) < 1.01
 
 
 def test_real_cohorts_of_a_null_trial_do_not_count() -> None:
