@@ -11,7 +11,7 @@ import esper
 from esper.evidence.judge import Judgement
 from esper.evidence.paired import paired_difference
 from esper.kasmina.cohort import Cohort
-from esper.kasmina.lifecycle import Gate
+from esper.kasmina.gates import Gate
 from esper.protocol import Germinate, Lifecycle, Pause, SeedPlan, SetStrategy, Transitioned
 
 pytestmark = pytest.mark.integration

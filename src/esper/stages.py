@@ -20,9 +20,10 @@ from esper.evidence.ranking import best
 from esper.fitting import Fitting
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.execution import Kasmina
+from esper.kasmina.gates import Gate, capture_gate, ramp_gate, stability_gate
 from esper.kasmina.host import HostClock, stacked
 from esper.kasmina.ledger import Ledger
-from esper.kasmina.lifecycle import Gate, capture_gate, in_slot, is_active, ramp_gate, stability_gate
+from esper.kasmina.lifecycle import in_slot, is_active
 from esper.kasmina.strategies import STRATEGIES, GraftContext, Move
 from esper.protocol import AnyEvent, Judged, Lifecycle, Transitioned, Verdict
 from esper.trials import WITHHELD, Trials

@@ -1,4 +1,4 @@
-"""``ExtendedLifecycle`` and ``LifecycleManager``: states, table and gates of :mod:`esper.kasmina.lifecycle`."""
+"""``ExtendedLifecycle`` and ``LifecycleManager``: states and table of :mod:`esper.kasmina.lifecycle`, and its gates."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from torch import Tensor
 
 from esper.compat.states import StateManager
 from esper.errors import ConfigError
-from esper.kasmina.lifecycle import (
-    TABLE,
+from esper.kasmina.gates import (
     Gate,
     capture_gate,
-    check,
     evidence_gate,
     germination_gate,
     hold_gate,
@@ -24,6 +22,7 @@ from esper.kasmina.lifecycle import (
     sanity_gate,
     stability_gate,
 )
+from esper.kasmina.lifecycle import TABLE, check
 from esper.protocol import Lifecycle
 
 ExtendedLifecycle = Lifecycle
@@ -66,7 +65,7 @@ class LifecycleManager:
             }
         )
         """What decides each legal transition: a function of metrics (keywords) that returns a
-        :class:`~esper.kasmina.lifecycle.Gate`. The way to CULLED is open where the gate of that state refuses."""
+        :class:`~esper.kasmina.gates.Gate`. The way to CULLED is open where the gate of that state refuses."""
 
     validate_germination = staticmethod(germination_gate)
     validate_training_start = staticmethod(capture_gate)

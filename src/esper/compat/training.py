@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from esper.config import FitConfig
 from esper.errors import ConfigError, DataError
 from esper.kasmina.capture import Rows
+from esper.kasmina.gates import Gate, sanity_gate
 from esper.kasmina.geometry import Geometry
 from esper.kasmina.incubator import FitReport, check, fit
 from esper.kasmina.isolation import preserved_modes, preserved_rng
-from esper.kasmina.lifecycle import Gate, sanity_gate
 from esper.kasmina.starts.start import fit_and_check_rows
 from esper.protocol import SiteKind
 

@@ -20,9 +20,10 @@ from esper.kasmina.blueprints import BLUEPRINTS
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.discovery import Discovery, SitePlan
 from esper.kasmina.family import host_family
+from esper.kasmina.gates import Gate
 from esper.kasmina.germination import Nursery, Room
 from esper.kasmina.hooks import attach
-from esper.kasmina.lifecycle import Gate, learns_from_task
+from esper.kasmina.lifecycle import learns_from_task
 from esper.kasmina.ops import dispatch
 from esper.kasmina.optim import Hyperparameters, SlotAdamW
 from esper.kasmina.reading import Reading

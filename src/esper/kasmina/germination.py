@@ -21,7 +21,7 @@ from esper.kasmina.chunks import columns_of
 from esper.kasmina.cohort import Cohort, Member
 from esper.kasmina.defaults import default_blueprint, default_start
 from esper.kasmina.discovery import SitePlan, present_geometry
-from esper.kasmina.lifecycle import Gate, germination_gate
+from esper.kasmina.gates import Gate, germination_gate
 from esper.kasmina.seeds import SeedTable
 from esper.kasmina.site import Site
 from esper.kasmina.starts import STARTS
