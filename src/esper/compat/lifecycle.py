@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -94,7 +95,7 @@ class LifecycleManager:
         return Gate("guard", True, reason)
 
     def validate(self, source: Lifecycle, target: Lifecycle, /, **metrics: Any) -> Gate:
-        """Ask the gate between two states.
+        """Ask the gate between two states; without all that it asks for it lets nobody through, either way.
 
         Raises
         ------
@@ -102,7 +103,12 @@ class LifecycleManager:
             The table has no such transition.
         """
         check(source, target)
-        return self.transitions[Lifecycle(source), Lifecycle(target)](**metrics)
+        decides = self.transitions[Lifecycle(source), Lifecycle(target)]
+        missing = [name for name in _needed(decides) if name not in metrics]
+        if missing:
+            reason = f"the gate must be told all that it asks for, got no {', '.join(missing)}; pass them by name"
+            return Gate(TABLE[source].successors[Lifecycle(target)], False, reason)
+        return decides(**metrics)
 
     def transition(
         self, seed_indices: Tensor | npt.ArrayLike, target: Lifecycle, /, *, step: int = 0, **metrics: Any
@@ -127,6 +133,12 @@ class LifecycleManager:
         if refused is None:
             self.states.batch_update(seeds, {"lifecycle": int(target)}, step=step)
         return refused or (gates[0] if gates else Gate("command", True, "no seeds"))
+
+
+def _needed(decides: Validator) -> list[str]:
+    """Names of the metrics that a validator cannot do without."""
+    asked = decides.gate if isinstance(decides, _Refusal) else decides
+    return [name for name, metric in inspect.signature(asked).parameters.items() if metric.default is metric.empty]
 
 
 class _Refusal:

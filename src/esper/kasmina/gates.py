@@ -116,7 +116,7 @@ def germination_gate(
         _Rule("steps of embargo left", embargo, "at most", 0, "wait, or name other chunks"),
         _Rule("parameters after", params_after, "at most", budget_params, "raise the budget or grow less", True, 1),
         _Rule("FLOPs after", flops_after, "at most", budget_flops, "raise the budget or grow less", True, 1),
-        _Rule("bytes needed", bytes_needed, "at most", bytes_free, "lower capture.rows", least=0),
+        _Rule("bytes needed", bytes_needed, "at most", bytes_free, "grow less, or lower capture.rows", least=0),
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esper.errors import TransitionError
+from esper.kasmina.chunks import is_whole
 from esper.protocol import Lifecycle
 
 NUM_STATES = len(Lifecycle)
@@ -135,8 +136,10 @@ def learns_from_captures(states: npt.ArrayLike) -> npt.NDArray[np.bool_]:
 def check(source: int, target: int) -> None:
     """Raise :class:`~esper.errors.TransitionError` unless the table lets a seed go from ``source`` to ``target``."""
     for name, code in (("source", source), ("target", target)):
-        if not 0 <= code < NUM_STATES:
-            raise TransitionError(f"{name} must be a state code between 0 and {NUM_STATES - 1}, got {code}")
+        if not is_whole(code) or not 0 <= code < NUM_STATES:
+            raise TransitionError(
+                f"{name} must be a state code between 0 and {NUM_STATES - 1}, got {code!r}; use Lifecycle"
+            )
     if LEGAL[source, target]:
         return
     successors = " or ".join(s.name for s in TABLE[source].successors)
