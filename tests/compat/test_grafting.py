@@ -165,7 +165,7 @@ def test_an_alpha_outside_its_range_is_an_error(alpha: float) -> None:
         def update(self, context: GraftingContext) -> float:
             return alpha
 
-    with pytest.raises(esper.ConfigError, match=rf"must lie in \[0, 1\], got {alpha} from Wild.update"):
+    with pytest.raises(ValueError, match=rf"must lie in \[0, 1\], got {alpha} from Wild.update"):
         advance("wild", {}, 1.0, 0.0, 0)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from esper.config import GraftConfig
 from esper.errors import ConfigError
-from esper.kasmina.strategies import STRATEGIES, GraftContext, Move, Strategy
+from esper.kasmina.strategies import STRATEGIES, GraftContext, Move, Strategy, checked
 from esper.plugins import register_strategy
 
 _logger = logging.getLogger("esper.compat")
@@ -66,9 +66,8 @@ class _Adapted(Strategy):
             )
         )
         name = self.made_of.__name__
-        if not 0 <= alpha <= 1:  # NaN is refused as well
-            raise ConfigError(f"a strategy's alpha must lie in [0, 1], got {alpha} from {name}.update; clamp it there")
-        return Move(alpha) if alpha > context.alpha else Move(context.alpha, f"{name} waits")
+        asked = checked(Move(alpha), f"{name}.update")
+        return asked if alpha > context.alpha else Move(context.alpha, f"{name} waits")
 
 
 class _Registered(Mapping[str, type]):
