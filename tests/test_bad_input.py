@@ -47,6 +47,15 @@ class Shared(nn.Module):
         return self.head(x)
 
 
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = (nn.Linear(8, 8, dtype=torch.complex64), nn.Linear(8, 4, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(torch.tanh(self.fc1(x.to(torch.complex64)))).real
+
+
 def frozen() -> nn.Module:
     return Pair().requires_grad_(False)
 
@@ -122,7 +131,9 @@ CASES: list[tuple[str, Callable[[], nn.Module], Arguments, type[Exception], str]
      r"'fc1-fc3' matches none of 2 sites; near: .*'fc1-fc2'.*list all with"),
     ("exclude", Mlp, lambda _: config(sites=esper.SitesConfig(exclude=("blocks.*",))), esper.SiteError,
      r"'blocks\.\*' matches none of 2 sites"),
-    ("all excluded", Mlp, lambda _: config(sites=esper.SitesConfig(exclude=("fc*",))), esper.SiteError, "got none"),
+    ("all excluded", Mlp, lambda _: config(sites=esper.SitesConfig(exclude=("fc*",))), esper.SiteError,
+     r"exclude must leave at least one of the 2 sites, got \('fc\*',\); leave a pattern out"),
+    ("complex", Complex, NONE, esper.SiteError, r"got none \(fc1: complex \(branches compute with real numbers\)"),
     ("chunks", Pair, lambda _: config(sites=esper.SitesConfig(chunks=5)), esper.SiteError,
      r"between 1 and out_features=4, got 5; pass chunks=4"),
     ("tied", tied, NONE, esper.SiteError, r"0: tied to 2\.weight"),
@@ -329,6 +340,8 @@ def test_a_batch_that_turns_nan_later_refuses_the_cohort_it_judges() -> None:
 SETTINGS: list[tuple[Callable[[], object], str]] = [
     (lambda: esper.SitesConfig(chunks=0), r"chunks must be at least 1, got 0"),
     (lambda: esper.SitesConfig(include=()), r"at least one pattern, got \(\)"),
+    (lambda: esper.SitesConfig(include="fc1-fc2"), r"include must be a tuple of patterns, got 'fc1-fc2'; use \('fc1-f"),  # type: ignore[arg-type]
+    (lambda: esper.SitesConfig(exclude="fc*"), r"exclude must be a tuple of patterns, got 'fc\*'; use \('fc\*',\)"),  # type: ignore[arg-type]
     (lambda: esper.CaptureConfig(batches=1), r"batches must be at least 2 .*got 1; use 8"),
     (lambda: esper.FitConfig(scales=()), r"scales must be positive, got \(\)"),
     (lambda: esper.GraftConfig(ramp="steep"), r"linear, cosine or sigmoid, got 'steep'"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from esper.kasmina.blueprints import BLUEPRINTS
 from esper.kasmina.blueprints.bottleneck import Bottleneck
 from esper.kasmina.strategies import STRATEGIES
 from esper.plugins import Bank, Blueprint, GraftContext, HostUnits, Move, Rows, Start, StartReport, Strategy, known
-from esper.protocol import Command, Lifecycle, Observation
+from esper.protocol import Command, Germinate, Lifecycle, Observation, SeedPlan, SiteKind
 from esper.tamiyo import registry as controllers
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("own_registries")]
@@ -101,6 +101,57 @@ def test_every_family_is_usable_by_name() -> None:
         rig.train()
         alphas.append(cohort.alpha)
     assert alphas == [0.5, 1.0]
+
+
+def _raises(*_args: Any, **_named: Any) -> Any:
+    raise ZeroDivisionError("of the user's own")
+
+
+BROKEN: dict[str, tuple[str, Callable[[], object]]] = {
+    "refusal": (
+        "it raised ZeroDivisionError: of the user's own; mend it",
+        lambda: esper.register_blueprint("broken")(type("Broken", (Bottleneck,), {"refusal": _raises})),
+    ),
+    "cost": (
+        "ZeroDivisionError: of the user's own",
+        lambda: esper.register_blueprint("broken")(type("Broken", (Bottleneck,), {"cost": _raises})),
+    ),
+    "factory": (
+        "it raised ZeroDivisionError: of the user's own; mend it",
+        lambda: esper.register_module("broken")(_raises),
+    ),
+    "no module": (
+        "its factory must return an nn.Module, got NoneType; mend it",
+        lambda: esper.register_module("broken")(lambda _in, _out: None),  # type: ignore[arg-type, return-value]
+    ),
+    "start": (
+        "start 'broken' raised ZeroDivisionError: of the user's own; mend it",
+        lambda: esper.register_start("broken")(type("Broken", (Small,), {"refusal": _raises})),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", BROKEN)
+def test_a_broken_plug_in_that_nobody_uses_harms_nobody(family: str) -> None:
+    """Every site is asked what it can carry, by every observation; the plug-in of one cell must not end a training."""
+    message, register = BROKEN[family]
+    register()
+    model = Pair()
+    rig = attach(model, torch.optim.AdamW(model.parameters()), sites=esper.SitesConfig(layers=True))
+    rig.train(12)
+    kind = SiteKind.LINEAR_LAYER if family in ("factory", "no module") else SiteKind.LINEAR_SPAN
+    site = next(site.name for site in rig.grower.sites() if site.kind is kind)
+    named = {"start": "broken"} if family == "start" else {"blueprint": "broken"}
+    rig.grower.submit(Germinate(seeds=(SeedPlan(site=site, **named),)))
+    rig.train(1)
+    assert message in rig.refused()[-1].reason
+
+
+def test_kinds_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(esper.EsperError, match=r"must be of esper.protocol.SiteKind, got span; known: linear_span"):
+        esper.register_module("odd", kinds=("span",))  # type: ignore[arg-type]
+    esper.register_module("odd", kinds=("linear_layer",))(torch.nn.Linear)  # type: ignore[arg-type]
+    assert BLUEPRINTS["odd"].kinds == {SiteKind.LINEAR_LAYER}
 
 
 def test_known_lists_every_family() -> None:

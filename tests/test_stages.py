@@ -11,7 +11,8 @@ import esper
 from esper.evidence.judge import Judgement
 from esper.evidence.paired import paired_difference
 from esper.kasmina.cohort import Cohort
-from esper.kasmina.lifecycle import Gate
+from esper.kasmina.gates import Gate
+from esper.plugins import Move, Strategy, register_strategy
 from esper.protocol import Germinate, Lifecycle, Pause, SeedPlan, SetStrategy, Transitioned
 
 pytestmark = pytest.mark.integration
@@ -121,6 +122,33 @@ def test_a_change_of_strategy_holds_from_the_next_step() -> None:
     rig.train(5)
     assert cohort.strategy == "drift_controlled" and cohort.alpha == held
     assert not rig.refused()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "a strategy must return a Move, got NoneType from own"),
+        (0.5, "a strategy must return a Move, got float from own"),
+        (Move(2.0), r"must lie in [0, 1], got 2.0 from own"),
+        (Move(float("nan")), r"must lie in [0, 1], got nan from own"),
+    ],
+)
+def test_a_strategy_that_returns_no_alpha_ends_its_cohort(own_registries: None, given: object, message: str) -> None:
+    register_strategy("own")(type("Own", (Strategy,), {"advance": lambda *_: given}))
+    rig = attach(Pair(), graft=esper.GraftConfig(strategy="own", ramp_steps=4))
+    ramping(rig)
+    rig.train(3)
+    (verdict,) = rig.grower.verdicts
+    assert verdict.state is Lifecycle.ROLLED_BACK and message in verdict.reason
+
+
+def test_an_alpha_that_is_a_tensor_becomes_a_number(own_registries: None) -> None:
+    """It goes into events and saved states."""
+    register_strategy("own")(type("Own", (Strategy,), {"advance": lambda *_: Move(torch.tensor(0.25))}))  # type: ignore[arg-type]
+    rig = attach(Pair(), graft=esper.GraftConfig(strategy="own", ramp_steps=4))
+    cohort = ramping(rig)
+    rig.train(2)
+    assert type(cohort.alpha) is float and cohort.alpha == 0.25
 
 
 def accepted(rig: Rig, *, holds: bool) -> None:

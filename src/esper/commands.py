@@ -12,8 +12,9 @@ from esper.errors import CONTAINED, EsperError, contained
 from esper.journal import Journal
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.execution import Kasmina
+from esper.kasmina.gates import Gate
 from esper.kasmina.host import HostClock
-from esper.kasmina.lifecycle import Gate, is_active
+from esper.kasmina.lifecycle import is_active
 from esper.kasmina.strategies import STRATEGIES
 from esper.orders import Keeping, Orders
 from esper.protocol import (

@@ -31,6 +31,9 @@ class SitesConfig:
     for one a feature up to 1,024."""
 
     def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            given = getattr(self, name)
+            _check(not isinstance(given, str), f"sites.{name} must be a tuple of patterns", given, f"use ({given!r},)")
         _check(len(self.include) > 0, "sites.include must hold at least one pattern", self.include, "use ('*',)")
         known = self.chunks in (None, "feature") or (type(self.chunks) is int and self.chunks >= 1)
         _check(known, "sites.chunks must be at least 1", self.chunks, 'use None, or "feature" for one a feature')
@@ -105,12 +108,8 @@ class FitConfig:
         _check(self.steps >= 1, "fit.steps must be at least 1", self.steps, "use 150")
         _check(self.unproven in ("zero", "cull"), "fit.unproven must be zero or cull", self.unproven, "use 'zero'")
         _check(self.lr > 0, "fit.lr must be positive", self.lr, "use 3e-3")
-        _check(
-            self.max_share is None or self.max_share >= 0,
-            "fit.max_share must not be negative",
-            self.max_share,
-            "use 0.1",
-        )
+        share = self.max_share
+        _check(share is None or share >= 0, "fit.max_share must not be negative", share, "use 0.1")
         _check(len(self.scales) > 0 and min(self.scales) > 0, "fit.scales must be positive", self.scales, "use (1.0,)")
 
 

@@ -11,9 +11,9 @@ from esper.kasmina.bank import Bank
 from esper.kasmina.capture import Capture, Rows
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.execution import Kasmina
+from esper.kasmina.gates import Gate, sanity_gate
 from esper.kasmina.incubator import step_flops
 from esper.kasmina.ledger import Ledger
-from esper.kasmina.lifecycle import Gate, sanity_gate
 from esper.kasmina.starts import STARTS
 from esper.protocol import AnyEvent, Fitted, Warned
 

@@ -26,8 +26,9 @@ from esper.errors import StateError
 from esper.journal import Journal
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.execution import Kasmina
+from esper.kasmina.gates import Gate
 from esper.kasmina.host import HostClock, as_tensors
-from esper.kasmina.lifecycle import Gate, in_slot
+from esper.kasmina.lifecycle import in_slot
 from esper.kasmina.reading import Reading
 from esper.protocol import Incident, Lifecycle, Restored
 from esper.safety.divergence import LossWatch

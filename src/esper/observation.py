@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from esper.kasmina.blueprints import BLUEPRINTS, Cost
+from esper.errors import CONTAINED
+from esper.kasmina.blueprints import BLUEPRINTS, Cost, refusal_of
 from esper.kasmina.defaults import default_blueprint
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.germination import offers
@@ -137,7 +138,10 @@ def _alternative_costs(kasmina: Kasmina, fixed: _Fixed) -> npt.NDArray[np.float6
     for row, index in fixed.sits:
         site = kasmina.sites[fixed.names[row]]
         blueprint = BLUEPRINTS[fixed.alternatives[index]]
-        cost = blueprint.cost(site.geometry, units=1, columns=site.info.out_features, reads=site.reads)
+        try:
+            cost = blueprint.cost(site.geometry, units=1, columns=site.info.out_features, reads=site.reads)
+        except CONTAINED:  # a blueprint of the user's that nobody may ever name; naming it is refused with the reason
+            continue
         found[:, row, index] = cost.params, cost.flops_per_row
     return found
 
@@ -223,7 +227,7 @@ def _alternatives(kasmina: Kasmina) -> tuple[tuple[str, ...], tuple[tuple[int, i
         for name in BLUEPRINTS
         if site.info.kind in BLUEPRINTS[name].kinds
         and name != default_blueprint(site.info.kind)
-        and BLUEPRINTS[name].refusal(site.geometry) is None
+        and refusal_of(name, site.geometry) is None
     ]
     names = tuple(sorted({name for _, name in pairs}))
     return names, tuple((row, names.index(name)) for row, name in pairs)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
+from esper.errors import ConfigError
 from esper.protocol import Command, Order, RollBack
 
 
@@ -53,8 +54,16 @@ class Orders:
         self._lock = threading.Lock()
 
     def put(self, command: Command) -> None:
+        """Let a command wait.
+
+        Raises
+        ------
+        ConfigError
+            A value is not of the type that the command asks for.
+        """
+        order = Order(command=_checked(command))
         with self._lock:
-            self._waiting.append(Order(command=command))
+            self._waiting.append(order)
 
     @property
     def is_empty(self) -> bool:
@@ -112,6 +121,32 @@ class Applied:
 
     def restore(self, state: list[list[Any]]) -> None:
         self._orders.applied = [(step, _order_of(plain)) for step, plain in state]
+
+
+def _checked(command: Command) -> Command:
+    """The command with plain values of the right types: Python itself checks none of them.
+
+    A chunk of 1.5, say, would become chunk 1 later on.
+    """
+    known = get_args(Command)
+    if type(command) not in known:
+        names = ", ".join(sorted(kind.__name__ for kind in known))
+        raise ConfigError(f"a command must be one of {names}, got {type(command).__name__}; see esper.protocol")
+    try:
+        return msgspec.convert(msgspec.to_builtins(command, enc_hook=_plain), type(command))
+    except (msgspec.ValidationError, NotImplementedError) as error:
+        kind = type(command).__name__
+        raise ConfigError(f"{kind} must hold values of the types it names, {error}; see esper.protocol") from error
+
+
+def _plain(value: object) -> object:
+    """Ranges, and what numpy and torch hold, as Python's own lists and numbers."""
+    if isinstance(value, range):
+        return list(value)
+    listed = getattr(value, "tolist", None)
+    if listed is None:
+        raise NotImplementedError(f"got a {type(value).__name__}")
+    return listed()
 
 
 def _order_of(plain: dict[str, Any]) -> Order:

@@ -29,8 +29,8 @@ from esper.errors import ConfigError
 from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import BLUEPRINTS, Axes, Blueprint, Cost, Parts, Port, register_module
 from esper.kasmina.capture import Rows
+from esper.kasmina.gates import SANITY_KINDS
 from esper.kasmina.geometry import Geometry
-from esper.kasmina.lifecycle import SANITY_KINDS
 from esper.kasmina.registry import Registry
 from esper.kasmina.starts import STARTS, HostUnits, Start, StartReport
 from esper.kasmina.strategies import STRATEGIES, GraftContext, Move, Strategy

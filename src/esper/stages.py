@@ -20,10 +20,11 @@ from esper.evidence.ranking import best
 from esper.fitting import Fitting
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.execution import Kasmina
+from esper.kasmina.gates import Gate, capture_gate, ramp_gate, stability_gate
 from esper.kasmina.host import HostClock, stacked
 from esper.kasmina.ledger import Ledger
-from esper.kasmina.lifecycle import Gate, capture_gate, in_slot, is_active, ramp_gate, stability_gate
-from esper.kasmina.strategies import STRATEGIES, GraftContext, Move
+from esper.kasmina.lifecycle import in_slot, is_active
+from esper.kasmina.strategies import STRATEGIES, GraftContext, Move, checked
 from esper.protocol import AnyEvent, Judged, Lifecycle, Transitioned, Verdict
 from esper.trials import WITHHELD, Trials
 from esper.verdicts import Verdicts
@@ -346,7 +347,7 @@ class Stages:
                 losses=losses,
                 gradient_norm=self.clock.gradient_norm(name) if strategy.needs_gradients else None,
             )
-            moves.append(strategy.advance(context, self.config.graft))
+            moves.append(checked(strategy.advance(context, self.config.graft), cohort.strategy))
         cohort.held_by = next((move.held_by for move in moves if move.held_by is not None), None)
         alpha = min(
             move.alpha for move in moves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -79,3 +80,17 @@ def test_refusals() -> None:
         manager.concatenate(manager.split(torch.zeros(10))[1:])
     with pytest.raises(SiteError, match="in order"):
         manager.concatenate(manager.split(torch.zeros(10))[::-1])
+    for wrong in (2.5, "4", None, True):
+        with pytest.raises(SiteError, match=f"chunks must be a whole number, got {wrong!r}"):
+            ChunkManager(10, wrong)  # type: ignore[arg-type]
+    with pytest.raises(SiteError, match=r"out_features must be a whole number, got 10\.0"):
+        ChunkManager(10.0, 2)  # type: ignore[arg-type]
+    with pytest.raises(SiteError, match=r"must be a tensor, got list"):
+        manager.split([0.0] * 10)  # type: ignore[arg-type]
+    with pytest.raises(SiteError, match=r"on axis 5, got shape \(3, 10\)"):
+        ChunkManager(10, 4, dim=5).split(torch.zeros(3, 10))
+
+
+def test_numbers_and_sequences_of_any_make() -> None:
+    manager, x = ChunkManager(np.int64(10), np.int32(4)), torch.arange(10)  # type: ignore[arg-type]
+    assert torch.equal(manager.concatenate(iter(manager.split(x))), x)

@@ -120,10 +120,32 @@ class Silent(BaseGraftingStrategy):
     pass
 
 
+class Same(DriftControlled):
+    """In Esper's own form: a second use of a name is a mistake there."""
+
+
+def test_the_plans_example_takes_the_name_it_asks_for(caplog: pytest.LogCaptureFixture) -> None:
+    """The plan registers it as the strategy that is built in."""
+    code = STRATEGIES.code("drift_controlled")
+    for _ in range(2):  # a notebook cell run twice
+        GraftingStrategyRegistry.register("drift_controlled")(DriftControlledGrafting)
+    assert GraftingStrategyRegistry.strategies["drift_controlled"] is DriftControlledGrafting
+    assert STRATEGIES.code("drift_controlled") == code
+    assert advance("drift_controlled", {}, 1.0, 0.0, 0, ramp_steps=40) == Move(1 / 40)
+    (said,) = caplog.messages
+    assert said.startswith("strategy 'drift_controlled' is tests.compat.test_grafting.DriftControlledGrafting from now")
+
+
+def test_the_decorator_without_a_name_says_so() -> None:
+    with pytest.raises(esper.ConfigError, match=r"got <class .*Silent'>; write the decorator with \('name'\)"):
+        GraftingStrategyRegistry.register(Silent)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("name", "cls", "message"),
     [
-        ("drift_controlled", DriftControlledGrafting, "must be unique, got 'drift_controlled' twice"),
+        ("drift_controlled", Same, "must be unique, got 'drift_controlled' twice"),
+        ("", DriftControlledGrafting, "registered under a name, got ''"),
         ("x", Silent, r"must define update\(context\), Silent leaves it out"),
         ("x", int, "must be a subclass of esper.plugins.Strategy, got <class 'int'>"),
         ("x", 3, "must be a subclass of esper.plugins.Strategy, got 3"),
@@ -143,7 +165,7 @@ def test_an_alpha_outside_its_range_is_an_error(alpha: float) -> None:
         def update(self, context: GraftingContext) -> float:
             return alpha
 
-    with pytest.raises(esper.ConfigError, match=rf"must lie in \[0, 1\], got {alpha} from Wild.update"):
+    with pytest.raises(ValueError, match=rf"must lie in \[0, 1\], got {alpha} from Wild.update"):
         advance("wild", {}, 1.0, 0.0, 0)
 
 

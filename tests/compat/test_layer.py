@@ -138,6 +138,9 @@ def test_chunk_manager_splits_this_layers_output() -> None:
         (lambda: ChunkedKasminaLayer(nn.ReLU()), "must have out_features or out_channels, got ReLU; wrap a Linear"),
         (lambda: ChunkedKasminaLayer(wrapped(nn.Linear(2, 2))), "got ChunkedKasminaLayer; wrap a Linear"),
         (lambda: ChunkedKasminaLayer(nn.Linear(2, 2), 0), "chunks must be at least 1, got 0"),
+        (lambda: ChunkedKasminaLayer(nn.Linear(2, 2), 1.5), "chunks must be a whole number, got 1.5"),  # type: ignore[arg-type]
+        (lambda: ChunkedKasminaLayer(nn.LazyLinear(2)), "must know its shapes, got LazyLinear; run it once"),
+        (lambda: ChunkedKasminaLayer(None), "got NoneType; wrap a Linear"),  # type: ignore[arg-type]
         (lambda: ChunkedKasminaLayer(nn.Linear(2, 2)).site, r"got none; call connect\(grower\) first"),
         (lambda: ChunkedKasminaLayer(nn.Linear(2, 2)).request_germination(0), r"call connect\(grower\) first"),
         (

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from esper.compat import ExtendedLifecycle, LifecycleManager, StateManager
 from esper.errors import ConfigError, TransitionError
-from esper.kasmina.lifecycle import LEGAL
+from esper.kasmina.lifecycle import LEGAL, TABLE
 
 pytestmark = pytest.mark.unit
 
@@ -81,6 +81,23 @@ def test_gates_pass_and_refuse_as_in_the_product(source: E, target: E) -> None:
         refused, cull = manager.validate(source, target, **bad), manager.validate(source, E.CULLED, **bad)
         assert not refused.passed and cull.passed and cull.reason == refused.reason
         assert not manager.validate(source, E.CULLED, **good).passed, "what is good is not culled by its gate"
+
+
+@pytest.mark.parametrize(("source", "target"), [*GOOD, (E.EVALUATING, E.CULLED), (E.FINE_TUNING, E.CULLED)])
+def test_without_its_metrics_a_gate_lets_nobody_through(source: E, target: E) -> None:
+    """Not even to CULLED: a keyword that was forgotten is no reason to take a seed out."""
+    gate = LifecycleManager().validate(source, target)
+    assert not gate.passed and gate.reason.startswith("the gate must be told all that it asks for, got no ")
+    assert gate.name == TABLE[source].successors[target]
+
+
+@pytest.mark.parametrize("state", ["TRAINING", None, 1.0])
+def test_what_is_no_code_is_refused(state: Any) -> None:
+    manager = LifecycleManager(StateManager(2))
+    with pytest.raises(TransitionError, match=f"target must be a state code between 0 and 10, got {state!r}"):
+        manager.validate(E.DORMANT, state)
+    with pytest.raises(TransitionError, match=f"target must be a state code between 0 and 10, got {state!r}"):
+        manager.transition([0], state)
 
 
 def test_named_validators() -> None:

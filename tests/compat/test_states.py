@@ -133,7 +133,10 @@ def test_an_end_a_rest_and_a_new_life() -> None:
         ([5], {"lifecycle": 1}, ConfigError, "seed_indices must be between 0 and 4, got 5"),
         ([-1], {"lifecycle": 1}, ConfigError, "seed_indices must be between 0 and 4, got -1"),
         ([2, 2], {"lifecycle": 1}, ConfigError, "can be named once"),
-        ([True, False], {"lifecycle": 1}, ConfigError, "seed_indices must be integers, got bool"),
+        ([True, False], {"lifecycle": 1}, ConfigError, "seed_indices must be integers, got bool; use torch.nonzero"),
+        ([[1], [2, 3]], {"lifecycle": 1}, ConfigError, "seed_indices must be integers, got lists of several lengths"),
+        ([2], {"lifecycle": 1.0}, ConfigError, "lifecycle must be integers, got float64; pass codes"),
+        ([2], None, ConfigError, "updates must be a mapping by name, got NoneType"),
         ([2], {"lifecycle": 11}, TransitionError, "between 0 and 10, got 11"),
         ([2], {"lifecycle": 2}, TransitionError, "DORMANT -> TRAINING"),
         ([2], {"lifecycle": 0}, TransitionError, "DORMANT -> DORMANT"),
@@ -156,6 +159,12 @@ def test_refusals_change_nothing(seeds: Any, given_: Any, error: type[Exception]
     assert everything(states) == before
     with pytest.raises(TransitionError, match="a seed must have germinated, got 3"):
         states.tick([0, 3])
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, "a", None, True])
+def test_a_manager_of_no_whole_number_of_seeds_is_refused(number: Any) -> None:
+    with pytest.raises(ConfigError, match=f"num_seeds must be a whole number of at least 1, got {number!r}"):
+        StateManager(number)
 
 
 def test_of_many_threads_one_moves_a_seed_and_none_is_lost() -> None:

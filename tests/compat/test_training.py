@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tests.models import assert_same_state, snapshot
 from torch import Tensor, nn
 
 from esper.compat import SelfSupervisedTrainer, TrainingResult
-from esper.config import FitConfig
+from esper.config import Config, FitConfig
 from esper.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.component
@@ -110,6 +111,10 @@ def test_images_and_low_precision() -> None:
         (nn.Linear(3, 3), torch.tensor([[1.0, 2.0, math.nan]] * 4), DataError, "must be finite"),
         (nn.Linear(3, 2), torch.randn(8, 3), ConfigError, r"got output \(2, 2\) for input \(2, 3\)"),
         (nn.ReLU(), torch.randn(8, 3), ConfigError, "must have parameters to learn, ReLU has none"),
+        (nn.Linear(3, 3), torch.randn(8, 0), DataError, r"must have features, got shape \(8, 0\)"),
+        (nn.Linear(3, 3), torch.randn(8, 3, dtype=torch.complex64), DataError, "must hold real numbers, got torch.c"),
+        (nn.Linear(3, 3), [[1.0, 2.0, 3.0]] * 8, DataError, "must be a tensor, got list"),
+        (nn.LSTM(3, 3), torch.randn(8, 3), ConfigError, "must return one tensor, LSTM returned a tuple"),
     ],
 )
 def test_refusals(blueprint: nn.Module, data: Tensor, error: type[Exception], message: str) -> None:
@@ -119,3 +124,16 @@ def test_refusals(blueprint: nn.Module, data: Tensor, error: type[Exception], me
         trainer.train_seed(0, blueprint, data)
     assert_same_state(snapshot(blueprint), before)
     assert trainer.reports == {}
+
+
+@pytest.mark.parametrize("seed_id", [-1, 1.5, "a", None, True])
+def test_a_seed_id_counts_seeds(seed_id: Any) -> None:
+    with pytest.raises(ConfigError, match=f"seed_id must be a whole number of at least 0, got {seed_id!r}"):
+        SelfSupervisedTrainer().train_seed(seed_id, nn.Linear(3, 3), torch.randn(8, 3))
+
+
+def test_what_is_no_module_or_no_setting_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"a blueprint must be an nn.Module, got type"):
+        SelfSupervisedTrainer().train_seed(0, nn.Linear, torch.randn(8, 3))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"config must be an esper.FitConfig, got Config"):
+        SelfSupervisedTrainer(Config())  # type: ignore[arg-type]

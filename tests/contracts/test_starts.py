@@ -14,7 +14,7 @@ from esper.errors import UnknownNameError
 from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import BLUEPRINTS
 from esper.kasmina.capture import Rows
-from esper.kasmina.lifecycle import sanity_gate
+from esper.kasmina.gates import sanity_gate
 from esper.kasmina.starts import STARTS, HostUnits, StartReport
 from esper.kasmina.starts.correlation import has_kink
 from esper.kasmina.starts.start import fit_and_check_rows

@@ -15,7 +15,7 @@ import pytest
 from tests.oona.served import JOB, RUN, an_order, sealed
 
 from esper.errors import EnvelopeError, StateError
-from esper.kasmina.lifecycle import Gate
+from esper.kasmina.gates import Gate
 from esper.oona.answers import Answer, Attempt, Intent, answer_entry, intent_entry, read_entry
 from esper.oona.desk import Desk
 from esper.oona.incoming import anybody, nobody

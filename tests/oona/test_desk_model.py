@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tests.oona.served import an_order, sealed
 from tests.oona.test_desk import Fixture
 
-from esper.kasmina.lifecycle import Gate
+from esper.kasmina.gates import Gate
 from esper.protocol import Acknowledgement, SetBudget
 
 pytestmark = pytest.mark.component

@@ -22,7 +22,7 @@ from tests.oona.served import JOB, RUN, an_order, sealed
 
 from esper.commands import obey
 from esper.errors import StateError
-from esper.kasmina.lifecycle import Gate
+from esper.kasmina.gates import Gate
 from esper.oona import envelope as wire
 from esper.oona.answers import Answer, read_entry
 from esper.oona.bus import Delivery, Message

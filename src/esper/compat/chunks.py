@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class ChunkManager:
     Raises
     ------
     SiteError
-        ``num_chunks`` is less than one or more than ``layer_dim``.
+        ``num_chunks`` is less than one or more than ``layer_dim``, or either is no whole number.
     """
 
     def __init__(self, layer_dim: int, num_chunks: int, *, dim: int = -1) -> None:
@@ -43,19 +43,22 @@ class ChunkManager:
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """C views of ``x`` (any dtype, F features on ``dim``). Raises ``SiteError`` for another number of features."""
-        if x.dim() == 0 or x.shape[self.dim] != self.layer_dim:
+        if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers need not type-check
+            raise SiteError(f"what is split must be a tensor, got {type(x).__name__}; pass the layer's own output")
+        if not -x.dim() <= self.dim < x.dim() or x.shape[self.dim] != self.layer_dim:
             raise SiteError(
                 f"a tensor to be split must have {self.layer_dim} features on axis {self.dim}, got shape "
                 f"{tuple(x.shape)}; pass the layer's own output"
             )
         return torch.split(x, list(self.sizes), dim=self.dim)
 
-    def concatenate(self, chunks: Sequence[Tensor]) -> Tensor:
+    def concatenate(self, chunks: Iterable[Tensor]) -> Tensor:
         """What :meth:`split` had split, bit for bit. Raises ``SiteError`` for chunks that are not its chunks."""
+        chunks = list(chunks)
         found = tuple(chunk.shape[self.dim] if chunk.dim() else 0 for chunk in chunks)
         if found != self.sizes:
             raise SiteError(
                 f"chunks must have the sizes that split() gives them, got {len(found)} with {sum(found)} features for "
                 f"{self.num_chunks} with {self.layer_dim}; pass all of them, in order"
             )
-        return torch.cat(list(chunks), dim=self.dim)
+        return torch.cat(chunks, dim=self.dim)

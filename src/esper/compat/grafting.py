@@ -6,6 +6,7 @@ commands use.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from esper.config import GraftConfig
 from esper.errors import ConfigError
-from esper.kasmina.strategies import STRATEGIES, GraftContext, Move, Strategy
+from esper.kasmina.strategies import STRATEGIES, GraftContext, Move, Strategy, checked
 from esper.plugins import register_strategy
+
+_logger = logging.getLogger("esper.compat")
 
 GraftingConfig = GraftConfig
 """The settings of all strategies: :class:`esper.GraftConfig` itself."""
@@ -63,9 +66,8 @@ class _Adapted(Strategy):
             )
         )
         name = self.made_of.__name__
-        if not 0 <= alpha <= 1:  # NaN is refused as well
-            raise ConfigError(f"a strategy's alpha must lie in [0, 1], got {alpha} from {name}.update; clamp it there")
-        return Move(alpha) if alpha > context.alpha else Move(context.alpha, f"{name} waits")
+        asked = checked(Move(alpha), f"{name}.update")
+        return asked if alpha > context.alpha else Move(context.alpha, f"{name} waits")
 
 
 class _Registered(Mapping[str, type]):
@@ -95,17 +97,33 @@ class GraftingStrategyRegistry:
     def register(cls, name: str) -> Callable[[C], C]:
         """Class decorator for a :class:`BaseGraftingStrategy` (or a :class:`~esper.plugins.Strategy`).
 
+        As in the plan, whose own example takes the name of a built-in strategy, a :class:`BaseGraftingStrategy` takes
+        the place of whatever had its name: from then on, everywhere in this process. Logger ``esper.compat`` says so.
+
         Raises
         ------
         ConfigError
-            The name is taken, or the class is neither, or leaves out what it must define.
+            There is no name, the class is neither, or leaves out what it must define, or a
+            :class:`~esper.plugins.Strategy` asks for a name that is taken.
         """
+        file = register_strategy(name)
 
         def decorator(strategy: C) -> C:
-            register_strategy(name)(_adapted(strategy))
+            adapted = _adapted(strategy)
+            if name in STRATEGIES and issubclass(adapted, _Adapted):
+                _say_replaced(name, cls.strategies[name], strategy)
+                STRATEGIES.replace(name, adapted)
+            else:
+                file(adapted)
             return strategy
 
         return decorator
+
+
+def _say_replaced(name: str, old: type, new: type) -> None:
+    if (old.__module__, old.__qualname__) != (new.__module__, new.__qualname__):  # not a notebook cell run twice
+        _logger.warning("strategy %r is %s.%s from now on, no longer %s.%s", name, new.__module__, new.__qualname__,
+                        old.__module__, old.__qualname__)  # fmt: skip
 
 
 def _adapted(strategy: Any) -> type[Strategy]:

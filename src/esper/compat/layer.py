@@ -40,7 +40,7 @@ class ChunkedKasminaLayer(ChunkedLayer):
     Raises
     ------
     SiteError
-        The layer's output has no known number of features, or ``chunks_per_layer`` is less than one.
+        The layer's output has no known number of features, or ``chunks_per_layer`` is less than one or no whole number.
     """
 
     def __init__(self, base_layer: nn.Module, chunks_per_layer: int = 1000) -> None:

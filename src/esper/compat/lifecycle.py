@@ -1,7 +1,8 @@
-"""``ExtendedLifecycle`` and ``LifecycleManager``: states, table and gates of :mod:`esper.kasmina.lifecycle`."""
+"""``ExtendedLifecycle`` and ``LifecycleManager``: states and table of :mod:`esper.kasmina.lifecycle`, and its gates."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -12,11 +13,9 @@ from torch import Tensor
 
 from esper.compat.states import StateManager
 from esper.errors import ConfigError
-from esper.kasmina.lifecycle import (
-    TABLE,
+from esper.kasmina.gates import (
     Gate,
     capture_gate,
-    check,
     evidence_gate,
     germination_gate,
     hold_gate,
@@ -24,6 +23,7 @@ from esper.kasmina.lifecycle import (
     sanity_gate,
     stability_gate,
 )
+from esper.kasmina.lifecycle import TABLE, check
 from esper.protocol import Lifecycle
 
 ExtendedLifecycle = Lifecycle
@@ -66,7 +66,7 @@ class LifecycleManager:
             }
         )
         """What decides each legal transition: a function of metrics (keywords) that returns a
-        :class:`~esper.kasmina.lifecycle.Gate`. The way to CULLED is open where the gate of that state refuses."""
+        :class:`~esper.kasmina.gates.Gate`. The way to CULLED is open where the gate of that state refuses."""
 
     validate_germination = staticmethod(germination_gate)
     validate_training_start = staticmethod(capture_gate)
@@ -95,7 +95,7 @@ class LifecycleManager:
         return Gate("guard", True, reason)
 
     def validate(self, source: Lifecycle, target: Lifecycle, /, **metrics: Any) -> Gate:
-        """Ask the gate between two states.
+        """Ask the gate between two states; without all that it asks for it lets nobody through, either way.
 
         Raises
         ------
@@ -103,7 +103,12 @@ class LifecycleManager:
             The table has no such transition.
         """
         check(source, target)
-        return self.transitions[Lifecycle(source), Lifecycle(target)](**metrics)
+        decides = self.transitions[Lifecycle(source), Lifecycle(target)]
+        missing = [name for name in _needed(decides) if name not in metrics]
+        if missing:
+            reason = f"the gate must be told all that it asks for, got no {', '.join(missing)}; pass them by name"
+            return Gate(TABLE[source].successors[Lifecycle(target)], False, reason)
+        return decides(**metrics)
 
     def transition(
         self, seed_indices: Tensor | npt.ArrayLike, target: Lifecycle, /, *, step: int = 0, **metrics: Any
@@ -128,6 +133,12 @@ class LifecycleManager:
         if refused is None:
             self.states.batch_update(seeds, {"lifecycle": int(target)}, step=step)
         return refused or (gates[0] if gates else Gate("command", True, "no seeds"))
+
+
+def _needed(decides: Validator) -> list[str]:
+    """Names of the metrics that a validator cannot do without."""
+    asked = decides.gate if isinstance(decides, _Refusal) else decides
+    return [name for name, metric in inspect.signature(asked).parameters.items() if metric.default is metric.empty]
 
 
 class _Refusal:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from esper.errors import ConfigError, TransitionError
+from esper.kasmina.chunks import is_whole
 from esper.kasmina.lifecycle import check, is_active
 from esper.kasmina.seeds import SeedTable
 from esper.protocol import Lifecycle
@@ -25,10 +26,17 @@ class StateManager:
     Reads return copies on the CPU. Writes go through :class:`~esper.kasmina.seeds.SeedTable`, so that the lifecycle's
     table holds: what it does not allow is refused as a whole and changes nothing. Updates are atomic: a lock lets one
     thread in at a time.
+
+    Raises
+    ------
+    ConfigError
+        ``num_seeds`` is not a whole number of at least 1.
     """
 
     def __init__(self, num_seeds: int) -> None:
-        self.num_seeds = num_seeds
+        if not is_whole(num_seeds) or num_seeds < 1:
+            raise ConfigError(f"num_seeds must be a whole number of at least 1, got {num_seeds!r}; pass an int")
+        self.num_seeds = int(num_seeds)
         self._table = SeedTable([num_seeds], [num_seeds])
         self._lock = threading.Lock()
 
@@ -83,6 +91,10 @@ class StateManager:
         ConfigError
             An index, a code or a name is out of range.
         """
+        if not isinstance(updates, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # untyped callers
+            raise ConfigError(
+                f"updates must be a mapping by name, got {type(updates).__name__}; pass {{'lifecycle': ...}}"
+            )
         with self._lock:
             seeds = self.indices(seed_indices)
             given = {name: _values(name, value, seeds.size) for name, value in updates.items()}
@@ -114,7 +126,7 @@ class StateManager:
 
     def indices(self, seed_indices: Tensor | npt.ArrayLike) -> Ints:
         """``(N,)`` int64 of existing seeds, each named once. Raises ``ConfigError`` for any other."""
-        seeds = _integers("seed_indices", seed_indices)
+        seeds = _integers("seed_indices", seed_indices, "use torch.nonzero on a mask")
         outside = (seeds < 0) | (seeds >= self.num_seeds)
         if outside.any():
             raise ConfigError(
@@ -176,17 +188,20 @@ def _refuse(bad: npt.NDArray[np.bool_], targets: Ints, rule: str) -> None:
         raise TransitionError(f"{rule}, got one for a seed in {Lifecycle(int(targets[bad][0])).name}; leave it out")
 
 
-def _integers(name: str, values: Tensor | npt.ArrayLike) -> Ints:
-    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+def _integers(name: str, values: Tensor | npt.ArrayLike, remedy: str) -> Ints:
+    try:
+        array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    except ValueError as error:
+        raise ConfigError(f"{name} must be integers, got lists of several lengths; {remedy}") from error
     if array.size and array.dtype.kind not in "iu":  # a mask of bool would silently read as seeds 0 and 1
-        raise ConfigError(f"{name} must be integers, got {array.dtype}; use torch.nonzero on a mask")
+        raise ConfigError(f"{name} must be integers, got {array.dtype}; {remedy}")
     return array.reshape(-1).astype(np.int64)
 
 
 def _values(name: str, values: Tensor | npt.ArrayLike, size: int) -> Ints:
     if name not in _FIELDS:
         raise ConfigError(f"an update must be one of {', '.join(_FIELDS)}, got {name!r}; epochs are counted by tick()")
-    array = _integers(name, values)
+    array = _integers(name, values, "pass codes")
     if array.size not in (1, size):
         raise ConfigError(f"{name} must be one value or {size}, got {array.size}; pass one a seed")
     return np.broadcast_to(array, (size,))

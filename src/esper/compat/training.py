@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from esper.config import FitConfig
 from esper.errors import ConfigError, DataError
 from esper.kasmina.capture import Rows
+from esper.kasmina.chunks import is_whole
+from esper.kasmina.gates import Gate, sanity_gate
 from esper.kasmina.geometry import Geometry
 from esper.kasmina.incubator import FitReport, check, fit
 from esper.kasmina.isolation import preserved_modes, preserved_rng
-from esper.kasmina.lifecycle import Gate, sanity_gate
 from esper.kasmina.starts.start import fit_and_check_rows
 from esper.protocol import SiteKind
 
@@ -46,6 +47,10 @@ class SelfSupervisedTrainer:
     """
 
     def __init__(self, config: FitConfig | None = None, *, seed: int = 0) -> None:
+        if config is not None and not isinstance(config, FitConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(
+                f"config must be an esper.FitConfig, got {type(config).__name__}; say FitConfig(steps=...)"
+            )
         self.config = config or FitConfig()
         self.seed = seed
         self.reports: dict[int, FitReport] = {}
@@ -67,10 +72,13 @@ class SelfSupervisedTrainer:
         Raises
         ------
         DataError
-            There are fewer than two rows, or a value is not finite.
+            The data is no tensor of real numbers, there are fewer than two rows or no features, or a value is not
+            finite.
         ConfigError
-            The blueprint has nothing to learn, or its output has not the shape of its input.
+            ``seed_id`` is negative, or the blueprint is no module, has nothing to learn, or an output that has not the
+            shape of its input.
         """
+        _check_seed(seed_id)
         rows, branch = _rows(data), _ModuleBranch(blueprint, data)
         generator = torch.Generator().manual_seed((self.seed << 32) + seed_id)
         train, held = fit_and_check_rows(rows)
@@ -91,7 +99,18 @@ class SelfSupervisedTrainer:
         return TrainingResult.SUCCESS if gate.passed else TrainingResult.FAILED
 
 
+def _check_seed(seed_id: int) -> None:
+    if not is_whole(seed_id) or seed_id < 0:
+        raise ConfigError(f"seed_id must be a whole number of at least 0, got {seed_id!r}; count seeds from 0")
+
+
 def _rows(data: Tensor) -> Rows:
+    if not isinstance(data, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers need not type-check
+        raise DataError(f"data must be a tensor, got {type(data).__name__}; use torch.as_tensor")
+    if data.is_complex():
+        raise DataError(f"data must hold real numbers, got {data.dtype}; use torch.view_as_real")
+    if data.dim() >= 2 and 0 in data.shape[1:]:
+        raise DataError(f"data must have features, got shape {tuple(data.shape)}; pass (N, features)")
     if data.dim() < 2 or data.shape[0] < 2:
         raise DataError(f"data must have at least two rows (N, features), got shape {tuple(data.shape)}")
     if not bool(torch.isfinite(data).all()):
@@ -105,6 +124,8 @@ class _ModuleBranch:
     """A module in the form in which :func:`~esper.kasmina.incubator.fit` sees a bank of one slot."""
 
     def __init__(self, module: nn.Module, data: Tensor) -> None:
+        if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # untyped callers
+            raise ConfigError(f"a blueprint must be an nn.Module, got {type(module).__name__}; pass an instance of one")
         self.params: dict[str, Tensor] = {n: p for n, p in module.named_parameters() if p.requires_grad}
         if not self.params:
             raise ConfigError(f"a blueprint must have parameters to learn, {type(module).__name__} has none")
@@ -139,7 +160,13 @@ class _ModuleBranch:
     def branch(
         self, x: Tensor, *, alpha: Tensor | None = None, training: bool, generator: torch.Generator | None
     ) -> Tensor:
-        return self._module(x.to(self._dtype)).float()
+        out = self._module(x.to(self._dtype))
+        if not isinstance(out, Tensor):
+            raise ConfigError(
+                f"a blueprint must return one tensor, {type(self._module).__name__} returned a {type(out).__name__}; "
+                "wrap it in a module that picks the output"
+            )
+        return out.float()
 
     @torch.no_grad()
     def check_shape(self, rows: Rows) -> None:

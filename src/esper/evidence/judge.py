@@ -22,8 +22,8 @@ from esper.evidence.ranking import Ranking, rank
 from esper.evidence.splits import Rotation
 from esper.evidence.tokens import recorder_for, stand_in_of
 from esper.kasmina import memory
+from esper.kasmina.gates import Gate, evidence_gate, hold_gate
 from esper.kasmina.isolation import undisturbed
-from esper.kasmina.lifecycle import Gate, evidence_gate, hold_gate
 from esper.kasmina.site import Site
 
 NAN = float("nan")

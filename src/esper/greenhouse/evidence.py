@@ -15,7 +15,7 @@ from esper.evidence.eprocess import PairedEProcess, fewest_differences, robust_s
 from esper.evidence.fdr import OnlineFDR
 from esper.evidence.paired import PairedResult, paired_difference
 from esper.evidence.splits import MIN_PART, Rotation, Splits, split_batches
-from esper.kasmina.lifecycle import Gate, evidence_gate, hold_gate
+from esper.kasmina.gates import Gate, evidence_gate, hold_gate
 
 _CONFIRM_BATCHES = 16
 NAN = float("nan")

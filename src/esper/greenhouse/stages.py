@@ -19,7 +19,8 @@ from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.isolated import drawn, fit, fit_rows
 from esper.greenhouse.layout import live
 from esper.greenhouse.life import Capture, Cohort, Seed
-from esper.kasmina.lifecycle import is_active, learns_from_task, stability_gate
+from esper.kasmina.gates import stability_gate
+from esper.kasmina.lifecycle import is_active, learns_from_task
 from esper.kasmina.strategies.fixed_ramp import ramp
 from esper.protocol import Lifecycle, Verdict
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from esper.errors import SiteError
+from esper.kasmina.chunks import check_whole
 from esper.kasmina.layer_kinds import kind_of
 from esper.kasmina.layers import features, is_conv, is_growable
 
@@ -17,8 +19,12 @@ def out_features(layer: nn.Module) -> int:
     Raises
     ------
     SiteError
-        Neither is known.
+        Neither is known, or not yet.
     """
+    if any(map(is_lazy, getattr(layer, "_parameters", {}).values())):
+        raise SiteError(
+            f"a chunked layer must know its shapes, got {type(layer).__name__}; run it once on a batch first"
+        )
     if is_growable(layer):
         return features(layer)[1]
     row = kind_of(layer)
@@ -56,12 +62,13 @@ class ChunkedLayer(nn.Module):
     Raises
     ------
     SiteError
-        The layer's output has no known number of features, or ``chunks`` is less than one.
+        The layer's output has no known number of features, or ``chunks`` is less than one or no whole number.
     """
 
     def __init__(self, base_layer: nn.Module, chunks: int) -> None:
         super().__init__()
         out_features(base_layer)  # raises for a layer whose output cannot be divided
+        check_whole("chunks", chunks)
         if chunks < 1:
             raise SiteError(f"chunks must be at least 1, got {chunks}; use 1 for the whole layer")
         self.base_layer = base_layer

@@ -15,6 +15,17 @@ MAX_DEFAULT_CHUNKS = 1024
 """Chunks a site gets when the user names no number; more than that must be asked for."""
 
 
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, Python's or numpy's."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raise :class:`~esper.errors.SiteError` unless ``value`` is a whole number."""
+    if not is_whole(value):
+        raise SiteError(f"{name} must be a whole number, got {value!r}; pass an int")
+
+
 def default_num_chunks(num_features: int) -> int:
     """One chunk a feature, up to 1,024.
 
@@ -38,9 +49,10 @@ def chunk_bounds(num_features: int, num_chunks: int) -> npt.NDArray[np.int64]:
     Raises
     ------
     SiteError
-        ``num_chunks`` is less than one or more than ``num_features``.
+        ``num_chunks`` is less than one or more than ``num_features``, or either is no whole number.
     """
     _check_features(num_features)
+    check_whole("chunks", num_chunks)
     if not 1 <= num_chunks <= num_features:
         raise SiteError(
             f"chunks must be between 1 and out_features={num_features}, got {num_chunks}; "
@@ -90,5 +102,6 @@ def columns_of(bounds: npt.NDArray[np.int64], chunk_indices: npt.ArrayLike) -> n
 
 
 def _check_features(num_features: int) -> None:
+    check_whole("out_features", num_features)
     if num_features < 1:
         raise SiteError(f"out_features must be at least 1, got {num_features}; a site needs an output to be split")

@@ -103,8 +103,12 @@ def discover(model: nn.Module, run: Callable[[], object], config: SitesConfig) -
         name = names[id(module)]
         if name not in in_span:
             skipped.append(Skipped(name=name, reason=refusals.get(name, "opens no span; sites.layers=True offers it")))
-    plans = _select(plans, config)
+    found, plans = len(plans), _select(plans, config)
     if not plans:
+        if found:
+            raise SiteError(
+                f"sites.exclude must leave at least one of the {found} sites, got {config.exclude}; leave a pattern out"
+            )
         why = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:5]) or "it has no Linear or convolution layers"
         raise SiteError(
             f"the model must have at least one place that can grow, got none ({why}); "
@@ -145,6 +149,8 @@ def _unusable(
     weight = module.weight
     if not isinstance(weight, nn.Parameter) or "weight" not in dict(module.named_parameters(recurse=False)):
         return "parametrised (its weight is computed from other tensors)"
+    if weight.is_complex():
+        return "complex (branches compute with real numbers)"
     if not weight.is_floating_point():
         return QUANTISED
     if not is_known(module):

@@ -20,9 +20,11 @@ from esper.kasmina.blueprints import BLUEPRINTS
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.discovery import Discovery, SitePlan
 from esper.kasmina.family import host_family
+from esper.kasmina.gates import Gate
 from esper.kasmina.germination import Nursery, Room
 from esper.kasmina.hooks import attach
-from esper.kasmina.lifecycle import Gate, learns_from_task
+from esper.kasmina.layout import laid_out
+from esper.kasmina.lifecycle import learns_from_task
 from esper.kasmina.ops import dispatch
 from esper.kasmina.optim import Hyperparameters, SlotAdamW
 from esper.kasmina.reading import Reading
@@ -31,7 +33,7 @@ from esper.kasmina.seeds import SeedTable
 from esper.kasmina.site import Site
 from esper.kasmina.starts import STARTS, HostUnits
 from esper.kasmina.strategies import STRATEGIES
-from esper.kasmina.telemetry import Readout, TelemetryBuffer, settle
+from esper.kasmina.telemetry import Readout, settle
 from esper.protocol import Lifecycle, SeedPlan
 
 
@@ -56,16 +58,11 @@ class Kasmina:
             name: None if plan.norm_name is None else model.get_submodule(plan.norm_name)
             for name, plan in self.plans.items()
         }
-        self.sites: dict[str, Site] = {}
-        for name, plan in self.plans.items():
-            self.sites[name] = Site(plan.info, plan.geometry, None)
-        for name, plan in self.plans.items():
-            if plan.upstream is not None and plan.upstream in self.sites:
-                self.sites[name].upstream = self.sites[plan.upstream]
-                self.sites[plan.upstream].downstream_reads = True
         infos = [plan.info for plan in discovery.sites]
         self.index = {info.name: number for number, info in enumerate(infos)}
         self.table = SeedTable([info.out_features for info in infos], [info.num_chunks for info in infos])
+        self.sites = laid_out(self.plans, self.table.bounds, config)
+        self.readout = Readout([site.telemetry for site in self.sites.values() if site.telemetry is not None])
         self.cohorts: dict[int, Cohort] = {}
         self.rows_per_step: dict[str, int] = dict.fromkeys(self.sites, 0)
         self.samples_per_batch: dict[str, int] = dict.fromkeys(self.sites, 0)
@@ -83,21 +80,7 @@ class Kasmina:
         self.num_changes = 0
         """Rises whenever something is added, moved, removed or restored."""
         self._watching: bool | None = None
-        self._prepare_sites()
         self._switch = attach(list(discovery.sites), self.sites)
-
-    def _prepare_sites(self) -> None:
-        for name, site in self.sites.items():
-            device = self.plans[name].weight.device
-            bounds = self.table.bounds[self.index[name]]
-            site.telemetry = TelemetryBuffer(bounds, self.config.telemetry.rows, device)
-            recompute = self.config.graft.recompute
-            site.thrifty = device.type == "cuda" if recompute is None else recompute
-            # only a dropout span draws on the device; its own stream leaves the host's alone
-            if site.geometry.dropout > 0:
-                site.generator = torch.Generator(device)
-                site.mask_seed = self.config.seed + self.index[name]
-        self.readout = Readout([site.telemetry for site in self.sites.values() if site.telemetry is not None])
 
     def go_on_from(self, earlier: Kasmina) -> None:
         """Count cohorts and seeds, and draw, where an earlier one of the same run has left off."""

@@ -15,16 +15,17 @@ from esper.config import Config
 from esper.errors import EsperError
 from esper.kasmina import memory
 from esper.kasmina.bank import Bank
-from esper.kasmina.blueprints import BLUEPRINTS
+from esper.kasmina.blueprints import BLUEPRINTS, refusal_of
 from esper.kasmina.capture import Capture, rows_per_batch
 from esper.kasmina.chunks import columns_of
 from esper.kasmina.cohort import Cohort, Member
 from esper.kasmina.defaults import default_blueprint, default_start
 from esper.kasmina.discovery import SitePlan, present_geometry
-from esper.kasmina.lifecycle import Gate, germination_gate
+from esper.kasmina.gates import Gate, germination_gate
 from esper.kasmina.seeds import SeedTable
 from esper.kasmina.site import Site
 from esper.kasmina.starts import STARTS
+from esper.kasmina.starts.start import refusal_of as start_refusal
 from esper.kasmina.strategies import STRATEGIES
 from esper.protocol import SeedPlan
 
@@ -122,7 +123,7 @@ class Nursery:
                 f"{plan.site!r} of kind {site.info.kind}; use {default_blueprint(site.info.kind)!r}"
             )
         family = BLUEPRINTS[blueprint]
-        reason = family.refusal(site.geometry)
+        reason = refusal_of(blueprint, site.geometry)
         if reason is not None:
             raise EsperError(f"blueprint {blueprint!r} cannot sit on {plan.site!r}: {reason}")
         start = self._start(plan, site, blueprint)
@@ -371,7 +372,7 @@ def offers(site: Site) -> tuple[tuple[str, str], ...]:
     families = [
         name
         for name in BLUEPRINTS
-        if site.info.kind in BLUEPRINTS[name].kinds and BLUEPRINTS[name].refusal(site.geometry) is None
+        if site.info.kind in BLUEPRINTS[name].kinds and refusal_of(name, site.geometry) is None
     ]
     return tuple(
         (name, start)
@@ -388,7 +389,7 @@ def _start_refusal(start: str, blueprint: str, site: Site) -> str | None:
             f"start {start!r} fits branches to rows of a site's input, got blueprint {blueprint!r}, which reads "
             "more than those; use 'random_zero'"
         )
-    return STARTS[start].refusal(blueprint, site.geometry)
+    return start_refusal(start, blueprint, site.geometry)
 
 
 def _device_bytes(device: torch.device) -> tuple[int, int] | None:

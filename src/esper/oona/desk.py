@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 
 from esper.errors import StateError
-from esper.kasmina.lifecycle import Gate
+from esper.kasmina.gates import Gate
 from esper.oona.answers import (
     JOURNAL,
     POISON,

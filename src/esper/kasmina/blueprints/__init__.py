@@ -10,7 +10,7 @@ from esper.kasmina.blueprints import (
     gated,
     low_rank,
 )
-from esper.kasmina.blueprints.blueprint import BLUEPRINTS, Axes, Blueprint, Cost, Parts, Port
+from esper.kasmina.blueprints.blueprint import BLUEPRINTS, Axes, Blueprint, Cost, Parts, Port, refusal_of
 from esper.kasmina.blueprints.fused import FusedBlueprint
 from esper.kasmina.blueprints.module import register_module
 
@@ -30,5 +30,6 @@ __all__ = [
     "depthwise_conv",
     "gated",
     "low_rank",
+    "refusal_of",
     "register_module",
 ]

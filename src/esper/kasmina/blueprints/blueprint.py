@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from esper.errors import ExportError
+from esper.errors import CONTAINED, ExportError
 from esper.kasmina.geometry import Geometry
 from esper.kasmina.layers import BatchNorm
 from esper.kasmina.registry import Registry
@@ -180,3 +180,14 @@ def dropped(h: Tensor, p: float, training: bool, generator: torch.Generator | No
         return h
     keep = torch.rand(h.shape, generator=generator, device=h.device) >= p
     return h * keep.to(h.dtype) / (1.0 - p)
+
+
+def refusal_of(name: str, geometry: Geometry) -> str | None:
+    """Why a blueprint cannot sit on a site of a kind that it claims, or ``None``. One that raises cannot.
+
+    Every registered blueprint is asked about every site, also those that nobody has named.
+    """
+    try:
+        return BLUEPRINTS[name].refusal(geometry)
+    except CONTAINED as error:
+        return f"it raised {type(error).__name__}: {error}; mend it, or use another blueprint"

@@ -55,7 +55,11 @@ def register_module(
         The name is taken. A factory that is defined anew under its own name replaces the earlier one.
     """
     file = BLUEPRINTS.register(name)
-    chosen = frozenset(kinds)
+    named = list(kinds)
+    if not set(named) <= set(SiteKind):
+        known = ", ".join(SiteKind)
+        raise EsperError(f"kinds must be of esper.protocol.SiteKind, got {', '.join(map(str, named))}; known: {known}")
+    chosen = frozenset(map(SiteKind, named))
     unfit = [k for k in chosen if k.is_span or (k is SiteKind.EMBEDDING_LAYER and reads == "input")]
     if unfit or not chosen or reads not in ("input", "output"):
         raise EsperError(
@@ -187,7 +191,10 @@ class ModuleBlueprint(Blueprint):
     # ---------------------------------------------------------------------------------------------- how
 
     def _make(self, in_features: int, out_features: int) -> nn.Module:
-        return type(self).factory(in_features, out_features)
+        made = type(self).factory(in_features, out_features)
+        if not isinstance(made, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers need not type-check
+            raise TypeError(f"its factory must return an nn.Module, got {type(made).__name__}")
+        return made
 
     def _features(self, geometry: Geometry) -> int:
         return geometry.in_features if self.port is Port.INPUT else geometry.out_features

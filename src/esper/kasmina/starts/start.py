@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.config import FitConfig
+from esper.errors import CONTAINED
 from esper.kasmina.bank import Bank
 from esper.kasmina.capture import Rows
 from esper.kasmina.geometry import Geometry
@@ -119,3 +120,11 @@ def set_output_size(bank: Bank, rows: Rows, config: FitConfig) -> None:
     size = float(out.square().mean().sqrt())
     if size > 0 and math.isfinite(size):
         bank.scale_output(config.base_scale * float(rows.y[part].square().mean().sqrt()) / size)
+
+
+def refusal_of(name: str, blueprint: str, geometry: Geometry) -> str | None:
+    """Why a start cannot make a blueprint's first weights on a site, or ``None``. One that raises cannot."""
+    try:
+        return STARTS[name].refusal(blueprint, geometry)
+    except CONTAINED as error:
+        return f"start {name!r} raised {type(error).__name__}: {error}; mend it, or use another start"

@@ -54,3 +54,19 @@ class Strategy(ABC):
 
 
 STRATEGIES: Registry[Strategy] = Registry("strategy")
+
+
+def checked(move: object, name: str) -> Move:
+    """What the strategy ``name`` has returned, with alpha as a number of Python's own.
+
+    Raises
+    ------
+    TypeError, ValueError
+        It is no :class:`Move`, or its alpha does not lie in [0, 1].
+    """
+    if not isinstance(move, Move):
+        raise TypeError(f"a strategy must return a Move, got {type(move).__name__} from {name}; say Move(alpha)")
+    alpha = float(move.alpha)
+    if not 0 <= alpha <= 1:  # NaN is refused as well
+        raise ValueError(f"a strategy's alpha must lie in [0, 1], got {alpha} from {name}; clamp it there")
+    return Move(alpha, move.held_by)
