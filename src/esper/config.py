@@ -49,6 +49,11 @@ class TelemetryConfig:
         _check(self.every >= 1, "telemetry.every must be at least 1", self.every, "use 10")
         _check(self.rows >= 1, "telemetry.rows must be at least 1", self.rows, "use 1024")
 
+    def is_due(self, step: int) -> bool:
+        """Whether the sensors report in a step: the one before each multiple of ``every``, so that what they say has
+        arrived when it is asked for."""
+        return (step + 1) % self.every == 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureConfig:
