@@ -210,7 +210,7 @@ class Grower(Stored):
         if step % self.config.interval == 0:
             begun, self._early = glance(self, step, self._early, needed=self._is_deciding), None
             self.guard.look(step, begun.reading)
-        obey(self, self._orders, self._desk, step)
+        self._obey(step)
         if self.clock.steps != step:
             return  # everything was taken back to the end of an earlier step
         with self.journal.timed("advance"):
@@ -372,6 +372,9 @@ class Grower(Stored):
     @property
     def _is_deciding(self) -> bool:
         return self.stopped is None and self.loop.paused is None
+
+    def _obey(self, step: int) -> None:
+        obey(self, self._orders, self._desk, step)
 
     def _foresee(self) -> None:
         self._early = foresee(self, needed=self._is_deciding)
