@@ -107,7 +107,7 @@ def test_what_is_due_happens_although_hooks_were_off() -> None:
         rig.train(1)
         seen.append(int(site.telemetry.reports))
     steps = [4 + number for number in range(1, 13) if seen[number] > seen[number - 1]]
-    assert steps == [6, 9, 12, 15]
+    assert steps == [5, 8, 11, 14], "a step before the multiples: at them it has arrived"
 
 
 @pytest.mark.parametrize("ask", ["order", "graft", "probe"])
@@ -253,7 +253,7 @@ def test_another_compilation_only_delays(compiler: None) -> None:
     assert hooks_on(rig.model) == []
     torch.compile(lambda x: x.sin(), backend="eager")(torch.ones(2))
     assert hooks_on(rig.model)
-    rig.train(6)
+    rig.train(5)
     assert hooks_on(rig.model) == [], "Python has called them since"
 
 

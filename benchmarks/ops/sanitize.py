@@ -78,7 +78,7 @@ def _graft(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Iterator[No
                     problem.g
                 )
                 yield
-        _several_tiles(_moved(grafts.Problem.scattered(150, 40, 6, 4, 8, False, CPU, dtype), device))
+        _several_tiles(_moved(grafts.Problem.scattered(150, 40, 6, 4, 8, "anywhere", CPU, dtype), device))
         yield
 
 

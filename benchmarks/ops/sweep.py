@@ -17,6 +17,7 @@ import torch
 from esper.bench.clock import Clock
 from esper.bench.ops import fit as fits
 from esper.bench.ops.graft import SIZES, Problem
+from esper.bench.ops.telemetry import SAMPLED
 from esper.kasmina.ops.fit import triton as fit_kernels
 from esper.kasmina.ops.graft import triton as graft_kernels
 from esper.kasmina.ops.graft.triton import Grouping
@@ -28,10 +29,10 @@ def telemetry(clock: Clock) -> None:
     for rows, features in ((256, 4096), (8192, 4096), (32768, 4096), (16384, 768), (16384, 3072)):
         y = torch.randn(rows, features, device="cuda", dtype=torch.bfloat16)
         out = torch.empty(2, min(features, 1024), device="cuda")
-        for read in sorted({min(rows, 1024), rows}):
-            heights, tiles = ((32, 64, 128, 256), (2, 4, 8, 16)) if read <= 1024 else ((16, 32, 64), (4, 8, 16))
+        for read in sorted({min(rows, SAMPLED), rows}):
+            heights, tiles = ((32, 64, 128, 256), (2, 4, 8, 16)) if read <= SAMPLED else ((16, 32, 64), (4, 8, 16))
             for sizes in itertools.product((16, 32, 64, 128), heights, tiles, (2, 4, 8)):
-                if read <= 1024 < sizes[1] * sizes[2] or not 4 <= sizes[0] * sizes[1] // sizes[3] // 32 <= 32:
+                if read <= SAMPLED < sizes[1] * sizes[2] or not 4 <= sizes[0] * sizes[1] // sizes[3] // 32 <= 32:
                     continue
                 shape = telemetry_kernels.Shape(*sizes)
                 call = partial(telemetry_kernels.chunk_statistics_into, out, y, -1, read, shape=shape)

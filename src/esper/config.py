@@ -44,13 +44,18 @@ class TelemetryConfig:
     """How the network is watched."""
 
     every: int = 10
-    """Steps between telemetry snapshots."""
-    rows: int = 1024
+    """Steps between telemetry snapshots, each taken in the step before a multiple of it."""
+    rows: int = 512
     """Rows (positions) read a snapshot, strided over the batch."""
 
     def __post_init__(self) -> None:
         _check(self.every >= 1, "telemetry.every must be at least 1", self.every, "use 10")
-        _check(self.rows >= 1, "telemetry.rows must be at least 1", self.rows, "use 1024")
+        _check(self.rows >= 1, "telemetry.rows must be at least 1", self.rows, "use 512")
+
+    def is_due(self, step: int) -> bool:
+        """Whether the sensors report in a step: the one before each multiple of ``every``, so that what they say has
+        arrived when it is asked for."""
+        return (step + 1) % self.every == 0
 
 
 @dataclass(frozen=True, kw_only=True)

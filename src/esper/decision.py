@@ -26,6 +26,9 @@ from esper.state import Loop
 class Watch(Protocol):
     """Reads losses and damage: the guard, seen from here."""
 
+    @property
+    def is_calm(self) -> bool: ...
+
     def ask(self, *, sensors: bool) -> Reading: ...
 
 
@@ -47,6 +50,29 @@ class Run(Protocol):
 
 
 @dataclass(frozen=True)
+class Early:
+    """A reading that was begun in the step before its decision. ``changes`` tells whether anything changed since."""
+
+    reading: Reading
+    changes: int
+
+
+def foresee(run: Run, *, needed: bool) -> Early | None:
+    """At the end of a step: begin to read what the next one decides on, while nothing is alive.
+
+    Whoever waits for what the device computes last leaves it idle until the next step is launched. A reading that lies
+    a step back has arrived, or does while the device has that step to work on. With nothing on trial a loss, or what
+    the sensors say, may be a step old; with a cohort alive the guard must see everything. The state of a run tells
+    which of both it is, and all that is read, so a run that goes on from here reads the same.
+    """
+    step = run.loop.last_step
+    if step < 1 or (step + 1) % run.config.interval or run.kasmina.cohorts or not run.guard.is_calm:
+        return None
+    with run.journal.timed("observe"):
+        return Early(run.guard.ask(sensors=_is_wanted(run, needed)), run.kasmina.num_changes)
+
+
+@dataclass(frozen=True)
 class Glance:
     """What a decision point reads, on its way to the host.
 
@@ -60,18 +86,22 @@ class Glance:
     lr_share: float
 
 
-def glance(run: Run, step: int, *, needed: bool = True) -> Glance:
+def glance(run: Run, step: int, early: Early | None = None, *, needed: bool = True) -> Glance:
     """Begin to read everything at once, before anybody waits, and prepare while the device still works.
 
-    ``needed`` as for :func:`look`.
+    What was begun ``early`` is taken if nothing has changed since; ``needed`` as for :func:`look`.
     """
     with run.journal.timed("observe"):
         is_calm = not run.kasmina.cohorts and not _measures(run, step)
         prepares = is_calm and _is_wanted(run, needed)
-        reading, frame = run.guard.ask(sensors=prepares), None
+        if early is not None and early.changes == run.kasmina.num_changes:
+            reading, frame = early.reading, None
+        else:
+            reading, frame = run.guard.ask(sensors=prepares), None
+        prepares &= reading.has_sensors
         if is_calm:
             # what the sensors do next is known, and no forward pass comes before the next step
-            run.kasmina.watch((step + 1) % run.config.telemetry.every == 0)
+            run.kasmina.watch(run.config.telemetry.is_due(step + 1))
         if prepares:
             frame = prepare(run.kasmina, step=step, verdicts=run.stages.verdicts)
         return Glance(reading, frame, run.kasmina.num_changes, _lr_share(run.clock) if prepares else math.nan)

@@ -8,7 +8,7 @@
         guard                           # damage or divergence: suspects leave, or everything goes back
         learn                           # grafted branches and annexes, in step with the host
         advance                         # every cohort by its state's gate; alpha moves
-        every `interval` steps: observe -> decide -> act
+        every `interval` steps: observe -> decide -> act        (dormant: what the step before has begun to read)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from esper.absorption import absorb_growth
 from esper.accounts import Accounts
 from esper.commands import apply, obey
 from esper.config import BudgetConfig, Config
-from esper.decision import Glance, glance, look, measure_held_out
+from esper.decision import Early, Glance, foresee, glance, look, measure_held_out
 from esper.evidence.evaluator import Evaluator, Loss
 from esper.evidence.judge import Judge
 from esper.evidence.twins import as_given, plain_step
@@ -42,17 +42,7 @@ from esper.kasmina.ledger import Ledger, forward_flops
 from esper.kasmina.preconditions import check_choices, check_host, check_optimizers
 from esper.misuse import check_reports, warn_if_misplaced, warn_if_stuck
 from esper.orders import Keeping, Orders
-from esper.protocol import (
-    Absorbed,
-    AnyEvent,
-    Attached,
-    Command,
-    Lifecycle,
-    Observation,
-    SiteInfo,
-    Stopped,
-    Verdict,
-)
+from esper.protocol import Absorbed, AnyEvent, Attached, Command, Lifecycle, Observation, SiteInfo, Stopped, Verdict
 from esper.safety.shelf import Shelf
 from esper.safety.training import Training
 from esper.stages import Stages
@@ -152,6 +142,7 @@ class Grower(Stored):
         self.journal = Journal(on_event)
         self.keeping, self._desk = Keeping(), None
         self._orders, self._shelf = Orders(self.keeping), Shelf()
+        self._early: Early | None = None
         self.loop = Loop(deque(maxlen=self.config.graft.stabilize_window))
         self._setup = Setup(self.config, self.sites, self._evaluator.batches)
         self.export_difference: exporting.Difference | None = None
@@ -199,7 +190,12 @@ class Grower(Stored):
         self.guard.note(self.loop.losses[-1])
         if self._is_quiet(step):
             self.accounts.count_step()
-            return
+        else:
+            self._work(step, batch)
+        if (self.loop.last_step + 1) % self.config.interval == 0:
+            self._foresee()
+
+    def _work(self, step: int, batch: Any) -> None:
         self.kasmina.note_rows(step, passes=max(1, self.clock.passes))
         with self.journal.timed("learn"):
             self.accounts.count_step()
@@ -210,8 +206,9 @@ class Grower(Stored):
             self.trials.follow(batch, step)
         if step == 1:
             check_reports(self.kasmina, self.clock)
-        begun = glance(self, step, needed=self._is_deciding) if step % self.config.interval == 0 else None
-        if begun is not None:
+        begun = None
+        if step % self.config.interval == 0:
+            begun, self._early = glance(self, step, self._early, needed=self._is_deciding), None
             self.guard.look(step, begun.reading)
         self._obey(step)
         if self.clock.steps != step:
@@ -222,7 +219,7 @@ class Grower(Stored):
             self._decide(step, begun)
         if self.clock.steps != step:
             return
-        self.kasmina.watch((step + 1) % self.config.telemetry.every == 0)
+        self.kasmina.watch(self.config.telemetry.is_due(step + 1))
         with self.journal.timed("safety"):
             self.guard.after_step(step)
 
@@ -231,7 +228,7 @@ class Grower(Stored):
         return (
             self.kasmina.is_idle
             and step % self.config.interval != 0
-            and (step + 1) % self.config.telemetry.every != 0
+            and not self.config.telemetry.is_due(step + 1)
             and step > 1
             and self._desk is None
             and self._orders.is_empty
@@ -355,6 +352,7 @@ class Grower(Stored):
         """
         absorbed = absorb_growth(self, tolerance=tolerance)
         self.guard.begin_anew(self.loop.last_step)
+        self._foresee()
         return absorbed
 
     def detach(self) -> None:
@@ -375,6 +373,12 @@ class Grower(Stored):
     def _is_deciding(self) -> bool:
         return self.stopped is None and self.loop.paused is None
 
+    def _obey(self, step: int) -> None:
+        obey(self, self._orders, self._desk, step)
+
+    def _foresee(self) -> None:
+        self._early = foresee(self, needed=self._is_deciding)
+
     def _decide(self, step: int, begun: Glance) -> None:
         deciding = self._is_deciding
         observation = look(self, step, begun, needed=deciding)
@@ -386,9 +390,6 @@ class Grower(Stored):
             for command in commands:
                 if self.clock.steps == step:
                     apply(self, command, step, issuer="tamiyo")
-
-    def _obey(self, step: int) -> None:
-        obey(self, self._orders, self._desk, step)
 
     def _without_host_step(self) -> None:
         self.loop.calls_without_step += 1

@@ -105,8 +105,9 @@ class Guard:
     def note(self, loss: Tensor | float) -> None:
         """Take in the loss of a real step."""
         self._recent.append(loss)
-        if len(self._recent) > self._run.config.interval:
-            del self._recent[: -self._run.config.interval]
+        most = self._run.config.interval + 1  # a look may have been begun a step early, without the newest
+        if len(self._recent) > most:
+            del self._recent[:-most]
 
     @property
     def is_calm(self) -> bool:
@@ -172,12 +173,11 @@ class Guard:
         """Begin to read what the next look is about, and the sensors of all sites with it, without waiting."""
         kasmina = self._run.kasmina
         readout = kasmina.readout if sensors else None
-        reading = Reading(kasmina.sites.values(), self._recent, self._run.loop.losses, readout)
-        self._recent.clear()
-        return reading
+        return Reading(kasmina.sites.values(), self._recent, self._run.loop.losses, readout)
 
     def look(self, step: int, reading: Reading) -> None:
         """Judge the steps since the last look. Afterwards the run may stand at an earlier step."""
+        del self._recent[: reading.num_losses]  # the others are of steps that came after it
         self._judge(reading.losses, reading.damage, step)
         late = self._run.clock.steps - self._run.config.interval
         self._seen = {number: last for number, last in self._seen.items() if last >= late}

@@ -44,6 +44,8 @@ class Stored:
     _setup: Setup
     _shelf: Shelf
 
+    def _foresee(self) -> None: ...
+
     def state_dict(self) -> Tree:
         """All that this run is made of, copied to the CPU; call it after :meth:`step`, between two training steps.
 
@@ -64,9 +66,12 @@ class Stored:
         StateError
             The state belongs to another run or is damaged. Nothing was changed.
         """
-        self._whole(waiting=True).load(state)
-        self.trials.tell_lost(self.loop.last_step)
-        self.guard.after_step(self.loop.last_step)
+        try:
+            self._whole(waiting=True).load(state)
+            self.trials.tell_lost(self.loop.last_step)
+            self.guard.after_step(self.loop.last_step)
+        finally:
+            self._foresee()  # what the saved run had begun to read is read again: all of it is in the state
         self.keeping.kept(self.loop.last_step)
 
     def serve(self, desk: Desk | None, *, checkpoints: bool = False) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from esper.bench import PARTS, ops, step
+from esper.bench.ahead import compile_ahead
 from esper.bench.ops import telemetry
 from esper.bench.record import Record
 from esper.bench.session import Session
@@ -106,6 +107,24 @@ def test_one_failure_does_not_keep_the_rest_from_being_measured(monkeypatch: pyt
     session.measure(("ops",))
     assert session.failures == {"times of telemetry": "OutOfMemoryError: no room"}
     assert session.record.files["ops_slot_adam"]["rows"]
+
+
+def test_what_is_named_is_measured_in_the_order_in_which_it_is_named() -> None:
+    told: list[str] = []
+    session = Session(Record("test", CPU, told.append), ("slot_adam", "layer", "telemetry"), tiny=True)
+    session.measure(("ops",))
+    assert [line for line in told if line.startswith("== ")] == [
+        "== parity of slot_adam", "== times of slot_adam", "== times of layer", "== parity of telemetry",
+        "== times of telemetry",
+    ]  # fmt: skip
+    assert session.failures == {} and set(session.record.files) == {"ops_slot_adam", "layer", "ops_telemetry"}
+
+
+def test_other_processes_run_what_will_be_measured_and_their_failures_are_only_counted() -> None:
+    told: list[str] = []
+    compile_ahead(Record("test", CPU, told.append), ("slot_adam", "nothing"), timed=True, processes=2)
+    (line,) = told
+    assert line.startswith("kernels compiled by 2 processes") and line.endswith("4 of 8 jobs failed")
 
 
 def test_without_a_gpu_operations_are_checked_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,8 +110,8 @@ def time_rows(clock: Clock, *, tiny: bool = False) -> Iterator[Line]:
     for number, size in enumerate(TINY if tiny else FULL):
         bare = nn.Linear(size.features, size.features).to(clock.device, torch.bfloat16)
         hooked = Hooked(size, clock.device)
-        few = Clock(clock.device, repeats=3)
-        yield _compare(clock, few if number == 0 else None, bare, hooked, PlanLoop(size, clock.device), size)
+        few = clock.limited(3) if number == 0 else None
+        yield _compare(clock, few, bare, hooked, PlanLoop(size, clock.device), size)
         hooked.grower.detach()
 
 

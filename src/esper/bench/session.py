@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from esper.bench import growth, layer, ops, step
+from esper.bench.ahead import LAYER, compile_ahead
 from esper.bench.clock import Clock
 from esper.bench.record import Record
 from esper.errors import EsperError
@@ -21,7 +22,7 @@ class Session:
     Parameters
     ----------
     operations:
-        Of part ``ops``; none named: all of them, and the plan's own measure of a layer.
+        Of part ``ops``, in this order, or ``"layer"``, the plan's own measure; none named: all of them.
     parity_only:
         Time nothing.
     tiny:
@@ -41,6 +42,7 @@ class Session:
     tiny: bool = False
     failures: dict[str, str] = field(default_factory=dict[str, str])
     notes: list[str] = field(default_factory=list[str])
+    _clock: Clock | None = None
 
     def measure(self, parts: tuple[str, ...]) -> None:
         """Everything that ``parts`` name."""
@@ -66,22 +68,26 @@ class Session:
             yield "growth", lambda: growth.measure(self.record, tiny=self.tiny)
 
     def _of_operations(self) -> Iterator[tuple[str, Callable[[], None]]]:
-        names = self.operations or dispatch.OPERATIONS
+        """Parity and times of one after the other, so that a sitting that is cut short has some of them whole."""
+        names = self.operations or (*dispatch.OPERATIONS, LAYER)
+        on_gpu = self.record.device.type == "cuda"
+        is_timed = not self.parity_only and (on_gpu or self.tiny)
+        if on_gpu and not self.tiny:
+            yield "kernels", lambda: compile_ahead(self.record, names, timed=is_timed)
         for name in names:
-            yield f"parity of {name}", lambda name=name: ops.check_operation(self.record, name)
-        if self.parity_only:
-            return
-        if self.record.device.type != "cuda" and not self.tiny:
+            if name != LAYER:
+                yield f"parity of {name}", lambda name=name: ops.check_operation(self.record, name)
+            if is_timed and f"parity of {name}" not in self.failures:
+                yield f"times of {name}", lambda name=name: self._time(name)
+        if not (self.parity_only or is_timed):
             self.notes.append(ops.TIMED_ON_GPU)
-            return
-        clock = Clock(self.record.device, repeats=2 if self.tiny else 50)
-        for name in names:
-            if f"parity of {name}" not in self.failures:
-                yield f"times of {name}", lambda name=name: ops.time_operation(self.record, name, clock, tiny=self.tiny)
-        if not self.operations:
-            yield "the plan's layer", lambda: self._layer(clock)
 
-    def _layer(self, clock: Clock) -> None:
-        self.record.begin("layer")
-        for line in layer.time_rows(clock, tiny=self.tiny):
-            self.record.add("layer", line)
+    def _time(self, name: str) -> None:
+        if self._clock is None:
+            self._clock = Clock(self.record.device, repeats=2 if self.tiny else 50)
+        if name != LAYER:
+            ops.time_operation(self.record, name, self._clock, tiny=self.tiny)
+            return
+        self.record.begin(LAYER)
+        for line in layer.time_rows(self._clock, tiny=self.tiny):
+            self.record.add(LAYER, line)

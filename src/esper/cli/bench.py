@@ -34,7 +34,10 @@ class Bench:
         Path | None,
         Option(metavar="DIR", help="Write a JSON file a measurement, line by line.", default="", completes="directory"),
     ] = None
-    only: Annotated[tuple[str, ...], Option(metavar="NAME", help="Operations of part ops.", default="all of them")] = ()
+    only: Annotated[
+        tuple[str, ...],
+        Option(metavar="NAME", help="Operations of part ops, or layer: measured in this order.", default="all of them"),
+    ] = ()
     parity_only: Annotated[bool, Option(help="Compare with float64 and time nothing.", default="no")] = False
     rehearse: Annotated[bool, Option(help="Tiny sizes: does it all run? The times mean nothing.", default="no")] = False
     device: Annotated[
@@ -52,13 +55,14 @@ class Bench:
             raise UsageError(f"--parity-only goes with ops, got {self.part!r}; say: esper bench ops --parity-only")
         import torch
 
+        from esper.bench.ahead import LAYER
         from esper.bench.record import Record
         from esper.bench.session import Session
         from esper.kasmina.ops import dispatch
 
         for name in self.only:
-            if name not in dispatch.OPERATIONS:
-                raise unknown_name("operation", name, dispatch.OPERATIONS)
+            if name not in (*dispatch.OPERATIONS, LAYER):
+                raise unknown_name("operation", name, (*dispatch.OPERATIONS, LAYER))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device cuda needs a GPU, PyTorch sees none; leave it auto")
         kind = "cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu"

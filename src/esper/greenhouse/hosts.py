@@ -209,8 +209,12 @@ class Hosts:
                 life.losses.append(values[number])
                 if life.cohorts:
                     advance(self, number)
+                if any(cohort.grafted for cohort in life.cohorts.values()):
+                    life.last_grafted = self.step_count
             if self.step_count % self.config.interval == 0:
                 self._look()
+            if (self.step_count + 1) % self.config.interval == 0:
+                self._foresee()
 
     def _train(self) -> list[float]:
         index = self._order[self._order_row, self.step_count]
@@ -259,8 +263,8 @@ class Hosts:
         return Rates(*(torch.from_numpy(part) for part in made))
 
     def _sense(self, run: Pass, deltas: list[Tensor]) -> None:
-        """Telemetry at decision points, rows for the fits where a seed waits for them."""
-        due = (self.step_count + 1) % self.config.interval == 0
+        """Telemetry where a grower takes it, rows for the fits where a seed waits for them."""
+        due = self.config.telemetry.is_due(self.step_count + 1)
         for number, life in enumerate(self.lives):
             for site, capture in life.captures.items():
                 if len(capture.x) < self.config.capture.batches:
@@ -287,6 +291,15 @@ class Hosts:
         asked = [n for n, life in enumerate(self.lives) if due or math.isnan(life.held_out_initial)]
         if asked:
             self.measure(asked)
+        for number in asked:
+            self.lives[number].early = None  # what comes after a measurement is read anew
+
+    def _foresee(self) -> None:
+        """Begin what the next decision reads where nothing is alive or has just left, as a grower does."""
+        late = self.step_count + 1 - 2 * self.config.interval
+        for life in self.lives:
+            is_calm = not life.cohorts and (life.last_grafted is None or life.last_grafted < late)
+            life.early = tuple(life.losses) if is_calm else None
 
     # ---------------------------------------------------------------------------------------------- evaluation
 

@@ -90,6 +90,10 @@ class Life:
     verdicts: list[Verdict] = field(default_factory=list[Verdict])
     looks: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
     sensed: dict[int, tuple[float, float]] = field(default_factory=dict[int, tuple[float, float]])
+    early: tuple[float, ...] | None = None
+    """Losses that the next decision reads, where that was begun in the step before it."""
+    last_grafted: int | None = None
+    """The last step at whose end a cohort was in the forward pass."""
     fitted: set[int] = field(default_factory=set[int])
     """Sites with a gradient reading."""
     refused: list[str] = field(default_factory=list[str])

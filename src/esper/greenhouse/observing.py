@@ -18,7 +18,7 @@ def observe(hosts: Hosts, host: int) -> Observation:
     life, batch, sites = hosts.lives[host], hosts.family.batch_rows, hosts.num_sites
     inputs = np.array([hosts.inputs_of(host, site) for site in range(sites)])
     outputs = np.array([hosts.outputs_of(host, site) for site in range(sites)])
-    losses = np.array(life.losses, dtype=np.float64)
+    losses = np.array(life.losses if life.early is None else life.early, dtype=np.float64)
     mean = float(losses.mean()) if losses.size else math.nan
     noise = float(losses.std(ddof=1)) / abs(mean) if losses.size > 1 and mean != 0 else math.nan
     share = 0.5 + 0.5 * math.cos(math.pi * max(0, hosts.step_count - 1) / hosts.total_steps)

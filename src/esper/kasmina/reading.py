@@ -78,6 +78,11 @@ class Reading:
         Numbers, or scalars of any dtype, each wherever it lies: those since the last look, and those of the last steps.
     readout:
         The sensors to be read with them.
+
+    Attributes
+    ----------
+    num_losses, has_sensors:
+        What is in it, known without waiting.
     """
 
     def __init__(
@@ -93,14 +98,14 @@ class Reading:
             self._parts = {device: list(words) for device, words in readout.words.items()}
             self._sizes = dict(readout.sizes)
         self._asked, flags = _ask_for_damage(sites)
-        self._num_losses, self._num_window = len(losses), len(window)
+        self.num_losses, self._num_window = len(losses), len(window)
         values = [*losses, *window]
         self._known = {number: value for number, value in enumerate(values) if not isinstance(value, Tensor)}
         # fp64 holds every loss as it is, whatever it was computed in
         self._losses = self._put(values, torch.float64)
         self._flags = self._put(flags, torch.int32)
         self._transfer = Transfer(self._parts)
-        self._readout = readout
+        self._readout, self.has_sensors = readout, readout is not None
         self._blocks: Blocks = [] if readout is None else readout.blocks(self._transfer.host)
         self._parts.clear()
 
@@ -108,12 +113,12 @@ class Reading:
     def losses(self) -> list[float]:
         """Losses since the last look as fp32 numbers, oldest first."""
         with np.errstate(over="ignore"):
-            return self._values()[: self._num_losses].astype(np.float32).tolist()
+            return self._values()[: self.num_losses].astype(np.float32).tolist()
 
     @property
     def window(self) -> list[float]:
         """Losses of the last steps as they were computed, oldest first."""
-        return self._values()[self._num_losses :].tolist()
+        return self._values()[self.num_losses :].tolist()
 
     @property
     def damage(self) -> dict[int, str]:
@@ -138,7 +143,7 @@ class Reading:
         return self._blocks
 
     def _values(self) -> npt.NDArray[np.float64]:
-        found = self._taken(self._losses, self._num_losses + self._num_window, np.float64)
+        found = self._taken(self._losses, self.num_losses + self._num_window, np.float64)
         for number, value in self._known.items():
             found[number] = value
         return found

@@ -48,7 +48,7 @@ class Attached(Event, frozen=True, kw_only=True, tag="attached"):
 
 
 class TrainLoss(Event, frozen=True, kw_only=True, tag="train_loss"):
-    """The user's loss at a decision point (not smoothed)."""
+    """The user's loss at a decision point (not smoothed); while nothing is alive that of the step before."""
 
     loss: float
     flops: float

@@ -63,6 +63,8 @@ SITE_FEATURES = (
 class Observation:
     """One look at the run, at a decision point.
 
+    While no cohort is alive, losses and sensors are those of the end of the step before: nobody waits for the device.
+
     Attributes
     ----------
     step:

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'espe
 from tests.kasmina.ops.ahead_of_time import Launch, recorded, stack_bytes
 
 from esper.bench.ops import slot_adam as optimizer_problems
+from esper.bench.ops.telemetry import SAMPLED
 from esper.kasmina.ops.fit import triton as fit_kernels
 from esper.kasmina.ops.graft import Seats
 from esper.kasmina.ops.graft import triton as graft_kernels
@@ -110,9 +111,9 @@ def _fit(
 
 
 CASES = {
-    "telemetry-sampled": _telemetry(8192, 4096, 1024, 1024, torch.bfloat16),
+    "telemetry-sampled": _telemetry(8192, 4096, 1024, SAMPLED, torch.bfloat16),
     "telemetry-all-rows": _telemetry(8192, 4096, 1024, 8192, torch.bfloat16),
-    "telemetry-uneven": _telemetry(8192, 2304, 1024, 1024, torch.float16),
+    "telemetry-uneven": _telemetry(8192, 2304, 1024, SAMPLED, torch.float16),
     "telemetry-large-chunks": _telemetry(8192, 4096, 8, 8192, torch.float32),
     "telemetry-many-rounds": _telemetry(300_000, 64, 8, 300_000, torch.bfloat16),
     "telemetry-smallest": _telemetry(1, 1, 1, 1, torch.float32),

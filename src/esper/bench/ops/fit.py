@@ -42,6 +42,8 @@ SIZES = (
 TINY = ((60, 32, 4, 4, 8, 3, 16),)
 _REPEATS = 5
 """Of a whole fit, which takes milliseconds."""
+_LOOPS = 3
+"""Of a loop of steps, which takes a good part of a second."""
 
 
 @dataclass(frozen=True)
@@ -167,14 +169,14 @@ def time_rows(clock: Clock, *, tiny: bool = False) -> Iterator[Line]:
         )
         problem = replace(problem, draws=problem.draws.to(clock.device, torch.int32))
         params = problem.copied()
-        brief = clock.limited(_REPEATS)
-        ours, theirs = brief.gpu_us(partial(problem.run, params)), brief.gpu_us(partial(problem.run_loop, params))
+        brief, briefest = clock.limited(_REPEATS), clock.limited(_LOOPS)
+        ours, theirs = brief.gpu_us(partial(problem.run, params)), briefest.gpu_us(partial(problem.run_loop, params))
         taken = steps * batch * seeds
         yield row(
             "whole fit", clock, ours=ours,
             # a step reads its rows' columns, of y in their own type and of the target in fp32
             num_bytes=float(taken * width * (problem.y.element_size() + problem.target.element_size())),
             flops=12.0 * taken * width * units, wall_us=brief.wall_us(partial(problem.run, params)),
-            eager_gpu_us=theirs, eager_wall_us=brief.wall_us(partial(problem.run_loop, params)),
+            eager_gpu_us=theirs, eager_wall_us=briefest.wall_us(partial(problem.run_loop, params)),
             over_eager=theirs / ours, captured=rows, rows=batch, steps=steps, seeds=seeds, columns=width, hidden=units,
         )  # fmt: skip

@@ -242,7 +242,8 @@ def _against_dense(clock: Clock, problem: Problem, facts: dict[str, Any]) -> Lin
     width, largest = problem.params["w1"].shape[2], LARGEST[problem.y.dtype]
     dense = clock.gpu_us(problem.run_vectorised)
     more: dict[str, Any] = {"path": "kernel" if width <= largest else "dense products", "dense_gpu_us": dense}
-    if width > largest and dispatch.runs_triton("graft", problem.y):
+    # one step beyond is enough to see why: programs of still wider seeds take minutes to compile and do not fit either
+    if largest < width <= 2 * largest and dispatch.runs_triton("graft", problem.y):
         more["kernel_gpu_us"] = _kernel_us(clock, problem)
     return row("width", clock, ours=clock.gpu_us(problem.run), num_bytes=num_bytes, flops=flops, **more, **facts)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from esper.bench import parity
 from esper.bench.clock import Clock, row
 from esper.bench.record import Line
+from esper.config import TelemetryConfig
 from esper.kasmina.chunks import chunk_bounds
 from esper.kasmina.ops.telemetry import record_statistics
 
@@ -35,14 +36,14 @@ CASES = (
 _OUTLIER = 1e4
 """The first row of a case is so much larger than the others: sums of differences from it must lose nothing."""
 _SPREAD = 3.0
-SAMPLED = 1024
+SAMPLED = TelemetryConfig().rows
 """Rows a site reads by default."""
 SIZES = (
     # rows, features, chunks, whether all rows are read, bar: a time in microseconds or a multiple of the floor
     (8192, 4096, 1024, True, "1.6x"),
     (8192, 4096, 1024, False, 8.0),
     (256, 4096, 1024, True, 8.0),
-    (1024, 4096, 1024, True, 8.0),
+    (SAMPLED, 4096, 1024, True, 8.0),
     (32768, 4096, 1024, False, 8.0),
     (32768, 4096, 1024, True, None),
     (16384, 768, 768, False, 8.0),
