@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import msgspec
@@ -78,7 +79,7 @@ def test_a_trial_follows_from_its_number() -> None:
 @pytest.mark.parametrize("kind", ["a constant", "copies of hidden units", "units that read irrelevant inputs only"])
 def test_null_branches_stay_null(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     number, looks = list(KINDS).index(kind), []
-    hold = KINDS[kind]
+    hold, prepare = KINDS[kind]
 
     def watched(model: nn.Module, site: Site, bank: object) -> None:
         hold(model, site, bank)  # type: ignore[arg-type]
@@ -88,12 +89,31 @@ def test_null_branches_stay_null(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
         elif kind == "copies of hidden units":
             looks.append(all(any(torch.equal(unit, row) for row in head.weight) for unit in w1[0]))  # type: ignore[union-attr]
         else:
-            looks.append(bool((w1[..., : nulls.SIGNAL] == 0).all()))
+            blind = (head.weight[:, nulls.SIGNAL :] == 0).all()  # type: ignore[index]
+            looks.append(bool((w1[..., : nulls.SIGNAL] == 0).all() and blind))
 
-    monkeypatch.setitem(KINDS, kind, watched)
+    monkeypatch.setitem(KINDS, kind, (watched, prepare))
     record = null_trial(number)
     assert record.kind == f"null: {kind}" and len(looks) > 20 and all(looks)
     assert record.cohorts and all(cohort.is_null for cohort in record.cohorts)
+
+
+@torch.no_grad()
+def what_the_last_layer_leaves(setup: Setup, model: nn.Module) -> float:
+    """Loss as a multiple of that with the best last layer there is, by least squares."""
+    x, y = setup.task.train
+    hidden = model.get_submodule("1")(model.get_submodule("0")(x))
+    ones = torch.cat([hidden, torch.ones(len(x), 1)], dim=1).double()
+    best = ones @ torch.linalg.lstsq(ones, y.double()).solution
+    return float(((model(x) - y) ** 2).mean() / ((best - y) ** 2).mean())
+
+
+def test_a_linear_map_meets_a_layer_that_has_learned_all_it_can() -> None:
+    setup, (_, prepare) = nulls._setup(0, pure_noise=False), KINDS["a linear map on a linear layer"]
+    model = setup.host()
+    assert what_the_last_layer_leaves(setup, model) > 1.5
+    prepare(setup, model)
+    assert what_the_last_layer_leaves(setup, model) < 1.01
 
 
 def test_real_cohorts_of_a_null_trial_do_not_count() -> None:

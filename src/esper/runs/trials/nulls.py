@@ -20,22 +20,24 @@ from esper.kasmina.site import Site
 from esper.protocol import AnyEvent
 from esper.runs.trials.records import TrialRecord
 from esper.runs.trials.tasks import GATE_BATCHES, TRAIN_ROWS, Rows, Task, split, squared
-from esper.runs.trials.training import Recipe, Setup, trial_config
+from esper.runs.trials.training import Recipe, Setup, train_plainly, trial_config
 from esper.runs.trials.trial import UNKNOWN, is_finite, train_growing, trial_record
 
 SETTLED = 250
 INPUTS, SIGNAL, OUTPUTS = 10, 6, 3
 Hold = Callable[[nn.Module, Site, Bank], None]
+Prepare = Callable[[Setup, nn.Module], None]
 
 
 def null_trial(number: int) -> TrialRecord:
     """Grow host ``number``, whose every cohort (of the kind that is its turn) is a null one."""
     started = time.perf_counter()
     kind = list(KINDS)[number % len(KINDS)]
-    setup, hold = _setup(number, pure_noise=kind == "nothing to learn"), KINDS[kind]
+    setup, (hold, prepare) = _setup(number, pure_noise=kind == "nothing to learn"), KINDS[kind]
     events: list[AnyEvent] = []
     nulls: set[int] = set()
     model = setup.host()
+    prepare(setup, model)
 
     def keep(grower: Grower, _: int) -> None:
         (site,) = grower.kasmina.sites.values()
@@ -125,11 +127,41 @@ def _distracted(model: nn.Module, site: Site, bank: Bank) -> None:
     bank.params["w1"][..., :SIGNAL].zero_()
 
 
-KINDS: dict[str, Hold] = {
-    "a linear map on a linear layer": _nothing,
-    "a constant": _constant,
-    "copies of hidden units": _copied,
-    "copies of grown units": _copied_annex,
-    "units that read irrelevant inputs only": _distracted,
-    "nothing to learn": _nothing,
+# ----------------------------------------------------------------------------------------------------------------------
+# What a host must be like, so that nothing is left for such a branch to put right
+
+
+def _as_it_is(setup: Setup, model: nn.Module) -> None:
+    """Nothing needs to be done to the host."""
+
+
+def _converged(setup: Setup, model: nn.Module) -> None:
+    """Trained three times as long as a trial takes, by a rate that goes down to zero each time.
+
+    A map beside the layer of a host that has much to learn does help it, as a step of training.
+    """
+    for _ in range(3):
+        train_plainly(dataclasses.replace(setup, recipe=Recipe("adamw", 1e-2, decays=True)), model)
+
+
+def _blind(setup: Setup, model: nn.Module) -> None:
+    """What it makes of the irrelevant inputs is nothing, and stays so.
+
+    A host that weighs them, as first weights do, is better with units that cancel this: they would not be null.
+    """
+    head = model.get_submodule("0")
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight[:, SIGNAL:] = 0.0
+    seen = (torch.arange(INPUTS) < SIGNAL).to(head.weight.dtype)
+    head.weight.register_hook(lambda grad: grad * seen)
+
+
+KINDS: dict[str, tuple[Hold, Prepare]] = {
+    "a linear map on a linear layer": (_nothing, _converged),
+    "a constant": (_constant, _as_it_is),
+    "copies of hidden units": (_copied, _as_it_is),
+    "copies of grown units": (_copied_annex, _as_it_is),
+    "units that read irrelevant inputs only": (_distracted, _blind),
+    "nothing to learn": (_nothing, _as_it_is),
 }
