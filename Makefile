@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 
 # On a machine with a GPU: identity, isolation, no waiting, CUDA
 # graphs, and every kernel against its reference on the real card.
-GPU_TESTS := tests/test_dormant.py tests/test_isolation.py tests/test_on_gpu.py tests/test_compiled.py tests/test_compiled_modes.py
+GPU_TESTS := tests/test_dormant.py tests/test_isolation.py tests/test_on_gpu.py tests/test_restore_on_gpu.py tests/test_compiled.py tests/test_compiled_modes.py
 GPU_PYTHON ?= $(BIN)/python
 
 .PHONY: run test test-long test-gpu lint format bench clean

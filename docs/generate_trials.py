@@ -20,7 +20,10 @@ PAGE = ROOT / "docs" / "trials.md"
 
 def render(page: str) -> str:
     """The page with its tables as they should be."""
-    for name, table in (("grown", _grown), ("null", _null), ("faults", _faults), ("peer", _peer), ("soak", _soak)):
+    tables = {
+        "grown": _grown, "held-out": _held_out, "null": _null, "faults": _faults, "peer": _peer, "soak": _soak,
+    }  # fmt: skip
+    for name, table in tables.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, rest = page.split(begin)
         _, after = rest.split(end)
@@ -65,6 +68,21 @@ def _grown() -> str:
         cells = [str(counts[name]) for name in names]
         lines.append(f"| {task} | {' | '.join(cells)} | {counts['median_effect']:+.1%} |")
     return "\n".join(lines)
+
+
+def _held_out() -> str:
+    """Who kept a cohort, by how much there was to judge by: a row for each size of a held-out batch."""
+    drawn, larger = _load("trials"), _load("trials_held_out")
+    lines = [
+        _made_by(larger, f"{larger['trials']} hosts"),
+        "",
+        "| rows of a held-out batch | hosts with headroom that ",
+    ]
+    lines[-1] += "kept a cohort | share | one-sided 95% bounds |"
+    lines += ["|---|---|---|---|"]
+    for result in (drawn, larger):
+        lines += [f"| {rows} | {_share(rate)} |" for rows, rate in result.get("by_held_out_rows", {}).items()]
+    return "\n".join([*lines, "", *_bars(larger)])
 
 
 def _null() -> str:

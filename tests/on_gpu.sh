@@ -4,7 +4,7 @@
 # msgspec, safetensors, pytest and hypothesis. PARTS (default "tests kernels sanitizer") names the parts to run.
 cd "$(dirname "$0")/.." || exit 2
 PYTHON="${PYTHON:-python3}"
-TESTS="${GPU_TESTS:-tests/test_dormant.py tests/test_isolation.py tests/test_on_gpu.py tests/test_compiled.py tests/test_compiled_modes.py}"
+TESTS="${GPU_TESTS:-tests/test_dormant.py tests/test_isolation.py tests/test_on_gpu.py tests/test_restore_on_gpu.py tests/test_compiled.py tests/test_compiled_modes.py}"
 export PYTHONPATH="src:.${PYTHONPATH:+:$PYTHONPATH}" CUBLAS_WORKSPACE_CONFIG=:4096:8
 status=0
 summary=""
@@ -37,7 +37,7 @@ sanitize() {
     fi
 }
 
-part tests "no waiting, CUDA graphs, identity and isolation on the card" run_tests "$@"
+part tests "no waiting, CUDA graphs, identity, isolation, undo and resume on the card" run_tests "$@"
 part kernels "every kernel against its reference, in fp32, fp16 and bf16" \
     "$PYTHON" -m pytest -c tests/on_gpu.ini --rootdir . -q tests/kasmina/ops/interpreted.py
 part sanitizer "every kernel under compute-sanitizer: memcheck and racecheck" sanitize

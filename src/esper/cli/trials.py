@@ -40,6 +40,10 @@ class Trials:
             completes=PEER_NAMES,
         ),
     ] = None  # fmt: skip
+    held_out_rows: Annotated[
+        int | None,
+        Option(metavar="N", help="Rows of each held-out batch: how much there is to judge by.", default="4, 8 or 16"),
+    ] = None
     jobs: Annotated[int, Option(metavar="N", help="Trials at a time, each in a process of its own.")] = 1
     seed: Annotated[int, Option(metavar="N", help="Number of the first trial.")] = 0
     run_dir: Annotated[Path, Option(metavar="DIR", help="Where finished trials are kept.", completes="directory")] = (
@@ -58,7 +62,7 @@ class Trials:
         """
         return TrialOptions(
             num=self.n, faults=self.faults, null=self.null, peer=self.peer, jobs=self.jobs, seed=self.seed,
-            run_dir=self.run_dir, fresh=self.fresh,
+            run_dir=self.run_dir, fresh=self.fresh, held_out_rows=self.held_out_rows,
         )  # fmt: skip
 
     def execute(self, context: Context) -> Outcome:

@@ -65,7 +65,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Trials that cost nothing; the numbers of those that were run."""
     run: list[int] = []
 
-    def make(number: int) -> AnyRecord:
+    def make(number: int, held_out_rows: int | None = None) -> AnyRecord:
         run.append(number)
         return trial(number, kept(0.1))
 
@@ -102,6 +102,15 @@ def test_more_trials_of_the_same_kind_reuse_what_is_there(tmp_path: Path, quick:
     assert job.execute(TrialOptions(num=1, run_dir=tmp_path), ignore)["trials"] == 1
     job.execute(TrialOptions(num=1, run_dir=tmp_path, fresh=True), ignore)
     assert quick == [0, 1, 2, 0]
+
+
+def test_trials_with_other_held_out_batches_lie_apart(tmp_path: Path, quick: list[int]) -> None:
+    job.execute(TrialOptions(num=2, run_dir=tmp_path), ignore)
+    asked = TrialOptions(num=2, run_dir=tmp_path, held_out_rows=64)
+    assert asked.command == "esper trials --n 2 --held-out-rows 64" and asked.kind == "grown"
+    assert job.execute(asked, ignore)["trials"] == 2
+    assert quick == [0, 1, 0, 1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grown-64-rows.jsonl", "grown.jsonl"]
 
 
 def test_processes_give_what_one_gives() -> None:

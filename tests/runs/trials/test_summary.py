@@ -62,6 +62,19 @@ def test_only_hosts_with_headroom_must_keep_something() -> None:
     assert rate(summarise("grown", records), "hosts with headroom that kept a cohort") == (1, 2)
 
 
+def test_hosts_with_headroom_are_counted_by_how_much_there_is_to_judge_by() -> None:
+    room = gain(0.3, 0.1)
+    records = [
+        trial(0, kept(0.1), headroom=room, gate_rows=16),
+        trial(1, culled(), headroom=room, gate_rows=4),
+        trial(2, kept(0.1), headroom=room, gate_rows=4),
+        trial(3, culled(), gate_rows=64),
+    ]
+    counted = summarise("grown", records)["by_held_out_rows"]
+    assert {rows: (r["events"], r["trials"]) for rows, r in counted.items()} == {"4": (1, 2), "16": (1, 1)}
+    assert list(counted) == ["4", "16"], "the fewest rows first"
+
+
 def test_seeds_that_the_end_of_training_cuts_have_not_ended() -> None:
     summary = summarise("grown", [trial(0, kept(0.1), seeds=10, seeds_ended=8, seeds_cut=2)])
     assert rate(summary, "germinated seeds that reached an end state by themselves") == (8, 10)

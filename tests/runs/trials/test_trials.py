@@ -48,6 +48,13 @@ def test_tasks_take_turns_and_differ_by_number() -> None:
     assert one.task.name == two.task.name and not torch.equal(one.task.train[0], two.task.train[0])
 
 
+def test_how_much_there_is_to_judge_by_can_be_given() -> None:
+    drawn, given = Setup.of(3), Setup.of(3, gate_rows=64)
+    assert [len(batch[0]) for batch in given.task.gate] == [64] * GATE_BATCHES and len(drawn.task.gate[0][0]) < 64
+    assert given.task.name == drawn.task.name and given.described()["gate_rows"] == 64
+    assert len(given.task.train[0]) == TRAIN_ROWS and len(given.task.audit) == len(drawn.task.audit)
+
+
 def test_a_host_is_the_same_each_time_and_draws_nothing_from_the_global_stream() -> None:
     setup = Setup.of(3)
     before = torch.get_rng_state()
@@ -142,6 +149,8 @@ def test_contrasts_are_shares_of_the_reference() -> None:
         ({"seed": -1}, "seed must lie between"),
         ({"null": True, "peer": "gromo"}, "trials are of one kind"),
         ({"peer": "grow"}, "peer must be one of gromo, gromo-gradmax"),
+        ({"held_out_rows": 0}, "held-out-rows must be at least 1"),
+        ({"held_out_rows": 64, "null": True}, "held-out-rows is for hosts that grow"),
     ],
 )
 def test_options_that_cannot_be_are_refused(asked: dict[str, object], message: str) -> None:

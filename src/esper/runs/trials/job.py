@@ -39,7 +39,7 @@ def execute(options: TrialOptions, on_record: OnRecord) -> dict[str, Any]:
     """
     work = _work(options)
     numbers = [n for n in range(options.seed, options.seed + options.num) if options.peer is None or applies(n)]
-    archive = Archive(options.run_dir, options.kind, fresh=options.fresh)
+    archive = Archive(options.run_dir, options.archive, fresh=options.fresh)
     missing = [number for number in numbers if number not in archive]
     done = len(numbers) - len(missing)
     on_record(done, len(numbers), None)
@@ -56,7 +56,10 @@ def _work(options: TrialOptions) -> Work:
         return functools.partial(fault_trial, faults=fault_names(options.faults))
     if options.peer is not None:
         return functools.partial(peer_trial, peer=options.peer)
-    return null_trial if options.null else grown_trial
+    if options.null:
+        return null_trial
+    rows = options.held_out_rows
+    return grown_trial if rows is None else functools.partial(grown_trial, held_out_rows=rows)
 
 
 def run_each(work: Work, numbers: Iterable[int], jobs: int) -> Generator[AnyRecord]:

@@ -121,6 +121,7 @@ def _grown(trials: Sequence[TrialRecord]) -> tuple[dict[str, Any], list[Bar]]:
         "rates": {name: plain(rate) for name, rate in rates.items()},
         "gains": {"on_off": _spread(kept, on_off), "twin": _spread(kept, twin)},
         "by_task": _by(trials, lambda trial: trial.task, _task_counts),
+        "by_held_out_rows": _by_rows(roomy),
         "on_mlps": _on_mlps(trials),
         "harmful": _worst(trials),
     }, bars
@@ -221,6 +222,15 @@ def _worst(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
         for name, found in (("on_off", cohort.on_off), ("twin", cohort.twin))
         if cohort.end in ("FOSSILIZED", "KEPT") and found is not None and not (found.gain or -1.0) >= -HARM
     ]  # fmt: skip
+
+
+def _by_rows(roomy: Sequence[TrialRecord]) -> dict[str, Any]:
+    """Hosts with headroom that kept a cohort, by how many rows each held-out batch has."""
+    ordered = sorted(roomy, key=lambda trial: trial.gate_rows)
+    return _by(
+        ordered, lambda trial: str(trial.gate_rows),
+        lambda some: plain(Rate(sum(any(c.end == "FOSSILIZED" for c in t.cohorts) for t in some), len(some))),
+    )  # fmt: skip
 
 
 def _task_counts(trials: Sequence[TrialRecord]) -> dict[str, Any]:

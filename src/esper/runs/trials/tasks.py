@@ -72,10 +72,10 @@ def task_name(number: int) -> str:
     return list(TASKS)[number % len(TASKS)]
 
 
-def make_task(name: str, choose: torch.Generator) -> Task:
-    """A task of a kind; everything else about it is drawn."""
-    gate_rows = (4, 8, 16)[pick(choose, 3)]
-    return TASKS[name](choose, gate_rows)
+def make_task(name: str, choose: torch.Generator, gate_rows: int | None = None) -> Task:
+    """A task of a kind; everything else about it is drawn, ``gate_rows`` unless it is given."""
+    drawn = (4, 8, 16)[pick(choose, 3)]
+    return TASKS[name](choose, gate_rows or drawn)
 
 
 def pick(choose: torch.Generator, num: int) -> int:

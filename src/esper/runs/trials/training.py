@@ -54,10 +54,10 @@ class Setup:
     """Draws the training batches."""
 
     @classmethod
-    def of(cls, number: int, *, task: str | None = None) -> Setup:
-        """``task``: the kind, where it is not that of the number."""
+    def of(cls, number: int, *, task: str | None = None, gate_rows: int | None = None) -> Setup:
+        """``task`` and ``gate_rows``: the kind and the rows of a held-out batch, where they are not the number's."""
         choose = torch.Generator().manual_seed(number)
-        made = make_task(task or task_name(number), choose)
+        made = make_task(task or task_name(number), choose, gate_rows)
         return cls(number, made, Recipe.drawn(choose, made), choose)
 
     def described(self) -> dict[str, Any]:

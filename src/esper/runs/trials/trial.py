@@ -33,10 +33,10 @@ _ENDS = (Lifecycle.FOSSILIZED, Lifecycle.CULLED, Lifecycle.CANCELLED, Lifecycle.
 UNKNOWN = Found(gain=None, low=None, high=None)
 
 
-def grown_trial(number: int) -> TrialRecord:
+def grown_trial(number: int, held_out_rows: int | None = None) -> TrialRecord:
     """Train host ``number`` three times: alone, wider, and growing; audit what was accepted."""
     started = time.perf_counter()
-    setup = Setup.of(number)
+    setup = Setup.of(number, gate_rows=held_out_rows)
     alone = audit_losses(setup.task, train_plainly(setup, setup.host()))
     wider = audit_losses(setup.task, train_plainly(setup, setup.host(WIDER)))
     events: list[AnyEvent] = []
