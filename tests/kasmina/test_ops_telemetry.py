@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from esper.kasmina.chunks import chunk_bounds
 from esper.kasmina.ops.telemetry import chunk_statistics
+from esper.kasmina.ops.telemetry.reference import row_step
 from esper.kasmina.telemetry import TelemetryBuffer
 
 pytestmark = pytest.mark.unit
@@ -66,6 +67,14 @@ def test_values_that_are_not_finite_show_in_their_chunk_only() -> None:
     assert torch.isnan(out).tolist() == [[False, True, False]] * 2
 
 
+@pytest.mark.parametrize(
+    ("total", "most", "step"), [(8, 8, 1), (5, 8, 1), (9, 8, 3), (64, 8, 9), (72, 8, 9), (73, 8, 11)]
+)
+def test_rows_that_are_read_reach_over_the_batch_at_an_odd_step(total: int, most: int, step: int) -> None:
+    assert row_step(total, most) == step
+    assert len(range(0, total, step)) <= most and total - 1 - range(0, total, step)[-1] < step
+
+
 @pytest.mark.parametrize("shape", [(64, 6), (4, 16, 6)])
 def test_a_buffer_reads_rows_strided_over_the_whole_batch(shape: tuple[int, ...]) -> None:
     buffer = TelemetryBuffer(chunk_bounds(6, 2), 8, torch.device("cpu"))
@@ -73,7 +82,7 @@ def test_a_buffer_reads_rows_strided_over_the_whole_batch(shape: tuple[int, ...]
     y = torch.randn(shape, requires_grad=True)
     buffer.record(y, -1)
     np.testing.assert_allclose(
-        buffer.snapshot()[:2], _numpy(y.detach().reshape(-1, 6)[::8], chunk_bounds(6, 2)), rtol=1e-5, atol=1e-6
+        buffer.snapshot()[:2], _numpy(y.detach().reshape(-1, 6)[::9], chunk_bounds(6, 2)), rtol=1e-5, atol=1e-6
     )
     assert buffer.reported and np.isnan(buffer.snapshot()[2]).all()
 

@@ -17,6 +17,7 @@ from esper.bench.record import Line
 from esper.config import TelemetryConfig
 from esper.kasmina.chunks import chunk_bounds
 from esper.kasmina.ops.telemetry import record_statistics
+from esper.kasmina.ops.telemetry.reference import row_step
 
 CASES = (
     # rows, features, chunks, rows read at most, mean
@@ -76,8 +77,7 @@ class Problem:
 
 def exact(y_NF: Tensor, chunks: int, max_rows: int) -> Tensor:
     """``(2, C)`` float64, by definition, chunk after chunk."""
-    step = max(1, y_NF.shape[0] // max_rows)
-    read = y_NF[::step][:max_rows].double()
+    read = y_NF[:: row_step(len(y_NF), max_rows)].double()
     bounds = chunk_bounds(read.shape[1], chunks).tolist()
     parts = [read[:, low:high] for low, high in itertools.pairwise(bounds)]
     return torch.stack([torch.stack([p.mean() for p in parts]), torch.stack([p.var(correction=0) for p in parts])])
@@ -108,7 +108,7 @@ def _compare(name: str, out: Tensor, wanted: Tensor) -> Line:
 
 def eager(y: Tensor, chunks: int, rows: int) -> Tensor:
     """What one writes in PyTorch where chunks are equally long."""
-    read = y[:: max(1, y.shape[0] // rows)][:rows]
+    read = y[:: row_step(len(y), rows)]
     variance, mean = torch.var_mean(read.reshape(read.shape[0], chunks, -1).float(), dim=(0, 2), correction=0)
     return torch.stack([mean, variance])
 
@@ -117,13 +117,14 @@ def time_rows(clock: Clock, *, tiny: bool = False) -> Iterator[Line]:
     """One line a size, the bars first, then the growth with rows and with chunks."""
     for rows, features, chunks, whole, bar in TINY if tiny else SIZES:
         y = torch.randn(rows, features, device=clock.device, dtype=torch.bfloat16)
-        read = rows if whole else min(rows, SAMPLED, rows // 2)
+        most = rows if whole else min(rows, SAMPLED, rows // 2)
+        read = -(-rows // row_step(rows, most))
         num_bytes = read * features * y.element_size()
-        problem = Problem(y, chunks, read)
+        problem = Problem(y, chunks, most)
         ours = clock.gpu_us(problem)
         more: dict[str, Any] = {"rows": rows, "rows_read": read, "features": features, "chunks": chunks}
         if features % chunks == 0:
-            theirs = clock.gpu_us(partial(eager, y, chunks, read))
+            theirs = clock.gpu_us(partial(eager, y, chunks, most))
             more |= {"eager_gpu_us": theirs, "over_eager": theirs / ours}
         limit = 1.6 * clock.floor_us(num_bytes) if bar == "1.6x" else bar
         yield row(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from esper.kasmina.ops import dispatch
-from esper.kasmina.ops.telemetry.reference import chunk_statistics, feature_statistics_into
+from esper.kasmina.ops.telemetry.reference import chunk_statistics, feature_statistics_into, row_step
 
 __all__ = ["chunk_statistics", "record_statistics", "traced_statistics"]
 
@@ -66,13 +66,13 @@ def _sampled_rows(y: Tensor, feature_axis: int, max_rows: int) -> Tensor:
         return y
     features = y.shape[feature_axis]
     total = y.numel() // max(1, features)
-    stride = max(1, total // max_rows)
+    stride = row_step(total, max_rows)
     if feature_axis == 1 and y.dim() > 2 and stride > 1 and y.is_contiguous():
         # features lie apart: turning all of y round would copy it, the few rows that are read are picked instead
-        index = torch.arange(min(max_rows, -(-total // stride)), device=y.device) * stride
+        index = torch.arange(-(-total // stride), device=y.device) * stride
         positions = total // y.shape[0]
         return y.flatten(2)[index // positions, :, index % positions]
-    return y.movedim(feature_axis, -1).reshape(-1, features)[::stride][:max_rows]
+    return y.movedim(feature_axis, -1).reshape(-1, features)[::stride]
 
 
 def _record(out: Tensor, y: Tensor, feature_axis: int, max_rows: int, chunk_of: Tensor, chunk_sizes: Tensor) -> None:

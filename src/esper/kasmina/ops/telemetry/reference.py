@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 
+def row_step(total: int, max_rows: int) -> int:
+    """Every how many of ``total`` rows is read: the least odd number by which ``max_rows`` reach over all of them.
+
+    Lengths of sequences and sides of images are mostly even: an even step would fall on the same few positions of every
+    example (docs/decisions/0020).
+    """
+    return -(-total // max_rows) | 1
+
+
 def chunk_statistics(y_NF: Tensor, chunk_of: Tensor, chunk_sizes: Tensor) -> Tensor:
     """Mean and population variance of each chunk.
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from esper.kasmina.ops.launches import Launches, alignment
 from esper.kasmina.ops.sizes import power_above, power_below
+from esper.kasmina.ops.telemetry.reference import row_step
 
 _SAMPLE = 1024
 """Rows up to which one program walks down all of them."""
@@ -302,8 +303,8 @@ class Programs:
     def of(cls, layout: RowLayout, features: int, chunks: int, max_rows: int, shape: Shape | None) -> Programs:
         """For up to ``max_rows`` of the rows of ``layout``."""
         total = layout.outer * layout.inner
-        step = max(1, total // max_rows)
-        rows = min(-(-total // step), max_rows)
+        step = row_step(total, max_rows)
+        rows = -(-total // step)
         plan = tiling(rows, features, chunks, shape)
         size, longer = divmod(features, chunks)
         blocks = -(-chunks // plan.chunks) * plan.pieces
