@@ -54,6 +54,10 @@ class TelemetryConfig:
         arrived when it is asked for."""
         return (step + 1) % self.every == 0
 
+    def next_due(self, step: int) -> int:
+        """First step after ``step`` in which they report."""
+        return step + self.every - (step + 1) % self.every
+
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureConfig:

@@ -43,6 +43,7 @@ from esper.kasmina.preconditions import check_choices, check_host, check_optimiz
 from esper.misuse import check_reports, warn_if_misplaced, warn_if_stuck
 from esper.orders import Keeping, Orders
 from esper.protocol import Absorbed, AnyEvent, Attached, Command, Lifecycle, Observation, SiteInfo, Stopped, Verdict
+from esper.rest import Rest
 from esper.safety.shelf import Shelf
 from esper.safety.training import Training
 from esper.stages import Stages
@@ -143,6 +144,7 @@ class Grower(Stored):
         self.keeping, self._desk = Keeping(), None
         self._orders, self._shelf = Orders(self.keeping), Shelf()
         self._early: Early | None = None
+        self._rest: Rest | None = None
         self.loop = Loop(deque(maxlen=self.config.graft.stabilize_window))
         self._setup = Setup(self.config, self.sites, self._evaluator.batches)
         self.export_difference: exporting.Difference | None = None
@@ -183,17 +185,44 @@ class Grower(Stored):
         if self.clock.steps == self.loop.last_step:
             self._without_host_step()
             return
+        if self._rest is not None:
+            if self._desk is None and self._rest.counts(self.clock.steps, loss):
+                if self.loop.last_step >= self._rest.due:
+                    self._stir(self._rest, self.loop.last_step)
+                return
+            self._wake()
         warn_if_misplaced(self.clock, self.journal, self.loop.last_step)
         self.loop.last_step, self.loop.calls_without_step, self.loop.skipped = self.clock.steps, 0, 0
         step = self.loop.last_step
         self.loop.losses.append(read_loss(loss))
         self.guard.note(self.loop.losses[-1])
-        if self._is_quiet(step):
-            self.accounts.count_step()
-        else:
-            self._work(step, batch)
+        self._work(step, batch)
         if (self.loop.last_step + 1) % self.config.interval == 0:
             self._foresee()
+        if self._desk is None:
+            self._rest = Rest.of(self, self._orders)
+
+    def _stir(self, rest: Rest, step: int) -> None:
+        """What is due in a step although nothing is alive: sensors and decisions."""
+        self.kasmina.note_rows(step, passes=max(1, self.clock.passes))
+        self.accounts.count_step()
+        if step % self.config.interval == 0:
+            begun, self._early = glance(self, step, self._early, needed=self._is_deciding), None
+            self.guard.look(step, begun.reading)
+            self._decide(step, begun)
+        self.kasmina.watch(self.config.telemetry.is_due(step + 1))
+        if rest.holds:
+            rest.plan(step)
+        else:
+            self._wake()
+            with self.journal.timed("safety"):
+                self.guard.after_step(self.loop.last_step)
+        if (self.loop.last_step + 1) % self.config.interval == 0:
+            self._foresee()
+
+    def _wake(self) -> None:
+        self._rest = None
+        self.clock.rouse()
 
     def _work(self, step: int, batch: Any) -> None:
         self.kasmina.note_rows(step, passes=max(1, self.clock.passes))
@@ -222,20 +251,6 @@ class Grower(Stored):
         self.kasmina.watch(self.config.telemetry.is_due(step + 1))
         with self.journal.timed("safety"):
             self.guard.after_step(step)
-
-    def _is_quiet(self, step: int) -> bool:
-        """Whether nothing is due in this step, nothing in the next, and nothing that could ask for more is alive."""
-        return (
-            self.kasmina.is_idle
-            and step % self.config.interval != 0
-            and not self.config.telemetry.is_due(step + 1)
-            and step > 1
-            and self._desk is None
-            and self._orders.is_empty
-            and self.guard.is_calm
-            and not self.clock.has_scaler
-            and not self.trials.are_open
-        )
 
     def submit(self, command: Command) -> None:
         """Queue a command; it is judged and applied inside the next :meth:`step`. Safe from any thread."""

@@ -331,9 +331,9 @@ class Kasmina:
         return not self._grown
 
     @property
-    def is_idle(self) -> bool:
-        """Whether it is at rest, without a cohort, and no hook has work in the step just taken or in the next."""
-        return not (self._grown or self._working or self.cohorts) and self._watching is False
+    def is_dormant(self) -> bool:
+        """Whether it is at rest, without a cohort, and only sensors give hooks work."""
+        return not (self._grown or self.cohorts) and self._watching is not None
 
     def learn(self, hosts: dict[str, Hyperparameters], *, inverse_scale: float) -> None:
         """One update of everything that learns, after a real host step."""

@@ -1,0 +1,104 @@
+"""Steps without work. While nothing of Esper is alive a step is counted and its loss kept, and that is all.
+
+A training step of a small network takes less than a millisecond: what must be asked before it is known that there is
+nothing to do is asked once, and again when something has changed.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from esper.accounts import Accounts
+from esper.config import Config
+from esper.kasmina.execution import Kasmina
+from esper.kasmina.host import HostClock, read_loss
+from esper.orders import Orders
+from esper.state import Loop
+from esper.trials import Trials
+
+
+class Watch(Protocol):
+    """Takes in losses: the guard, seen from here."""
+
+    @property
+    def is_calm(self) -> bool: ...
+
+    def note(self, loss: Tensor | float) -> None: ...
+
+
+class Run(Protocol):
+    """What could be at work: a grower, seen from here."""
+
+    config: Config
+    clock: HostClock
+    kasmina: Kasmina
+    accounts: Accounts
+    trials: Trials
+    loop: Loop
+
+    @property
+    def guard(self) -> Watch: ...
+
+
+class Rest:
+    """From the step after which nothing was alive, for as long as that is so.
+
+    Attributes
+    ----------
+    due:
+        First step in which something is to be done nevertheless, in it or to prepare the next one.
+    """
+
+    def __init__(self, run: Run, orders: Orders) -> None:
+        self._run, self._orders = run, orders
+        self._clock, self._loop = run.clock, run.loop
+        self._changes = run.kasmina.num_changes
+        self.plan(run.loop.last_step)
+
+    @staticmethod
+    def of(run: Run, orders: Orders) -> Rest | None:
+        """``None`` where anything is alive, or could be changed by what is still to come of earlier steps."""
+        if run.kasmina.is_dormant and orders.is_empty and run.guard.is_calm and not run.trials.are_open:
+            return None if run.clock.has_scaler else Rest(run, orders)
+        return None
+
+    def plan(self, step: int) -> None:
+        """``step`` is done: find out when there is something to do again."""
+        interval, telemetry = self._run.config.interval, self._run.config.telemetry
+        decision = step - step % interval + interval
+        self.due = max(step + 1, min(decision, telemetry.next_due(step)) - 1)
+        self._flops = self._run.accounts.host_step_flops
+        if decision == step + 1:
+            self._clock.rouse()
+        else:
+            self._clock.rest()
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing has changed since it began."""
+        run = self._run
+        return (
+            run.kasmina.num_changes == self._changes
+            and self._orders.is_empty
+            and run.loop.last_step == run.clock.steps
+        )
+
+    def counts(self, step: int, loss: Tensor | float) -> bool:
+        """Count a real step, unless something has come to life; FLOPs of one that is :attr:`due` are not booked."""
+        run, clock, loop = self._run, self._clock, self._loop
+        if (
+            run.kasmina.num_changes != self._changes
+            or not self._orders.is_empty
+            or clock.backwards_since_step
+            or clock.has_scaler
+        ):
+            return False
+        loop.last_step, loop.calls_without_step, loop.skipped = step, 0, 0
+        value = read_loss(loss)
+        loop.losses.append(value)
+        run.guard.note(value)
+        if step < self.due:
+            run.accounts.ledger.add("host", self._flops)
+        return True
