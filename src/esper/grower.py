@@ -365,6 +365,7 @@ class Grower(Stored):
         ExportError
             When the wider layers would not compute the same (relative difference of the loss above ``tolerance``).
         """
+        self._wake()
         absorbed = absorb_growth(self, tolerance=tolerance)
         self.guard.begin_anew(self.loop.last_step)
         self._foresee()

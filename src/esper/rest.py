@@ -53,7 +53,8 @@ class Rest:
 
     def __init__(self, run: Run, orders: Orders) -> None:
         self._run, self._orders = run, orders
-        self._clock, self._loop = run.clock, run.loop
+        self._clock, self._loop, self._kasmina = run.clock, run.loop, run.kasmina
+        self._note, self._spent = run.guard.note, run.accounts.ledger.spent
         self._changes = run.kasmina.num_changes
         self.plan(run.loop.last_step)
 
@@ -87,18 +88,15 @@ class Rest:
 
     def counts(self, step: int, loss: Tensor | float) -> bool:
         """Count a real step, unless something has come to life; FLOPs of one that is :attr:`due` are not booked."""
-        run, clock, loop = self._run, self._clock, self._loop
-        if (
-            run.kasmina.num_changes != self._changes
-            or not self._orders.is_empty
-            or clock.backwards_since_step
-            or clock.has_scaler
-        ):
+        clock, loop = self._clock, self._loop
+        if self._kasmina.num_changes != self._changes or not self._orders.is_empty:
+            return False
+        if not clock.rests and (clock.backwards_since_step or clock.has_scaler):
             return False
         loop.last_step, loop.calls_without_step, loop.skipped = step, 0, 0
         value = read_loss(loss)
         loop.losses.append(value)
-        run.guard.note(value)
+        self._note(value)
         if step < self.due:
-            run.accounts.ledger.add("host", self._flops)
+            self._spent["host"] += self._flops
         return True

@@ -77,7 +77,9 @@ class HostClock:
         self._last_scale = 0.0
         self._measured: tuple[str, ...] = ()
         self._norms: dict[str, Tensor] = {}
-        self._rests = self._was_traced = False
+        self.rests = False
+        """Whether only steps are counted at present (:meth:`rest`)."""
+        self._may_rest = self._was_traced = False
         self._watch: Any = None
         self.follow(plans)
         self._handles: list[Any] = [
@@ -101,7 +103,7 @@ class HostClock:
             shared.setdefault((id(optimizer), number), _Group(optimizer, number)).sites.append(name)
         self._shared = tuple(shared.values())
         self.let_go()
-        self._rests = False
+        self.rests = self._may_rest = False
         self._watched_steps = 0
         watched = next(iter(self._plans.values())).weight
         self._watch = watched.register_post_accumulate_grad_hook(self._after_backward)
@@ -133,24 +135,25 @@ class HostClock:
     def adaptive(self) -> bool:
         return is_adaptive(self.optimizers[0])
 
-    def rest(self) -> bool:
-        """Until :meth:`rouse` only count steps, and follow the learning rates; whether that is safe by now.
+    def rest(self) -> None:
+        """Until :meth:`rouse` only count steps, and follow the learning rates, if that is safe by now.
 
         Everything else that is read before a step is for what learns beside the host. A scaler that comes in the
         meantime is found afterwards.
         """
-        self._rests = (
-            self._watch is None  # backward passes are not counted any more
+        self._may_rest = True
+        self.rests = (
+            self._watch is None  # backward passes are counted at first
             and self._scaler is None
             and not (self._measured or self._was_traced)
             and not any(isinstance(shared.lr, Tensor) for shared in self._shared)
         )
-        return self._rests
 
     def rouse(self) -> None:
         """Read everything from the next step on, and what has been missed of the last one."""
-        if self._rests:
-            self._rests = False
+        self._may_rest = False
+        if self.rests:
+            self.rests = False
             self.note_hyperparameters()
 
     def overflowed(self, *, stepped: bool) -> bool:
@@ -219,7 +222,7 @@ class HostClock:
                 self._norms[site] = total if scale is None else total / scale.to(total.device)
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._rests:
+        if self.rests:
             return
         self.note_hyperparameters()
         if torch.compiler.is_compiling():
@@ -232,11 +235,13 @@ class HostClock:
             self._measure_gradients(optimizer)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._rests:
+        if self.rests:
             self._count_at_rest(optimizer)
             return
         if self._watched_steps == _WATCHED_STEPS:
             self.let_go()
+            if self._may_rest:
+                self.rest()
         self._watched_steps += 1
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips by itself: the scaler tells it here
         if found_inf is None or float(found_inf) == 0.0:
@@ -280,7 +285,7 @@ class HostClock:
         self._measured = state["measured"]
         self._norms = {name: norm.to(weight_of(self._plans[name].tail).device) for name, norm in state["norms"].items()}
         self._had_gradient = set(state["had_gradient"])
-        self._rests = False
+        self.rests = self._may_rest = False
         for shared in self._shared:
             shared.forget()
 
