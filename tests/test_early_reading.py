@@ -13,6 +13,7 @@ from tests.models import Pair, mse
 from tests.rigs import Rig, S, attach
 
 import esper
+from esper.guard import Suspicion
 from esper.protocol import Incident, Observation, TrainLoss
 from esper.safety.tree import digest
 
@@ -120,6 +121,22 @@ def test_a_loss_of_the_very_step_waits_for_the_next_look_only_where_nothing_is_o
         with pytest.warns(RuntimeWarning, match="not finite"):
             rig.train(1)
         assert [event.step for event in rig.events if isinstance(event, Incident)] == [step + INTERVAL]
+
+
+@pytest.mark.parametrize("what", ["a cohort that captures", "a cohort that has just left", "a suspicion"])
+def test_whatever_may_be_to_blame_is_looked_at_without_delay(what: str) -> None:
+    rig = attach(Pair(), capture=esper.CaptureConfig(batches=50, rows=640, timeout=100))
+    rig.train(12)
+    if what == "a suspicion":
+        rig.grower.guard._suspicion = Suspicion(cohort=7, reason="test", until=10_000)
+    else:
+        cohort = rig.germinate("fc1-fc2", start="negative_gradient")
+        if what == "a cohort that has just left":
+            rig.grower.stages.expel(cohort, rig.grower.clock.steps, "test")
+            rig.grower.guard._seen = {cohort.number: rig.grower.clock.steps}
+        assert bool(rig.grower.kasmina.cohorts) == (what == "a cohort that captures")
+    rig.train(-rig.grower.clock.steps % INTERVAL - 1)
+    assert (rig.grower.clock.steps + 1) % INTERVAL == 0 and rig.grower._early is None
 
 
 def test_what_changed_in_between_is_read_anew() -> None:

@@ -82,7 +82,8 @@ def test_dormant_with_telemetry_every_step(task: Task) -> None:
 @TASKS
 @pytest.mark.parametrize("has_grown", [False, True])
 def test_a_dormant_decision_waits_once(task: Task, has_grown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing but the one event is waited for, from well before the decision until well after it."""
+    """Nothing but one event is waited for, from well before the decision until well after it, and that was recorded
+    at the end of the step before: the device has the decision's own step to work on meanwhile."""
     rig = rig_for(task)
     if has_grown:
         site = next(info.name for info in rig.grower.sites() if info.kind.is_span)
@@ -94,19 +95,27 @@ def test_a_dormant_decision_waits_once(task: Task, has_grown: bool, monkeypatch:
                 rig.grower.kasmina.graft(cohort)
         rig.grower.kasmina.fossilise(cohort, step, rig.grower.clock.hosts)
     rig.train(2 * INTERVAL - 4 - rig.grower.clock.steps % INTERVAL)
-    waits: list[torch.cuda.Event] = []
-    wait = torch.cuda.Event.synchronize
+    recorded: list[tuple[int, torch.cuda.Event]] = []
+    waits: list[tuple[int, torch.cuda.Event]] = []
+    record, wait = torch.cuda.Event.record, torch.cuda.Event.synchronize
+
+    def noted(event: torch.cuda.Event, stream: torch.cuda.Stream | None = None) -> None:
+        recorded.append((rig.grower.clock.steps, event))
+        record(event, stream)
 
     def counted(event: torch.cuda.Event) -> None:
-        waits.append(event)
+        waits.append((rig.grower.clock.steps, event))
         wait(event)
 
+    monkeypatch.setattr(torch.cuda.Event, "record", noted)
     monkeypatch.setattr(torch.cuda.Event, "synchronize", counted)
     torch.cuda.synchronize()
     with no_waiting():
         rig.train(8)
     assert rig.grower.clock.steps // INTERVAL == (rig.grower.clock.steps - 8) // INTERVAL + 1
-    assert len(waits) == 1 and not rig.grower.kasmina.cohorts
+    decided = rig.grower.clock.steps // INTERVAL * INTERVAL
+    assert [step for step, _ in recorded] == [decided - 1] and [step for step, _ in waits] == [decided]
+    assert recorded[0][1] is waits[0][1] and not rig.grower.kasmina.cohorts
     seen = next(iter(rig.grower.kasmina.sites.values())).telemetry
     assert seen is not None and seen.latest is not None and bool((seen.latest[:2] == seen.latest[:2]).all())
 
