@@ -28,7 +28,7 @@ from esper.absorption import absorb_growth
 from esper.accounts import Accounts
 from esper.commands import apply, obey
 from esper.config import BudgetConfig, Config
-from esper.decision import Early, Glance, foresee, glance, look, measure_held_out
+from esper.decision import Early, Glance, foresee, glance, is_blind, is_needed, look, measure_held_out, senses
 from esper.evidence.evaluator import Evaluator, Loss
 from esper.evidence.judge import Judge
 from esper.evidence.twins import as_given, plain_step
@@ -50,7 +50,7 @@ from esper.stages import Stages
 from esper.state import Loop, Setup
 from esper.stored import Stored
 from esper.summary import Report, describe
-from esper.tamiyo import Controller, Noting, make_controller
+from esper.tamiyo import Controller, make_controller
 from esper.trials import Trials
 
 
@@ -207,10 +207,13 @@ class Grower(Stored):
         self.kasmina.note_rows(step, passes=max(1, self.clock.passes))
         self.accounts.count_step()
         if step % self.config.interval == 0:
-            begun, self._early = glance(self, step, self._early, needed=self._is_deciding), None
-            self.guard.look(step, begun.reading)
-            self._decide(step, begun)
-        self.kasmina.watch(self.config.telemetry.is_due(step + 1))
+            if is_blind(self, step):
+                self.guard.glimpse(step)
+            else:
+                begun, self._early = glance(self, step, self._early, needed=self._is_deciding(step)), None
+                self.guard.look(step, begun.reading)
+                self._decide(step, begun)
+        self.kasmina.watch(senses(self, step + 1))
         if rest.holds:
             rest.plan(step)
         else:
@@ -237,7 +240,7 @@ class Grower(Stored):
             check_reports(self.kasmina, self.clock)
         begun = None
         if step % self.config.interval == 0:
-            begun, self._early = glance(self, step, self._early, needed=self._is_deciding), None
+            begun, self._early = glance(self, step, self._early, needed=self._is_deciding(step)), None
             self.guard.look(step, begun.reading)
         obey(self, self._orders, self._desk, step)
         if self.clock.steps != step:
@@ -248,7 +251,7 @@ class Grower(Stored):
             self._decide(step, begun)
         if self.clock.steps != step:
             return
-        self.kasmina.watch(self.config.telemetry.is_due(step + 1))
+        self.kasmina.watch(senses(self, step + 1))
         with self.journal.timed("safety"):
             self.guard.after_step(step)
 
@@ -385,20 +388,20 @@ class Grower(Stored):
 
     # ---------------------------------------------------------------------------------------------- how
 
-    @property
-    def _is_deciding(self) -> bool:
-        return self.stopped is None and self.loop.paused is None
+    def _is_deciding(self, step: int) -> bool:
+        return self.loop.paused is None and is_needed(self, step)
 
     def _foresee(self) -> None:
-        self._early = foresee(self, needed=self._is_deciding)
+        self._early = foresee(self, needed=self._is_deciding(self.loop.last_step + 1))
 
     def _decide(self, step: int, begun: Glance) -> None:
-        deciding = self._is_deciding
+        deciding = self._is_deciding(step)
         observation = look(self, step, begun, needed=deciding)
         if deciding and observation is not None:
             with self.journal.timed("decide"):
                 commands = self.controller.decide(observation)
-            for note in self.controller.notes() if isinstance(self.controller, Noting) else ():
+            notes = getattr(self.controller, "notes", None)  # of a Noting one: to ask for the type takes longer
+            for note in notes() if notes is not None else ():
                 self.journal.warn(note, note, step)
             for command in commands:
                 if self.clock.steps == step:

@@ -10,33 +10,22 @@ from typing import Protocol
 
 from torch import Tensor
 
-from esper.accounts import Accounts
-from esper.config import Config
-from esper.kasmina.execution import Kasmina
-from esper.kasmina.host import HostClock, read_loss
+from esper import decision
+from esper.kasmina.host import read_loss
 from esper.orders import Orders
-from esper.state import Loop
 from esper.trials import Trials
 
 
-class Watch(Protocol):
-    """Takes in losses: the guard, seen from here."""
-
-    @property
-    def is_calm(self) -> bool: ...
+class Watch(decision.Watch, Protocol):
+    """Takes in losses as well: the guard, seen from here."""
 
     def note(self, loss: Tensor | float) -> None: ...
 
 
-class Run(Protocol):
+class Run(decision.Run, Protocol):
     """What could be at work: a grower, seen from here."""
 
-    config: Config
-    clock: HostClock
-    kasmina: Kasmina
-    accounts: Accounts
     trials: Trials
-    loop: Loop
 
     @property
     def guard(self) -> Watch: ...
@@ -67,11 +56,15 @@ class Rest:
 
     def plan(self, step: int) -> None:
         """``step`` is done: find out when there is something to do again."""
-        interval, telemetry = self._run.config.interval, self._run.config.telemetry
-        decision = step - step % interval + interval
-        self.due = max(step + 1, min(decision, telemetry.next_due(step)) - 1)
-        self._flops = self._run.accounts.host_step_flops
-        if decision == step + 1:
+        run, interval = self._run, self._run.config.interval
+        coming, sensing = step - step % interval + interval, run.config.telemetry.next_due(step)
+        is_blind = decision.is_blind(run, coming)
+        if sensing < coming and decision.senses(run, sensing):
+            self.due = max(step + 1, sensing - 1)
+        else:
+            self.due = max(step + 1, coming if is_blind else coming - 1)
+        self._flops = run.accounts.host_step_flops
+        if coming == step + 1 and not is_blind:
             self._clock.rouse()
         else:
             self._clock.rest()

@@ -51,6 +51,7 @@ class Kasmina:
         self.optimizer_family = "adaptive" if adaptive else "sgd"
         self.host_params = sum(parameter.numel() for parameter in model.parameters())
         self.device = next(model.parameters()).device
+        self.is_on_cpu = self.device.type == "cpu"
         dispatch.prepare(self.device)
         self._norms = {
             name: None if plan.norm_name is None else model.get_submodule(plan.norm_name)
