@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -220,7 +221,10 @@ def recent_losses(losses: Sequence[Tensor | float]) -> tuple[float, float]:
     """
     if not losses:
         return math.nan, math.nan
-    values: list[float] = stacked(losses).tolist()
+    if all(type(loss) is float for loss in losses):
+        values: list[float] = array("f", losses).tolist()  # rounded as a stack of them is
+    else:
+        values = stacked(losses).tolist()
     mean = sum(values) / len(values)
     if len(values) < 2 or mean == 0:
         return mean, math.nan
