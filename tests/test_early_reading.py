@@ -1,4 +1,4 @@
-"""What a dormant decision reads was begun a step before it: nothing is lost, nothing seen twice, and saved runs agree."""
+"""What a dormant decision reads was begun a step before: nothing is lost, nothing seen twice, saved runs agree."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def watched(**settings: Any) -> tuple[Rig, list[Observation]]:
 def assert_same(one: Observation, two: Observation) -> None:
     for field in fields(one):
         here, there = getattr(one, field.name), getattr(two, field.name)
-        same = np.array_equal(here, there, equal_nan=True) if isinstance(here, np.ndarray) else repr(here) == repr(there)
+        arrays = isinstance(here, np.ndarray)
+        same = np.array_equal(here, there, equal_nan=True) if arrays else repr(here) == repr(there)
         assert same, (one.step, field.name)
 
 

@@ -53,7 +53,7 @@ class Run(Protocol):
 
 
 def is_needed(run: Run, step: int) -> bool:
-    """Whether the controller has to look at a decision point, as far as is known now."""
+    """Whether the controller has to look at a decision point, unless growth is paused."""
     if run.loop.stopped is not None:
         return False
     waits = getattr(run.controller, "waits", None)
@@ -64,11 +64,16 @@ def is_needed(run: Run, step: int) -> bool:
     )
 
 
+def is_deciding(run: Run, step: int) -> bool:
+    """Whether the controller looks at a decision point, as things are."""
+    return run.loop.paused is None and is_needed(run, step)
+
+
 def is_blind(run: Run, step: int) -> bool:
     """Whether a decision point is left to the guard, which waits for nobody: nothing is alive or to be measured, nobody
     looks, and what the guard reads lies in the host's memory."""
-    needed = run.loop.paused is None and is_needed(run, step)
-    return not (_is_wanted(run, needed) or run.kasmina.cohorts or _measures(run, step)) and run.kasmina.is_on_cpu
+    is_read = _is_wanted(run, is_deciding(run, step)) or run.kasmina.cohorts or _measures(run, step)
+    return run.kasmina.is_on_cpu and not is_read
 
 
 def senses(run: Run, step: int) -> bool:

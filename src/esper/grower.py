@@ -28,7 +28,7 @@ from esper.absorption import absorb_growth
 from esper.accounts import Accounts
 from esper.commands import apply, obey
 from esper.config import BudgetConfig, Config
-from esper.decision import Early, Glance, foresee, glance, is_blind, is_needed, look, measure_held_out, senses
+from esper.decision import Early, Glance, foresee, glance, is_blind, is_deciding, look, measure_held_out, senses
 from esper.evidence.evaluator import Evaluator, Loss
 from esper.evidence.judge import Judge
 from esper.evidence.twins import as_given, plain_step
@@ -42,14 +42,14 @@ from esper.kasmina.ledger import Ledger, forward_flops
 from esper.kasmina.preconditions import check_choices, check_host, check_optimizers
 from esper.misuse import check_reports, warn_if_misplaced, warn_if_stuck
 from esper.orders import Keeping, Orders
-from esper.protocol import Absorbed, AnyEvent, Attached, Command, Lifecycle, Observation, SiteInfo, Stopped, Verdict
+from esper.protocol import Absorbed, AnyEvent, Command, Lifecycle, Observation, SiteInfo, Stopped, Verdict
 from esper.rest import Rest
 from esper.safety.shelf import Shelf
 from esper.safety.training import Training
 from esper.stages import Stages
 from esper.state import Loop, Setup
 from esper.stored import Stored
-from esper.summary import Report, describe
+from esper.summary import Report, attached, describe
 from esper.tamiyo import Controller, make_controller
 from esper.trials import Trials
 
@@ -160,17 +160,7 @@ class Grower(Stored):
             self.loop.losses, self.guard.may_graft,
         )  # fmt: skip
         self.kasmina.watch(True)  # the first step tells whether every site reports
-        self._announce()
-
-    def _announce(self) -> None:
-        infos = tuple(self.sites())
-        self.journal.emit(
-            Attached(
-                step=0, sites=infos, skipped=self.discovery.skipped, host_params=self.kasmina.host_params,
-                covered_params=self.discovery.covered_params, total_steps=self.config.total_steps,
-                notes=self.discovery.notes, family=self.kasmina.family, optimizer=self.kasmina.optimizer_family,
-            )
-        )  # fmt: skip
+        self.journal.emit(attached(self))
         for text in [*self.clock.approximations, *self.training.omissions]:
             self.journal.warn(text, text, 0)
 
@@ -182,23 +172,22 @@ class Grower(Stored):
         ``loss`` is the user's training loss; it is read, never differentiated. ``batch`` is what was trained on, for
         twins; nothing else reads it.
         """
-        if self.clock.steps == self.loop.last_step:
+        step = self.clock.steps
+        if step == self.loop.last_step:
             self._without_host_step()
             return
         if self._rest is not None:
-            if self._desk is None and self._rest.counts(self.clock.steps, loss):
-                if self.loop.last_step >= self._rest.due:
-                    self._stir(self._rest, self.loop.last_step)
+            if self._desk is None and self._rest.counts(step, loss):
+                if step >= self._rest.due:
+                    self._stir(self._rest, step)
                 return
             self._wake()
         warn_if_misplaced(self.clock, self.journal, self.loop.last_step)
-        self.loop.last_step, self.loop.calls_without_step, self.loop.skipped = self.clock.steps, 0, 0
-        step = self.loop.last_step
+        self.loop.last_step, self.loop.calls_without_step, self.loop.skipped = step, 0, 0
         self.loop.losses.append(read_loss(loss))
         self.guard.note(self.loop.losses[-1])
         self._work(step, batch)
-        if (self.loop.last_step + 1) % self.config.interval == 0:
-            self._foresee()
+        self._foresee()
         if self._desk is None:
             self._rest = Rest.of(self, self._orders)
 
@@ -210,9 +199,7 @@ class Grower(Stored):
             if is_blind(self, step):
                 self.guard.glimpse(step)
             else:
-                begun, self._early = glance(self, step, self._early, needed=self._is_deciding(step)), None
-                self.guard.look(step, begun.reading)
-                self._decide(step, begun)
+                self._decide(step, self._look(step))
         self.kasmina.watch(senses(self, step + 1))
         if rest.holds:
             rest.plan(step)
@@ -220,8 +207,7 @@ class Grower(Stored):
             self._wake()
             with self.journal.timed("safety"):
                 self.guard.after_step(self.loop.last_step)
-        if (self.loop.last_step + 1) % self.config.interval == 0:
-            self._foresee()
+        self._foresee()
 
     def _wake(self) -> None:
         self._rest = None
@@ -238,10 +224,7 @@ class Grower(Stored):
             self.trials.follow(batch, step)
         if step == 1:
             check_reports(self.kasmina, self.clock)
-        begun = None
-        if step % self.config.interval == 0:
-            begun, self._early = glance(self, step, self._early, needed=self._is_deciding(step)), None
-            self.guard.look(step, begun.reading)
+        begun = self._look(step) if step % self.config.interval == 0 else None
         obey(self, self._orders, self._desk, step)
         if self.clock.steps != step:
             return  # everything was taken back to the end of an earlier step
@@ -388,20 +371,21 @@ class Grower(Stored):
 
     # ---------------------------------------------------------------------------------------------- how
 
-    def _is_deciding(self, step: int) -> bool:
-        return self.loop.paused is None and is_needed(self, step)
-
     def _foresee(self) -> None:
-        self._early = foresee(self, needed=self._is_deciding(self.loop.last_step + 1))
+        self._early = foresee(self, needed=is_deciding(self, self.loop.last_step + 1))
+
+    def _look(self, step: int) -> Glance:
+        begun, self._early = glance(self, step, self._early, needed=is_deciding(self, step)), None
+        self.guard.look(step, begun.reading)
+        return begun
 
     def _decide(self, step: int, begun: Glance) -> None:
-        deciding = self._is_deciding(step)
+        deciding = is_deciding(self, step)
         observation = look(self, step, begun, needed=deciding)
         if deciding and observation is not None:
             with self.journal.timed("decide"):
                 commands = self.controller.decide(observation)
-            notes = getattr(self.controller, "notes", None)  # of a Noting one: to ask for the type takes longer
-            for note in notes() if notes is not None else ():
+            for note in getattr(self.controller, "notes", tuple)():  # to ask whether it is Noting takes longer
                 self.journal.warn(note, note, step)
             for command in commands:
                 if self.clock.steps == step:

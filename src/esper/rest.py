@@ -74,9 +74,7 @@ class Rest:
         """Whether nothing has changed since it began."""
         run = self._run
         return (
-            run.kasmina.num_changes == self._changes
-            and self._orders.is_empty
-            and run.loop.last_step == run.clock.steps
+            run.kasmina.num_changes == self._changes and self._orders.is_empty and run.loop.last_step == run.clock.steps
         )
 
     def counts(self, step: int, loss: Tensor | float) -> bool:
