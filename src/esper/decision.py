@@ -226,10 +226,9 @@ def recent_losses(losses: Sequence[Tensor | float]) -> tuple[float, float]:
     """
     if not losses:
         return math.nan, math.nan
-    if all(type(loss) is float for loss in losses):
-        values: list[float] = array("f", losses).tolist()  # rounded as a stack of them is
-    else:
-        values = stacked(losses).tolist()
+    numbers = [loss for loss in losses if not isinstance(loss, Tensor)]
+    known = len(numbers) == len(losses)
+    values: list[float] = (array("f", numbers) if known else stacked(losses)).tolist()  # either rounds the same
     mean = sum(values) / len(values)
     if len(values) < 2 or mean == 0:
         return mean, math.nan
