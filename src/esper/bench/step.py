@@ -1,8 +1,8 @@
 """What does Esper cost a whole training step? Against the bare host, in one process, blocks of steps alternating.
 
 Phases: ``every_step`` and ``default`` (dormant, telemetry every step or at the default interval, and a controller that
-looks at it); on small hosts also ``unwatched`` (as ``default``, but nobody looks: the controller waits for a later step,
-or growth has stopped); on GPT-2's shape also
+looks at it); on small hosts also ``unwatched`` (as ``default``, but nobody looks: the controller waits for a later
+step); on GPT-2's shape also
 ``grafted_and_training`` (256 seeds of 4 features in the forward pass of 12 layers, and 256 more that record what they
 will be fitted to). Rows of the host ``chain`` say how the cost grows with the number of sites.
 """
