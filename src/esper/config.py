@@ -41,8 +41,8 @@ class TelemetryConfig:
     """How the network is watched."""
 
     every: int = 10
-    """Steps between telemetry snapshots, while anything is alive or anybody looks (a controller that does not just wait,
-    whoever hears events, a bus, a measurement of the held-out loss)."""
+    """Steps between telemetry snapshots, while anything is alive or anybody looks: a controller that does not just
+    wait, whoever hears events, a bus, a measurement of the held-out loss."""
     rows: int = 1024
     """Rows (positions) read a snapshot, strided over the batch."""
 
