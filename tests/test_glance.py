@@ -15,7 +15,7 @@ from tests.rigs import Rig, S, attach, hold, keep_visible
 from torch.overrides import TorchFunctionMode
 
 import esper
-from esper import decision, grower
+from esper import decision, grower, rest
 from esper.kasmina.blueprints import BLUEPRINTS
 from esper.kasmina.defaults import default_blueprint
 from esper.kasmina.reading import Reading
@@ -65,7 +65,8 @@ def waits(rig: Rig) -> list[str]:
 def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is computed from values that have arrived is no reading; losses stay where they are, as on a GPU."""
     monkeypatch.setattr(decision, "recent_losses", lambda _: (1.0, 0.1))
-    monkeypatch.setattr(grower, "read_loss", lambda loss: loss.detach().clone())
+    for place in (grower, rest):
+        monkeypatch.setattr(place, "read_loss", lambda loss: loss.detach().clone())
 
 
 ONCE = ["cpu", "numpy"]

@@ -70,9 +70,14 @@ class Accounts:
         kasmina = self._kasmina
         return 3.0 * (self.host_flops_per_step + kasmina.added_flops_per_step()) + kasmina.repeated_flops_per_step()
 
+    @property
+    def host_step_flops(self) -> float:
+        """FLOPs of one training step of the host alone: a forward, and a backward at twice its cost."""
+        return 3.0 * self.host_flops_per_step
+
     def count_step(self) -> None:
         """Book one training step."""
-        self.ledger.add("host", 3.0 * self.host_flops_per_step)
+        self.ledger.add("host", self.host_step_flops)
         if not self._kasmina.at_rest:
             again = self._kasmina.repeated_flops_per_step()
             self.ledger.add("branches", 3.0 * self._kasmina.added_flops_per_step() + again)

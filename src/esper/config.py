@@ -44,7 +44,8 @@ class TelemetryConfig:
     """How the network is watched."""
 
     every: int = 10
-    """Steps between telemetry snapshots, each taken in the step before a multiple of it."""
+    """Steps between telemetry snapshots, each taken in the step before a multiple of it; only while anything is alive or
+    anybody looks: a controller that does not just wait, who hears events, a bus, a measured held-out loss."""
     rows: int = 512
     """Rows (positions) read a snapshot, strided over the batch."""
 
@@ -56,6 +57,10 @@ class TelemetryConfig:
         """Whether the sensors report in a step: the one before each multiple of ``every``, so that what they say has
         arrived when it is asked for."""
         return (step + 1) % self.every == 0
+
+    def next_due(self, step: int) -> int:
+        """First step after ``step`` in which they report."""
+        return step + self.every - (step + 1) % self.every
 
 
 @dataclass(frozen=True, kw_only=True)

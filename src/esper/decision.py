@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,7 @@ from esper.observation import Frame, prepare
 from esper.protocol import HeldOut, Observation
 from esper.stages import Stages
 from esper.state import Loop
+from esper.tamiyo import Controller
 
 
 class Watch(Protocol):
@@ -44,9 +46,48 @@ class Run(Protocol):
     journal: Journal
     loop: Loop
     watcher: Callable[[Observation], None] | None
+    controller: Controller
 
     @property
     def guard(self) -> Watch: ...
+
+
+def is_needed(run: Run, step: int) -> bool:
+    """Whether the controller has to look at a decision point, unless growth is paused."""
+    if run.loop.stopped is not None:
+        return False
+    waits = getattr(run.controller, "waits", None)
+    return (
+        waits is None
+        or bool(run.kasmina.cohorts)
+        or not waits(step, total_steps=run.config.total_steps, num_ended=run.stages.verdicts.ended.total())
+    )
+
+
+def is_deciding(run: Run, step: int) -> bool:
+    """Whether the controller looks at a decision point, as things are."""
+    return run.loop.paused is None and is_needed(run, step)
+
+
+def is_blind(run: Run, step: int) -> bool:
+    """Whether a decision point is left to the guard, which waits for nobody: nothing is alive or to be measured, nobody
+    looks, and what the guard reads lies in the host's memory."""
+    is_read = _is_wanted(run, is_deciding(run, step)) or run.kasmina.cohorts or _measures(run, step)
+    return run.kasmina.is_on_cpu and not is_read
+
+
+def senses(run: Run, step: int) -> bool:
+    """Whether the sensors report in a step: it is their turn, and something is alive or what they say will be read.
+
+    A decision at which the held-out loss is measured counts as a reader, for rows a step are counted with the sensors.
+    """
+    telemetry, interval = run.config.telemetry, run.config.interval
+    if not telemetry.is_due(step):
+        return False
+    if run.kasmina.cohorts or not run.kasmina.at_rest or _is_wanted(run, needed=False):
+        return True
+    decisions = range(step - step % interval + interval, step + max(telemetry.every, interval) + 1, interval)
+    return any(_measures(run, decision) or is_needed(run, decision) for decision in decisions)
 
 
 @dataclass(frozen=True)
@@ -67,6 +108,8 @@ def foresee(run: Run, *, needed: bool) -> Early | None:
     """
     step = run.loop.last_step
     if step < 1 or (step + 1) % run.config.interval or run.kasmina.cohorts or not run.guard.is_calm:
+        return None
+    if is_blind(run, step + 1):
         return None
     with run.journal.timed("observe"):
         return Early(run.guard.ask(sensors=_is_wanted(run, needed)), run.kasmina.num_changes)
@@ -101,7 +144,7 @@ def glance(run: Run, step: int, early: Early | None = None, *, needed: bool = Tr
         prepares &= reading.has_sensors
         if is_calm:
             # what the sensors do next is known, and no forward pass comes before the next step
-            run.kasmina.watch(run.config.telemetry.is_due(step + 1))
+            run.kasmina.watch(senses(run, step + 1))
         if prepares:
             frame = prepare(run.kasmina, step=step, verdicts=run.stages.verdicts)
         return Glance(reading, frame, run.kasmina.num_changes, _lr_share(run.clock) if prepares else math.nan)
@@ -183,7 +226,9 @@ def recent_losses(losses: Sequence[Tensor | float]) -> tuple[float, float]:
     """
     if not losses:
         return math.nan, math.nan
-    values: list[float] = stacked(losses).tolist()
+    numbers = [loss for loss in losses if not isinstance(loss, Tensor)]
+    known = len(numbers) == len(losses)
+    values: list[float] = (array("f", numbers) if known else stacked(losses)).tolist()  # either rounds the same
     mean = sum(values) / len(values)
     if len(values) < 2 or mean == 0:
         return mean, math.nan

@@ -28,7 +28,7 @@ from esper.absorption import absorb_growth
 from esper.accounts import Accounts
 from esper.commands import apply, obey
 from esper.config import BudgetConfig, Config
-from esper.decision import Early, Glance, foresee, glance, look, measure_held_out
+from esper.decision import Early, Glance, foresee, glance, is_blind, is_deciding, look, measure_held_out, senses
 from esper.evidence.evaluator import Evaluator, Loss
 from esper.evidence.judge import Judge
 from esper.evidence.twins import as_given, plain_step
@@ -42,14 +42,15 @@ from esper.kasmina.ledger import Ledger, forward_flops
 from esper.kasmina.preconditions import check_choices, check_host, check_optimizers
 from esper.misuse import check_reports, warn_if_misplaced, warn_if_stuck
 from esper.orders import Keeping, Orders
-from esper.protocol import Absorbed, AnyEvent, Attached, Command, Lifecycle, Observation, SiteInfo, Stopped, Verdict
+from esper.protocol import Absorbed, AnyEvent, Command, Lifecycle, Observation, SiteInfo, Stopped, Verdict
+from esper.rest import Rest
 from esper.safety.shelf import Shelf
 from esper.safety.training import Training
 from esper.stages import Stages
 from esper.state import Loop, Setup
 from esper.stored import Stored
-from esper.summary import Report, describe
-from esper.tamiyo import Controller, Noting, make_controller
+from esper.summary import Report, attached, describe
+from esper.tamiyo import Controller, make_controller
 from esper.trials import Trials
 
 
@@ -143,6 +144,7 @@ class Grower(Stored):
         self.keeping, self._desk = Keeping(), None
         self._orders, self._shelf = Orders(self.keeping), Shelf()
         self._early: Early | None = None
+        self._rest: Rest | None = None
         self.loop = Loop(deque(maxlen=self.config.graft.stabilize_window))
         self._setup = Setup(self.config, self.sites, self._evaluator.batches)
         self.export_difference: exporting.Difference | None = None
@@ -158,17 +160,7 @@ class Grower(Stored):
             self.loop.losses, self.guard.may_graft,
         )  # fmt: skip
         self.kasmina.watch(True)  # the first step tells whether every site reports
-        self._announce()
-
-    def _announce(self) -> None:
-        infos = tuple(self.sites())
-        self.journal.emit(
-            Attached(
-                step=0, sites=infos, skipped=self.discovery.skipped, host_params=self.kasmina.host_params,
-                covered_params=self.discovery.covered_params, total_steps=self.config.total_steps,
-                notes=self.discovery.notes, family=self.kasmina.family, optimizer=self.kasmina.optimizer_family,
-            )
-        )  # fmt: skip
+        self.journal.emit(attached(self))
         for text in [*self.clock.approximations, *self.training.omissions]:
             self.journal.warn(text, text, 0)
 
@@ -180,20 +172,46 @@ class Grower(Stored):
         ``loss`` is the user's training loss; it is read, never differentiated. ``batch`` is what was trained on, for
         twins; nothing else reads it.
         """
-        if self.clock.steps == self.loop.last_step:
+        step = self.clock.steps
+        if step == self.loop.last_step:
             self._without_host_step()
             return
+        if self._rest is not None:
+            if self._desk is None and self._rest.counts(step, loss):
+                if step >= self._rest.due:
+                    self._stir(self._rest, step)
+                return
+            self._wake()
         warn_if_misplaced(self.clock, self.journal, self.loop.last_step)
-        self.loop.last_step, self.loop.calls_without_step, self.loop.skipped = self.clock.steps, 0, 0
-        step = self.loop.last_step
+        self.loop.last_step, self.loop.calls_without_step, self.loop.skipped = step, 0, 0
         self.loop.losses.append(read_loss(loss))
         self.guard.note(self.loop.losses[-1])
-        if self._is_quiet(step):
-            self.accounts.count_step()
+        self._work(step, batch)
+        self._foresee()
+        if self._desk is None:
+            self._rest = Rest.of(self, self._orders)
+
+    def _stir(self, rest: Rest, step: int) -> None:
+        """What is due in a step although nothing is alive: sensors and decisions."""
+        self.kasmina.note_rows(step, passes=max(1, self.clock.passes))
+        self.accounts.count_step()
+        if step % self.config.interval == 0:
+            if is_blind(self, step):
+                self.guard.glimpse(step)
+            else:
+                self._decide(step, self._look(step))
+        self.kasmina.watch(senses(self, step + 1))
+        if rest.holds:
+            rest.plan(step)
         else:
-            self._work(step, batch)
-        if (self.loop.last_step + 1) % self.config.interval == 0:
-            self._foresee()
+            self._wake()
+            with self.journal.timed("safety"):
+                self.guard.after_step(self.loop.last_step)
+        self._foresee()
+
+    def _wake(self) -> None:
+        self._rest = None
+        self.clock.rouse()
 
     def _work(self, step: int, batch: Any) -> None:
         self.kasmina.note_rows(step, passes=max(1, self.clock.passes))
@@ -206,11 +224,8 @@ class Grower(Stored):
             self.trials.follow(batch, step)
         if step == 1:
             check_reports(self.kasmina, self.clock)
-        begun = None
-        if step % self.config.interval == 0:
-            begun, self._early = glance(self, step, self._early, needed=self._is_deciding), None
-            self.guard.look(step, begun.reading)
-        self._obey(step)
+        begun = self._look(step) if step % self.config.interval == 0 else None
+        obey(self, self._orders, self._desk, step)
         if self.clock.steps != step:
             return  # everything was taken back to the end of an earlier step
         with self.journal.timed("advance"):
@@ -219,23 +234,9 @@ class Grower(Stored):
             self._decide(step, begun)
         if self.clock.steps != step:
             return
-        self.kasmina.watch(self.config.telemetry.is_due(step + 1))
+        self.kasmina.watch(senses(self, step + 1))
         with self.journal.timed("safety"):
             self.guard.after_step(step)
-
-    def _is_quiet(self, step: int) -> bool:
-        """Whether nothing is due in this step, nothing in the next, and nothing that could ask for more is alive."""
-        return (
-            self.kasmina.is_idle
-            and step % self.config.interval != 0
-            and not self.config.telemetry.is_due(step + 1)
-            and step > 1
-            and self._desk is None
-            and self._orders.is_empty
-            and self.guard.is_calm
-            and not self.clock.has_scaler
-            and not self.trials.are_open
-        )
 
     def submit(self, command: Command) -> None:
         """Queue a command; it is judged and applied inside the next :meth:`step`. Safe from any thread."""
@@ -350,6 +351,7 @@ class Grower(Stored):
         ExportError
             When the wider layers would not compute the same (relative difference of the loss above ``tolerance``).
         """
+        self._wake()
         absorbed = absorb_growth(self, tolerance=tolerance)
         self.guard.begin_anew(self.loop.last_step)
         self._foresee()
@@ -369,23 +371,21 @@ class Grower(Stored):
 
     # ---------------------------------------------------------------------------------------------- how
 
-    @property
-    def _is_deciding(self) -> bool:
-        return self.stopped is None and self.loop.paused is None
-
-    def _obey(self, step: int) -> None:
-        obey(self, self._orders, self._desk, step)
-
     def _foresee(self) -> None:
-        self._early = foresee(self, needed=self._is_deciding)
+        self._early = foresee(self, needed=is_deciding(self, self.loop.last_step + 1))
+
+    def _look(self, step: int) -> Glance:
+        begun, self._early = glance(self, step, self._early, needed=is_deciding(self, step)), None
+        self.guard.look(step, begun.reading)
+        return begun
 
     def _decide(self, step: int, begun: Glance) -> None:
-        deciding = self._is_deciding
+        deciding = is_deciding(self, step)
         observation = look(self, step, begun, needed=deciding)
         if deciding and observation is not None:
             with self.journal.timed("decide"):
                 commands = self.controller.decide(observation)
-            for note in self.controller.notes() if isinstance(self.controller, Noting) else ():
+            for note in getattr(self.controller, "notes", tuple)():  # to ask whether it is Noting takes longer
                 self.journal.warn(note, note, step)
             for command in commands:
                 if self.clock.steps == step:

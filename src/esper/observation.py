@@ -242,7 +242,8 @@ class _Standing:
     settled: bool
     """No chunk rests any more: it holds in later steps as well."""
     grown: npt.NDArray[np.int64]
-    free_share: npt.NDArray[np.float64]
+    rows: npt.NDArray[np.float64]
+    """Site features without what cohorts and sensors have told."""
     eligible: npt.NDArray[np.bool_]
     params: int
     unit_params: npt.NDArray[np.float64]
@@ -260,11 +261,12 @@ def _standing(kasmina: Kasmina, fixed: _Fixed, step: int) -> _Standing:
         return found
     free = kasmina.table.num_free_chunks(step)
     costs = [_unit_cost(site) for site in kasmina.sites.values()]
+    grown = np.array([kasmina.units(name) for name in fixed.names], dtype=np.int64)
     found = _stood[kasmina] = _Standing(
         changes=kasmina.num_changes,
         settled=step >= int(kasmina.table.embargo_until.max(initial=0)),
-        grown=np.array([kasmina.units(name) for name in fixed.names], dtype=np.int64),
-        free_share=free / fixed.chunks,
+        grown=grown,
+        rows=_standing_rows(fixed, grown, free / fixed.chunks),
         eligible=(free == fixed.chunks) & ~kasmina.table.has_seeds(),
         params=kasmina.params,
         unit_params=np.array([cost.params for cost in costs], dtype=np.float64),
@@ -275,13 +277,20 @@ def _standing(kasmina: Kasmina, fixed: _Fixed, step: int) -> _Standing:
     return found
 
 
+def _standing_rows(
+    fixed: _Fixed, grown: npt.NDArray[np.int64], free_share: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    rows = fixed.rows.copy()
+    rows[:, _COLUMN["free_chunk_share"]] = free_share
+    spans = fixed.hidden > 0
+    if grown.any():
+        rows[spans, _COLUMN["grown_share"]] = grown[spans] / fixed.hidden[spans]
+    return rows
+
+
 def _site_rows(fixed: _Fixed, standing: _Standing, verdicts: Verdicts, step: int) -> npt.NDArray[np.float64]:
     """All but what sensors tell."""
-    table, grown = fixed.rows.copy(), standing.grown
-    table[:, _COLUMN["free_chunk_share"]] = standing.free_share
-    if grown.any():
-        spans = fixed.hidden > 0
-        table[spans, _COLUMN["grown_share"]] = grown[spans] / fixed.hidden[spans]
+    table = standing.rows.copy()
     if verdicts.last_gain or verdicts.last_growth:
         for row, name in enumerate(fixed.names):
             table[row, _COLUMN["last_gain"]] = verdicts.last_gain.get(name, math.nan)
@@ -293,12 +302,12 @@ class _Pressure:
     """The pressing chunks: looked for again when a gradient energy has changed."""
 
     def __init__(self) -> None:
-        self._seen: list[npt.NDArray[np.uint32]] = []
+        self._seen: list[bytes] = []
         self._found = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 
     def of(self, blocks: Blocks) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        energies = [block[:, 2].view(np.uint32) for _, block in blocks]  # as bits: a NaN is what it was before
-        if len(self._seen) != len(energies) or not all(map(np.array_equal, energies, self._seen)):
+        energies = [block[:, 2].tobytes() for _, block in blocks]  # as bits: a NaN is what it was before
+        if energies != self._seen:
             found = {int(n): one[2] for numbers, block in blocks for n, one in zip(numbers, block, strict=True)}
             self._seen, self._found = energies, _pressing([found[number] for number in range(len(found))])
         return self._found

@@ -8,17 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from esper.config import Config
 from esper.kasmina.discovery import Discovery
 from esper.kasmina.execution import Kasmina
 from esper.kasmina.ledger import Ledger
 from esper.observe.credit import grafting_effect
-from esper.protocol import Audited, EffectScored, Lifecycle, SiteInfo, TwinScored, Verdict
+from esper.protocol import Attached, Audited, EffectScored, Lifecycle, SiteInfo, TwinScored, Verdict
 from esper.trials import Scored, Trials
 
 
 class Run(Protocol):
     """What a summary reads: a grower, seen from here."""
 
+    config: Config
     kasmina: Kasmina
     discovery: Discovery
 
@@ -40,6 +42,16 @@ class Run(Protocol):
     def ledger(self) -> Ledger: ...
 
     def sites(self, pattern: str = "*") -> list[SiteInfo]: ...
+
+
+def attached(run: Run) -> Attached:
+    """What is told when a run begins."""
+    kasmina, found = run.kasmina, run.discovery
+    return Attached(
+        step=0, sites=tuple(run.sites()), skipped=found.skipped, host_params=kasmina.host_params,
+        covered_params=found.covered_params, total_steps=run.config.total_steps, notes=found.notes,
+        family=kasmina.family, optimizer=kasmina.optimizer_family,
+    )  # fmt: skip
 
 
 def describe(run: Run) -> str:

@@ -70,6 +70,7 @@ def test_every_row_of_whole_steps_is_measured(sitting: dict[str, Any]) -> None:
         ("gpt2", "every_step"), ("gpt2", "default"), ("gpt2", "grafted_and_training"), ("gpt2", "utilisation"),
         ("gpt2", "memory_dormant"), ("gpt2", "memory_default_pool"), ("gpt2", "memory_lifecycle"),
         ("digits", "default"), ("mlp", "default"), ("resnet", "default"), ("chain", "default"),
+        ("digits", "unwatched"), ("mlp", "unwatched"), ("resnet", "unwatched"),
     }  # fmt: skip
     assert wanted <= found
     assert {row["sites"] for row in rows if row["host"] == "chain"} == {1, 3}

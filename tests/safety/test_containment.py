@@ -12,6 +12,7 @@ from tests.rigs import Rig, attach, host_of
 from torch import nn
 
 import esper
+from esper.commands import obey
 from esper.errors import CONTAINED, AttachError, EsperError, contained
 from esper.kasmina.strategies import STRATEGIES, GraftContext, Move, Strategy
 from esper.protocol import Germinate, Lifecycle, Refused, SeedPlan, SiteKind
@@ -145,7 +146,7 @@ def test_no_memory_at_germination_leaves_nothing_behind() -> None:
     armed[0] = True
     plans = (SeedPlan(site=spans[0], start="negative_gradient"), SeedPlan(site=layer, blueprint="broken"))
     rig.grower.submit(Germinate(seeds=plans))
-    rig.grower._obey(rig.grower.clock.steps)
+    obey(rig.grower, rig.grower._orders, None, rig.grower.clock.steps)
     (refused,) = [event for event in rig.events if isinstance(event, Refused)]
     assert "OutOfMemoryError: tried to allocate 2 GiB" in refused.reason
     assert digest({name: site.state() for name, site in rig.grower.kasmina.sites.items()}) == before

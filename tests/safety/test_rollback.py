@@ -16,6 +16,7 @@ from tests.rigs import QUICK, Idle, host_of
 from torch import Tensor
 
 import esper
+from esper.commands import obey
 from esper.protocol import AnyEvent, Cull, Germinate, Lifecycle, Refused, Restored, RollBack, SeedPlan, SetBudget, Stop
 from esper.safety.training import Training
 from esper.safety.tree import digest
@@ -117,7 +118,7 @@ def test_a_soft_rollback_does_not_touch_the_host(state: Lifecycle) -> None:
     run.bring(state)
     run.grower._orders.put(RollBack(cohort=1, reason="by hand"))
     before = run.hash()
-    run.grower._obey(run.grower.clock.steps)
+    obey(run.grower, run.grower._orders, None, run.grower.clock.steps)
     assert run.cohort is None and run.hash() == before
 
 

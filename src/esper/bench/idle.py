@@ -8,7 +8,13 @@ from esper.protocol import Command, Observation
 
 
 class Idle:
-    """Waits."""
+    """Waits, and looks at what it is shown unless it is ``asleep``."""
+
+    def __init__(self, *, asleep: bool = False) -> None:
+        self.asleep = asleep
+
+    def waits(self, step: int, *, total_steps: int | None, num_ended: int) -> bool:
+        return self.asleep
 
     def decide(self, observation: Observation) -> tuple[Command, ...]:
         return ()

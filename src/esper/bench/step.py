@@ -1,6 +1,8 @@
 """What does Esper cost a whole training step? Against the bare host, in one process, blocks of steps alternating.
 
-Phases: ``every_step`` and ``default`` (dormant, telemetry every step or at the default interval); on GPT-2's shape also
+Phases: ``every_step`` and ``default`` (dormant, telemetry every step or at the default interval, and a controller that
+looks at it); on small hosts also ``unwatched`` (as ``default``, but nobody looks: the controller waits for a later
+step); on GPT-2's shape also
 ``grafted_and_training`` (256 seeds of 4 features in the forward pass of 12 layers, and 256 more that record what they
 will be fitted to). Rows of the host ``chain`` say how the cost grows with the number of sites.
 """
@@ -18,6 +20,7 @@ import torch
 from esper.bench import hosts
 from esper.bench.busy import utilisation
 from esper.bench.hosts import Host, Shape
+from esper.bench.idle import Idle
 from esper.bench.memory import peaks
 from esper.bench.record import Line, Record
 from esper.bench.training import Training, compare, patient
@@ -29,6 +32,7 @@ SEEDS = 256
 BARS = {
     ("gpt2", "every_step"): 0.015, ("gpt2", "default"): 0.005, ("gpt2", "grafted_and_training"): 0.08,
     ("digits", "default"): 0.03, ("mlp", "default"): 0.03, ("resnet", "default"): 0.03,
+    ("digits", "unwatched"): 0.03, ("mlp", "unwatched"): 0.03, ("resnet", "unwatched"): 0.03,
 }  # fmt: skip
 """Largest share of the step that may be added."""
 TINY_SHAPE = Shape(dim=64, blocks=2, symbols=50, context=16, batch=2)
@@ -82,6 +86,8 @@ def phases(host: Host, device: torch.device, *, steps: int, blocks: int) -> Iter
         grower.config = dataclasses.replace(grower.config, telemetry=TelemetryConfig())
         yield facts | compare("default", bare, watched, steps=steps, blocks=blocks)
         if host.name != "gpt2":
+            grower.controller = Idle(asleep=True)
+            yield facts | compare("unwatched", bare, watched, steps=steps, blocks=blocks)
             return
         layers = [info.name for info in infos if info.name.endswith(".out")]
         _germinate(watched, "chunk_mlp", "random_zero", layers, Lifecycle.GRAFTING)

@@ -53,6 +53,7 @@ class Kasmina:
         self.optimizer_family = "adaptive" if adaptive else "sgd"
         self.host_params = sum(parameter.numel() for parameter in model.parameters())
         self.device = next(model.parameters()).device
+        self.is_on_cpu = self.device.type == "cpu"
         dispatch.prepare(self.device)
         self._norms = {
             name: None if plan.norm_name is None else model.get_submodule(plan.norm_name)
@@ -314,9 +315,9 @@ class Kasmina:
         return not self._grown
 
     @property
-    def is_idle(self) -> bool:
-        """Whether it is at rest, without a cohort, and no hook has work in the step just taken or in the next."""
-        return not (self._grown or self._working or self.cohorts) and self._watching is False
+    def is_dormant(self) -> bool:
+        """Whether it is at rest, without a cohort, and only sensors give hooks work."""
+        return not (self._grown or self.cohorts) and self._watching is not None
 
     def learn(self, hosts: dict[str, Hyperparameters], *, inverse_scale: float) -> None:
         """One update of everything that learns, after a real host step."""

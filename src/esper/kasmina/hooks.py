@@ -143,6 +143,10 @@ class _Store:
 
     def fill(self) -> None:
         """What came while ours were off goes behind them, as if they had hung there."""
+        if not self.hooks and not self.flags:
+            self.hooks.update(self.ours)
+            self.flags.update(self.our_flags)
+            return
         others, flags = dict(self.hooks), dict(self.flags)
         for store, first, then in ((self.hooks, self.ours, others), (self.flags, self.our_flags, flags)):
             store.clear()
@@ -154,7 +158,8 @@ class _Store:
         if len(self.hooks) != len(self.ours) or not all(site.ran_eagerly for site in self.sites):
             return False
         self.hooks.clear()
-        self.flags.clear()
+        if self.flags:
+            self.flags.clear()
         return True
 
 

@@ -28,12 +28,15 @@ class _Group:
     optimizer: Optimizer
     number: int
     sites: list[str] = field(default_factory=list[str])
+    lr: object = None
+    """Its learning rate, as it was read last."""
     _seen: tuple[object, ...] = ()
 
     def has_changed(self) -> bool:
         """Whether its settings are others than at the last call; a tensor may have changed unseen."""
         group = self.optimizer.param_groups[self.number]
-        if isinstance(group["lr"], Tensor):
+        self.lr = group["lr"]
+        if isinstance(self.lr, Tensor):
             return True
         found = tuple([group.get(name) for name in _RULE])
         if found == self._seen:
@@ -74,6 +77,9 @@ class HostClock:
         self._last_scale = 0.0
         self._measured: tuple[str, ...] = ()
         self._norms: dict[str, Tensor] = {}
+        self.rests = False
+        """Whether only steps are counted at present (:meth:`rest`)."""
+        self._may_rest = self._was_traced = False
         self._watch: Any = None
         self.follow(plans)
         self._handles: list[Any] = [
@@ -97,6 +103,7 @@ class HostClock:
             shared.setdefault((id(optimizer), number), _Group(optimizer, number)).sites.append(name)
         self._shared = tuple(shared.values())
         self.let_go()
+        self.rests = self._may_rest = False
         self._watched_steps = 0
         watched = next(iter(self._plans.values())).weight
         self._watch = watched.register_post_accumulate_grad_hook(self._after_backward)
@@ -127,6 +134,27 @@ class HostClock:
     @property
     def adaptive(self) -> bool:
         return is_adaptive(self.optimizers[0])
+
+    def rest(self) -> None:
+        """Until :meth:`rouse` only count steps, and follow the learning rates, if that is safe by now.
+
+        Everything else that is read before a step is for what learns beside the host. A scaler that comes in the
+        meantime is found afterwards.
+        """
+        self._may_rest = True
+        self.rests = (
+            self._watch is None  # backward passes are counted at first
+            and self._scaler is None
+            and not (self._measured or self._was_traced)
+            and not any(isinstance(shared.lr, Tensor) for shared in self._shared)
+        )
+
+    def rouse(self) -> None:
+        """Read everything from the next step on, and what has been missed of the last one."""
+        self._may_rest = False
+        if self.rests:
+            self.rests = False
+            self.note_hyperparameters()
 
     def overflowed(self, *, stepped: bool) -> bool:
         """Whether the GradScaler has skipped a step since the last call: it lowers its scale only then.
@@ -194,8 +222,12 @@ class HostClock:
                 self._norms[site] = total if scale is None else total / scale.to(total.device)
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self.rests:
+            return
         self.note_hyperparameters()
-        if self._scaler is None and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._was_traced = True
+        elif self._scaler is None:
             self._scaler = _calling_scaler()
         if self._scaler is not None:
             self._scale_at_step = float(self._scaler.get_scale())
@@ -203,8 +235,13 @@ class HostClock:
             self._measure_gradients(optimizer)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self.rests:
+            self._count_at_rest(optimizer)
+            return
         if self._watched_steps == _WATCHED_STEPS:
             self.let_go()
+            if self._may_rest:
+                self.rest()
         self._watched_steps += 1
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips by itself: the scaler tells it here
         if found_inf is None or float(found_inf) == 0.0:
@@ -212,6 +249,15 @@ class HostClock:
         if self.backwards_since_step:
             self.passes = self.backwards_since_step
         self.backwards_since_step = 0
+
+    def _count_at_rest(self, optimizer: Optimizer) -> None:
+        for shared in self._shared:
+            if shared.optimizer.param_groups[shared.number]["lr"] != shared.lr:
+                self.note_hyperparameters()  # a scheduler has set it: the largest one must not be missed
+                break
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or float(found_inf) == 0.0:
+            self.steps += 1
 
     def _after_backward(self, _: torch.Tensor) -> None:
         self.backwards_since_step += 1
@@ -239,6 +285,7 @@ class HostClock:
         self._measured = state["measured"]
         self._norms = {name: norm.to(weight_of(self._plans[name].tail).device) for name, norm in state["norms"].items()}
         self._had_gradient = set(state["had_gradient"])
+        self.rests = self._may_rest = False
         for shared in self._shared:
             shared.forget()
 

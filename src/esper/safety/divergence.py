@@ -40,6 +40,9 @@ class LossWatch:
         """What is wrong with ``recent`` losses (finite, oldest first) against those before, or ``None``."""
         if len(self.losses) < min(FEWEST, self.losses.maxlen or FEWEST) or not recent:
             return None
+        lowest = min(self.losses)
+        if 0 < lowest and max(recent) < self.ratio * lowest:
+            return None  # no median is needed to see that
         middle = median(self.losses)
         rise = median(recent) - middle
         if not rise > (self.ratio - 1) * abs(middle):

@@ -3,7 +3,7 @@
 from esper.config import TamiyoConfig
 from esper.tamiyo.bandit import BanditController
 from esper.tamiyo.heuristic import HeuristicController
-from esper.tamiyo.registry import Controller, Noting, known_controllers, make_controller, register_controller
+from esper.tamiyo.registry import Controller, Noting, Waiting, known_controllers, make_controller, register_controller
 from esper.tamiyo.schedule import ScheduleController
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "HeuristicController",
     "Noting",
     "ScheduleController",
+    "Waiting",
     "known_controllers",
     "make_controller",
     "register_controller",

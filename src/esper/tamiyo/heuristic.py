@@ -119,6 +119,11 @@ class HeuristicController:
         rows = self._candidates(observation)
         return self._germinate(observation, rows) if rows.size else ()
 
+    def waits(self, step: int, *, total_steps: int | None, num_ended: int) -> bool:
+        """Return whether nothing has been tried yet and ``first`` is still to come."""
+        is_late = total_steps is not None and step > self._last_share * total_steps
+        return step < self._first and self._asked_at is None and num_ended == 0 and not is_late
+
     def state(self) -> dict[str, Any]:
         """Return counters as plain values."""
         return {

@@ -40,6 +40,16 @@ class Noting(Protocol):
         ...
 
 
+@runtime_checkable
+class Waiting(Protocol):
+    """A controller that can tell beforehand when it will do nothing, so that nothing has to be observed for it."""
+
+    def waits(self, step: int, *, total_steps: int | None, num_ended: int) -> bool:
+        """Return whether ``decide`` would return nothing at ``step`` and remember nothing, whatever it is shown, if
+        nothing is alive then and ``num_ended`` cohorts have ended; it follows from its configuration and state."""
+        ...
+
+
 class ControllerFactory(Protocol):
     """Builds a controller; usually its class."""
 

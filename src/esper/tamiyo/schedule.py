@@ -71,6 +71,10 @@ class ScheduleController:
         self._next += 1
         return (Germinate(seeds=entry.seeds, reason=f"scheduled for step {entry.step}"),)
 
+    def waits(self, step: int, *, total_steps: int | None, num_ended: int) -> bool:
+        """Return whether the next entry is for a later step."""
+        return self._next < len(self.entries) and step < self.entries[self._next].step
+
     def state(self) -> dict[str, Any]:
         """Return the number of entries played."""
         return {"next": self._next}

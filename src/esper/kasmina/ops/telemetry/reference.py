@@ -46,7 +46,7 @@ def chunk_statistics(y_NF: Tensor, chunk_of: Tensor, chunk_sizes: Tensor) -> Ten
 
 def feature_statistics_into(out: Tensor, y_NF: Tensor) -> None:
     """:func:`chunk_statistics` of chunks of one feature, the same bits, written to ``out (2, F)`` in fewer steps."""
-    y, rows = y_NF.detach().float(), y_NF.shape[0]
+    y = y_NF.detach().float()
     mean, variance = out.unbind()
-    torch.sum(y, 0, out=mean).div_(rows)
-    torch.sum((y - mean).square_(), 0, out=variance).div_(rows)
+    torch.mean(y, 0, out=mean)
+    torch.mean((y - mean).square_(), 0, out=variance)
