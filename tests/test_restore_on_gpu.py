@@ -14,6 +14,7 @@ import torch
 from tests.models import CONV, DEVICE, DROPOUT_MLP, TRANSFORMER, Task
 from tests.restoring import PRECISIONS, Course
 
+from esper.orders import obey
 from esper.protocol import Lifecycle, Refused, Restored, RollBack
 from esper.safety.tree import digest
 
@@ -103,7 +104,7 @@ def test_a_soft_rollback_does_not_touch_the_host(state: Lifecycle) -> None:
     run.bring(state)
     run.grower._orders.put(RollBack(cohort=1, reason="by hand"))
     before = run.hash()
-    run.grower._obey(run.grower.clock.steps)
+    obey(run.grower, run.grower._orders, None, run.grower.clock.steps)
     assert run.cohort is None and run.hash() == before
 
 

@@ -44,7 +44,7 @@ class TelemetryConfig:
     """How the network is watched."""
 
     every: int = 10
-    """Steps between telemetry snapshots, each taken in the step before a multiple of it; only while anything is alive or
+    """Steps between telemetry snapshots, each taken in the step before a multiple of it; only while anything lives or
     anybody looks: a controller that does not just wait, who hears events, a bus, a measured held-out loss."""
     rows: int = 512
     """Rows (positions) read a snapshot, strided over the batch."""
