@@ -14,7 +14,7 @@ import torch
 from tests.models import CONV, DEVICE, DROPOUT_MLP, TRANSFORMER, Task
 from tests.restoring import PRECISIONS, Course
 
-from esper.orders import obey
+from esper.commands import obey
 from esper.protocol import Lifecycle, Refused, Restored, RollBack
 from esper.safety.tree import digest
 
