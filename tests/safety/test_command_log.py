@@ -153,7 +153,7 @@ def test_after_an_error_the_log_takes_nothing_until_it_is_read_again() -> None:
 
 def test_a_first_line_that_was_refused_does_not_come_back() -> None:
     """Its sync has failed and it was cut off: the log looks empty, but the disk may hold the line all the same."""
-    for operation, seed in itertools.product(range(16), range(8)):
+    for operation, seed in itertools.product(range(10), range(40)):
         disk = SimulatedDisk()
         try:
             with CommandLog(LOG, disk=FaultyDisk(disk, {operation: "EIO"})) as log:
