@@ -41,7 +41,8 @@ from esper.oona.address import open_bus, parse
 from esper.oona.bus import Message
 from esper.oona.topics import LIFECYCLE, Topic
 
-RESULT = Path(__file__).parents[1] / "results" / "oona_backlog.json"
+ROOT = Path(__file__).parents[2]
+RESULT = ROOT / "benchmarks" / "results" / "oona_backlog.json"
 MOST_MIB = 96
 SIZES_KIB = (1, 64, 960)
 SPOOL_KIB = (16, 960)
@@ -146,7 +147,12 @@ async def unspool(folder: str, num: int, size: int) -> dict[str, Any]:
     while (await publisher.turn()).more or publisher.counts()["pending"]:
         pass
     publisher.close()
-    return {"before": before, "seen": bus.num_messages, "in_order": bus.is_in_order, "seconds": time.monotonic() - began}
+    return {
+        "before": before,
+        "seen": bus.num_messages,
+        "in_order": bus.is_in_order,
+        "seconds": time.monotonic() - began,
+    }
 
 
 def _publisher(folder: Path) -> tuple[Any, Any, Away]:
@@ -193,7 +199,8 @@ CHILDREN: dict[str, Callable[[str, int, int], Any]] = {
 def child(what: str, where: str, num: int, size: int) -> dict[str, Any]:
     """What a process of its own has seen, with mebibytes instead of bytes."""
     command = [sys.executable, __file__, "--child", what, where, str(num), str(size)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     if "before" in seen:
@@ -269,7 +276,9 @@ def main() -> None:
         "cases": found,
         "bars": {
             "bounded": all(seen["mebibytes_more"] <= MOST_MIB for seen in found.values()),
-            "all of it, in order": all(seen["seen"] == seen["messages"] and seen["in_order"] for seen in found.values()),
+            "all of it, in order": all(
+                seen["seen"] == seen["messages"] and seen["in_order"] for seen in found.values()
+            ),
         },
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One id, one outcome: in thousands of small worlds of a desk and its disk, in which copies of an order bear any time."""
+"""One id, one outcome: in thousands of small worlds of a desk and its disk, in which copies bear any time."""
 
 from __future__ import annotations
 
