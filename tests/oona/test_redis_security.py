@@ -94,6 +94,8 @@ async def test_a_user_with_few_rights_can_do_all_that_a_bus_does(guarded: Guarde
     assert sorted(said(again)) == list(range(10, 40)) and await bus.backlog(TALK, "g") == 0
     await bus.forget([TALK], "g")
     await bus.close()
+    await claims.store.put("large", b"x" * 1000)
+    assert await claims.store.get("large", 2000) == b"x" * 1000
     await claims.store.close()
 
 
