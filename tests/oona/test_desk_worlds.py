@@ -19,6 +19,7 @@ from esper.oona.pad import Pad
 from esper.oona.register import Register
 from esper.oona.replay import Replay
 from esper.orders import Keeping, Orders
+from esper.protocol import Order
 from esper.safety.command_log import CommandLog, Entry
 
 pytestmark = pytest.mark.component
@@ -37,7 +38,8 @@ def run_all(seeds: Iterable[int]) -> Counter[str]:
 
 def test_no_promise_is_broken_in_any_world() -> None:
     counts = run_all(range(CI_SEEDS))
-    for what in ("told again", "refused journal", "expired deadline", "refused snapshot", "replayed turns", "saves"):
+    tried = ("told again", "refused journal", "expired deadline", "refused snapshot", "replayed turns", "saves")
+    for what in (*tried, "refused stale", "expired expired"):
         assert counts[what] > 10, f"the worlds hardly try {what}: {counts}"
     assert counts["replays overtaken"] > 2, counts
 
@@ -251,7 +253,7 @@ def acknowledge_the_delivery_at_once(patch: Patch) -> None:
 
     def finish(self: Any) -> None:
         real(self)
-        if any(order_id not in self.told for _, order_id in self.under_way) or len(self.told) < len(self.sent):
+        if any(order_id not in self.told for _, order_id, _ in self.under_way) or len(self.told) < len(self.sent):
             self._violate("orders were never answered")
 
     real = world.World.finish
@@ -288,6 +290,34 @@ def other_orders_under_an_id(patch: Patch) -> None:
     patch.setattr(desks, "content_of", lambda order: content_of(msgspec.structs.replace(order, issuer=f"{id(order)}")))
 
 
+def late_once_is_late_for_ever(patch: Patch) -> None:
+    """What is told of a copy that comes too late is not remembered: a copy with another time is taken after all."""
+    turn_away = Desk._turn_away
+
+    def forgetful(self: Desk, order: Any, outcome: Any, gate: str, reason: str) -> None:
+        if gate in ("stale", "expired"):
+            self._unlogged.append(desks.acknowledge(order, outcome, gate, reason, self._step))
+        else:
+            turn_away(self, order, outcome, gate, reason)
+
+    patch.setattr(Desk, "_turn_away", forgetful)
+
+
+def late_copies_of_what_is_known(patch: Patch) -> None:
+    """Refused although their order waits, or has its answer."""
+    take = Desk.take
+
+    def hasty(self: Desk, envelope: Any) -> Any:
+        told = take(self, envelope)
+        doubt = self._verify(envelope)
+        if doubt is not None and doubt.flaw == "stale":
+            order = msgspec.json.decode(envelope.data, type=Order)
+            return desks.acknowledge(order, "refused", "stale", str(doubt), self._step)
+        return told
+
+    patch.setattr(Desk, "take", hasty)
+
+
 BUGS: dict[str, Callable[[Patch], object]] = {
     "acknowledged on receipt": acknowledge_on_receipt,
     "acknowledged before the log": acknowledge_before_the_log,
@@ -313,6 +343,8 @@ BUGS: dict[str, Callable[[Patch], object]] = {
     "replayed as it stands in the log": an_order_of_the_log_that_counts,
     "refusals are told before the log": refusals_told_before_the_log,
     "an id stands for its bytes": other_orders_under_an_id,
+    "late once is late for ever": late_once_is_late_for_ever,
+    "late copies of what is known are refused": late_copies_of_what_is_known,
 }
 
 

@@ -27,8 +27,8 @@ from esper.oona import envelope as wire
 from esper.oona.answers import Answer, read_entry
 from esper.oona.bus import Delivery, Message
 from esper.oona.desk import Desk
-from esper.oona.incoming import anybody
 from esper.oona.memory import Hub
+from esper.oona.signing import Keyring, Verifier
 from esper.oona.topics import COMMANDS
 from esper.orders import Keeping, Orders
 from esper.protocol import (
@@ -54,6 +54,9 @@ SNAPSHOT_EVERY, SNAPSHOTS = 6, 2
 HOST = 1000
 """Budgets below are refused."""
 GROUP = "training"
+KEYS = Keyring({"world": "w" * 40})
+WINDOW_S = 15.0
+"""Messages that are older, or as far ahead, are stale."""
 
 
 class Training:
@@ -72,7 +75,8 @@ class Training:
         self.keeping.on_demand = True
         self.orders = Orders(self.keeping)
         self.checkpoints = Checkpoints(CHECKPOINTS, kind="simulated", disk=disk)
-        self.desk = Desk(LOG, run=RUN, job=JOB, verify=anybody, clock=clock, room=12, disk=disk)
+        verify = Verifier(KEYS, window_s=WINDOW_S, clock=clock).check
+        self.desk = Desk(LOG, run=RUN, job=JOB, verify=verify, clock=clock, room=12, disk=disk)
         loaded = self.checkpoints.load()
         self.has_lost_a_checkpoint = loaded is not None and bool(loaded.passed_over)
         self.kept_turn = self.desk.state()["turn"] if loaded is None else loaded.tree["desk"]["turn"]
@@ -175,7 +179,8 @@ class World:
         self.hub = Hub(clock=lambda: self.now)
         self.hub.join([COMMANDS], GROUP, "oldest")
         self.sent: dict[str, Order] = {}
-        self.under_way: list[tuple[float, str]] = []
+        self.under_way: list[tuple[float, str, float]] = []
+        """When a copy of an order arrives, and the time that it bears."""
         self.unanswered: dict[str, float] = {}
         """When an issuer sends an order again."""
         self.told: dict[str, Acknowledgement] = {}
@@ -317,7 +322,8 @@ class World:
                 self.unanswered[order_id] = self.now + 4
                 for _ in range(1 if self.is_calm else self.rng.choice((0, 1, 1, 1, 2, 3))):
                     late = 0.0 if self.is_calm else self.rng.choice((0, 0, 1, 30)) * self.rng.random()
-                    self.under_way.append((self.now + late, order_id))
+                    wrong = 0.0 if self.is_calm else self.rng.choice((0,) * 15 + (-60, 60))
+                    self.under_way.append((self.now + late, order_id, self.now + wrong))
 
     def _command(self, number: int) -> Command:
         kind = self.rng.random()
@@ -332,10 +338,10 @@ class World:
         arrived = [item for item in self.under_way if item[0] <= self.now]
         self.under_way = [item for item in self.under_way if item[0] > self.now]
         self.rng.shuffle(arrived)
-        for _, order_id in arrived:
-            order = self.sent[order_id]
-            value = wire.encode(sealed(order, time="2026-01-01T00:00:00Z"))
-            self.hub.put(COMMANDS, [Message(JOB, value)])
+        for _, order_id, sent in arrived:
+            expires = None if self.is_calm or self.rng.random() < 0.8 else wire.timestamp(sent + 10 * self.rng.random())
+            envelope = KEYS.sign(sealed(self.sent[order_id], time=wire.timestamp(sent), esperexpires=expires))
+            self.hub.put(COMMANDS, [Message(JOB, wire.encode(envelope))])
 
     def _receive(self) -> None:
         """From the bus to the desk; a delivery is acknowledged when its order is not open any more."""

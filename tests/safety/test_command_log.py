@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,19 @@ def test_after_an_error_the_log_takes_nothing_until_it_is_read_again() -> None:
             log.append("c", step=0, payload=None)
         assert "b" not in log
     assert ids(disk) == ["a"]
+
+
+def test_a_first_line_that_was_refused_does_not_come_back() -> None:
+    """Its sync has failed and it was cut off: the log looks empty, but the disk may hold the line all the same."""
+    for operation, seed in itertools.product(range(10), range(40)):
+        disk = SimulatedDisk()
+        try:
+            with CommandLog(LOG, disk=FaultyDisk(disk, {operation: "EIO"})) as log:
+                log.append("c" * (seed + 1), step=1, payload=[])
+        except StateError:
+            seen = ids(disk)  # who is told "refused" looks here first
+            disk.cut_power(random.Random(seed))
+            assert ids(disk) == seen, (operation, seed)
 
 
 def test_an_unfinished_line_is_cut_off_and_told() -> None:

@@ -17,7 +17,7 @@ class Behind:
     flaw, is_authentic = "behind", True
 
     def __str__(self) -> str:
-        return "the run's logs are too far ahead of the bus; send it again when it has caught up"
+        return "the run's logs are too far ahead of the bus; send a new order when it has caught up"
 
 
 def bytes_left(log: Path, cursor: Path) -> int:

@@ -129,11 +129,9 @@ class Desk:
             told = None
             if doubt is None or self._content(order.id) is not None:
                 told = self._put(order)
-            elif doubt.flaw not in ("stale", "expired"):
-                self._turn_away(order, "refused", doubt.flaw, str(doubt))
-            else:  # Late once is late for ever, so this need not be remembered.
+            else:  # One that is late is remembered too: a copy with another time may come, and its answer is this one.
                 outcome: Outcome = "expired" if doubt.flaw == "expired" else "refused"
-                told = acknowledge(order, outcome, doubt.flaw, str(doubt), self._step)
+                self._turn_away(order, outcome, doubt.flaw, str(doubt))
         if self._ended is not None or self._register.num_turned_away >= MOST_AT_ONCE:
             self.write()
         return told

@@ -26,6 +26,9 @@ _COMMIT_SLICE_S = 0.005
 _LONGEST_SESSION_MS = 10_000
 """A member whose process died is noticed after so long, or after ``redeliver_s`` if that is shorter."""
 _PREFETCH_KIB = 16 << 10
+_ENOUGH_BYTES = 8 << 20
+"""Of messages that were fetched and not handed out: beyond it no more are taken than have to be."""
+_PAUSE_S = 0.001
 
 
 @dataclass
@@ -82,6 +85,7 @@ class Member:
         self._prepare, self._say = prepare, say
         self._consumer: Consumer | None = None
         self._fresh: deque[Any] = deque()
+        self._num_fresh_bytes = 0
         self._handed: dict[Partition, dict[int, _Handed]] = {}
         self._next: dict[Partition, int] = {}
         """The offset after the last message handed out."""
@@ -159,18 +163,35 @@ class Member:
             return
         # `consume` would wait for all of `most`, hence without waiting.
         for message in (first, *self._consumer.consume(max(1, most - 1), 0)):
-            error = message.error()
-            if error is None:
-                self._fresh.append(message)
-            elif error.code() != KafkaError._MAX_POLL_EXCEEDED:
-                self.close()
-                raise self._say(error)
+            self._keep(message)
+
+    def _serve(self) -> None:
+        """Serve librdkafka's callbacks. Messages come along; while a backlog waits, more in the time of a commit than
+        are handed out between two of them, so they are taken one by one once there are enough."""
+        assert self._consumer is not None
+        if self._num_fresh_bytes < _ENOUGH_BYTES:
+            self._fill(100, _COMMIT_SLICE_S)
+        else:
+            self._keep(self._consumer.poll(0))
+            time.sleep(_PAUSE_S)
+
+    def _keep(self, message: Any) -> None:
+        if message is None:
+            return
+        error = message.error()
+        if error is None:
+            self._fresh.append(message)
+            self._num_fresh_bytes += len(message)
+        elif error.code() != KafkaError._MAX_POLL_EXCEEDED:
+            self.close()
+            raise self._say(error)
 
     def _hand_out(self, most: int) -> list[Delivery]:
         until = time.monotonic() + self._redeliver_s
         taken: list[Delivery] = []
         while self._fresh and len(taken) < most:
             message = self._fresh.popleft()
+            self._num_fresh_bytes -= len(message)
             partition = (message.topic(), message.partition())
             delivery = Delivery(
                 self._topics[partition[0]].name,
@@ -218,7 +239,7 @@ class Member:
 
     def _commit_answer(self, offsets: dict[Partition, int], end: float) -> KafkaError | None:
         while time.monotonic() < end:
-            self._fill(100, _COMMIT_SLICE_S)
+            self._serve()
             if self._commit_reply is not None:
                 error, answered = self._commit_reply
                 # The answer to an earlier one that was given up may come late.
@@ -263,6 +284,7 @@ class Member:
 
     def _forget_all(self) -> None:
         self._fresh.clear()
+        self._num_fresh_bytes = 0
         self._handed.clear()
         self._next.clear()
         self._has_lost_touch = False
@@ -270,6 +292,7 @@ class Member:
     def _on_revoke(self, _: Any, partitions: list[TopicPartition]) -> None:
         gone = {(p.topic, p.partition) for p in partitions}
         self._fresh = deque(m for m in self._fresh if (m.topic(), m.partition()) not in gone)
+        self._num_fresh_bytes = sum(len(m) for m in self._fresh)
         for partition in gone:
             self._handed.pop(partition, None)
             self._next.pop(partition, None)

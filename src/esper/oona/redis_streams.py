@@ -28,6 +28,10 @@ MOST_BYTES = 256 << 20
 
 BATCH_MESSAGES, BATCH_BYTES = 500, 256 << 10
 """One command's worth: the server does nothing else meanwhile."""
+ENOUGH_BYTES = 8 << 20
+"""What one call of ``receive`` gives at most, or one message: a backlog of large ones comes a few at a time."""
+_FEW = 16
+"""Messages asked for at once while it is not known how large they are; at most 1 MiB each, as senders make them."""
 
 _HEIR = "(left)"
 """Holds what members have left behind until another takes it; nobody may be called so."""
@@ -155,6 +159,10 @@ class _RedisSubscription:
         self._handed: dict[tuple[str, bytes], float] = {}
         self._spare: list[Delivery] = []
         self._was_cut_off = True
+        self._unseen: dict[str, bytes] = {}
+        """Streams in which what was cut off is still looked for, each with the entry after which."""
+        self._sizes: dict[str, int] = {}
+        """Bytes of a stream's message, the mean of the last that came."""
         self._next_claim = self._next_trim = 0.0
         self.is_closed = False
 
@@ -231,8 +239,10 @@ class _RedisSubscription:
         """What comes next: what was cut off, then what others have left lying, then what is new."""
         was_cut_off, self._was_cut_off = self._was_cut_off, True
         if was_cut_off:
-            self._spare = await self._recover()
+            self._spare, self._unseen = [], dict.fromkeys(self._topics, b"0")
         taken = self._spare
+        while not taken and self._unseen:
+            taken = await self._recover()
         if not taken and time.monotonic() >= self._next_claim:
             taken = await self._claim(most)
             if not taken:
@@ -248,18 +258,17 @@ class _RedisSubscription:
         return taken
 
     async def _recover(self) -> list[Delivery]:
-        """What the server has given this member and nobody saw."""
-        found: list[Delivery] = []
-        for key in self._topics:
-            after = b"0"
-            while True:
-                head = ("XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", BATCH_MESSAGES)
-                reply = await self._connection.call(key, *head, "STREAMS", key, after)
-                entries = reply[0][1] if reply else []
-                if not entries:
-                    break
-                after = entries[-1][0]
-                found += await self._again(key, [entry for entry in entries if (key, entry[0]) not in self._handed])
+        """Some of what the server has given this member and nobody saw; empty where there was none."""
+        key, after = next(iter(self._unseen.items()))
+        head = ("XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", self._at_once(key))
+        reply = await self._connection.call(key, *head, "STREAMS", key, after)
+        entries = reply[0][1] if reply else []
+        self._learn(key, entries)
+        found = await self._again(key, [entry for entry in entries if (key, entry[0]) not in self._handed])
+        if entries:
+            self._unseen[key] = entries[-1][0]
+        else:
+            del self._unseen[key]
         return found
 
     async def _claim(self, most: int) -> list[Delivery]:
@@ -271,10 +280,12 @@ class _RedisSubscription:
         found: list[Delivery] = []
         for key in self._topics:
             after = b"0-0"
-            while len(found) < most:
+            while len(found) < most and not _is_enough(found):
+                count = min(most - len(found), self._at_once(key))
                 after, entries, *_ = await self._connection.call(
-                    key, "XAUTOCLAIM", key, self._group, self._consumer, idle_ms, after, "COUNT", most - len(found)
+                    key, "XAUTOCLAIM", key, self._group, self._consumer, idle_ms, after, "COUNT", count
                 )
+                self._learn(key, entries)
                 found += await self._again(key, entries)
                 if after == b"0-0":
                     break
@@ -294,22 +305,41 @@ class _RedisSubscription:
         return [self._delivery(key, entry, attempts.get(entry[0], 2)) for entry in kept]
 
     async def _read(self, most: int, block_s: float) -> list[Delivery]:
-        """What is new."""
-        head = ("XREADGROUP", "GROUP", self._group, self._consumer)
+        """What is new: as many as were asked for, or enough bytes; of several streams some more."""
+        found: list[Delivery] = []
+        is_more = True
+        while is_more and len(found) < most and not _is_enough(found):
+            count = min(most - len(found), self._at_once(*self._topics))
+            reply = await self._read_some(count, 0.0 if found else block_s)
+            is_more = any(len(entries) >= count for _, entries in reply)
+            for key, entries in reply:
+                self._learn(key.decode(), entries)
+                found += [self._delivery(key.decode(), entry, 1) for entry in entries]
+        return found
+
+    async def _read_some(self, count: int, block_s: float) -> list[Any]:
+        """Streams and their new entries, at most ``count`` of each."""
+        head = ("XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", count)
         if self._can_block:
             # BLOCK 0 would wait for ever.
             block = ("BLOCK", round(1000 * block_s)) if block_s >= 0.001 else ()
             keys = list(self._topics)
-            reply = await self._connection.call(
-                keys[0], *head, "COUNT", most, *block, "STREAMS", *keys, *[">"] * len(keys), block_s=block_s
-            )
-        else:
-            reply = []
-            for key in self._topics:
-                room = most - sum(len(entries) for _, entries in reply)
-                if room > 0:
-                    reply += await self._connection.call(key, *head, "COUNT", room, "STREAMS", key, ">") or []
-        return [self._delivery(key.decode(), entry, 1) for key, entries in reply or [] for entry in entries]
+            words = (*head, *block, "STREAMS", *keys, *[">"] * len(keys))
+            return await self._connection.call(keys[0], *words, block_s=block_s) or []
+        reply: list[Any] = []
+        for key in self._topics:
+            reply += await self._connection.call(key, *head, "STREAMS", key, ">") or []
+        return reply
+
+    def _learn(self, key: str, entries: Sequence[Any]) -> None:
+        sizes = [len(entry[1][3]) for entry in entries if entry is not None and entry[1]]
+        if sizes:
+            self._sizes[key] = sum(sizes) // len(sizes)
+
+    def _at_once(self, *keys: str) -> int:
+        """How many messages to ask for: about enough of the largest of these streams, as far as is known."""
+        known = [self._sizes[key] for key in keys if key in self._sizes]
+        return max(1, min(BATCH_MESSAGES, ENOUGH_BYTES // (max(known) + 1))) if known else _FEW
 
     def _delivery(self, key: str, entry: Any, attempts: int) -> Delivery:
         fields = _pairs(entry[1])
@@ -327,6 +357,10 @@ def _batches(messages: Sequence[Message]) -> Iterator[list[Message]]:
         num_bytes += len(message.value)
     if batch:
         yield batch
+
+
+def _is_enough(deliveries: Sequence[Delivery]) -> bool:
+    return sum(len(delivery.value) for delivery in deliveries) >= ENOUGH_BYTES
 
 
 def _pairs(flat: Sequence[Any]) -> dict[str, Any]:

@@ -279,8 +279,8 @@ class Verifier:
             where = "old" if age > 0 else "ahead"
             return Reason(
                 Flaw.STALE,
-                f"a message must be at most {self._window_s:g} s old or ahead, got {abs(age):.0f} s {where}; send it "
-                "anew, and check both clocks",
+                f"a message must be at most {self._window_s:g} s old or ahead, got {abs(age):.0f} s {where}; send a "
+                "new one, and check both clocks",
             )
         if left is not None and left < 0:
             return Reason(Flaw.EXPIRED, f"a message must not be expired, got one that expired {-left:.0f} s ago")

@@ -212,14 +212,16 @@ class CommandLog:
         self.close()
 
     def _open(self) -> None:
-        data = self._disk.read(self.path, MAX_LOG_BYTES) if self._disk.exists(self.path) else b""
+        is_there = self._disk.exists(self.path)
+        data = self._disk.read(self.path, MAX_LOG_BYTES) if is_there else b""
         for entry, seal, end in _entries(data, self.path):
             self._take(entry, seal)
             self._size = end
         self.num_bytes_cut = len(data) - self._size
-        if data:
+        if is_there:
             # A line that can be read may not be on the disk: its writer was killed before the sync, or the sync has
             # failed (its pages then count as clean, and another sync would do nothing). Written anew, all of it is.
+            # And one that was cut off may be: the first line of all, in a log that looks empty now.
             temporary = self.path.with_name(f".{self.path.name}.part")
             if self._disk.exists(temporary):
                 self._disk.unlink(temporary)
