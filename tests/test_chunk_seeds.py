@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ import esper
 from esper.export import merged, structure
 from esper.kasmina.bank import Bank
 from esper.kasmina.cohort import Cohort
-from esper.protocol import Germinate, Lifecycle, SeedPlan
+from esper.kasmina.ops import fit as fit_op
+from esper.protocol import Fitted, Germinate, Lifecycle, SeedPlan
 
 pytestmark = pytest.mark.integration
 
@@ -238,3 +241,25 @@ def test_a_thousand_seeds_are_one_operation() -> None:
         rig.model(rig.batches[0][0])
     operations = [event.name for event in profile.events()]
     assert operations.count("aten::index_add") == 1 and operations.count("aten::bmm") <= 2
+
+
+def test_chunks_are_fitted_in_isolation_before_they_are_grafted(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[tuple[int, ...]] = []
+    plainly = fit_op.fit
+
+    def noted(w1: Tensor, *others: Any, **more: Any) -> None:
+        before = w1.clone()
+        plainly(w1, *others, **more)
+        assert not torch.equal(before, w1)
+        fitted.append(tuple(w1.shape))
+
+    monkeypatch.setattr(fit_op, "fit", noted)
+    rig = _rig()
+    cohort = _germinate(rig, [0, 2, 3], start="negative_gradient")
+    bank = rig.bank(cohort, SITE)
+    drawn = bank.params["w1"].clone()
+    rig.until(cohort, S.TRAINING)
+    assert not fitted and torch.equal(bank.params["w1"], drawn)
+    rig.train(10)
+    (event,) = [event for event in rig.events if isinstance(event, Fitted)]
+    assert fitted == [(3, 3, 1)] and math.isfinite(event.explained) and math.isfinite(event.t_statistic)

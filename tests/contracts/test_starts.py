@@ -48,16 +48,20 @@ def _rows(blueprint: str, example: Example, *, noise: bool = False, batches: int
     generator = torch.Generator().manual_seed(11)
     x = example.rows(batches * size, generator)
     teacher = make_bank(blueprint, example, units=2, seed=5)
-    y = teacher.branch(x, alpha=torch.ones(1), training=True, generator=None)
+    by_itself = torch.Generator().manual_seed(12)
+    own = torch.randn(len(x), example.geometry.out_features, generator=by_itself)
+    read = teacher.pick(x, own)
+    taught = teacher.branch(read, alpha=torch.ones(1), training=True, generator=None)
+    y = taught if read is x else own
     if noise:
         y = torch.randn(y.shape, generator=generator)
-    g = -(y - y.mean(0)) if not noise else torch.randn(y.shape, generator=generator)
+    g = -(taught - taught.mean(0)) if not noise else torch.randn(y.shape, generator=generator)
     batch = torch.arange(batches).repeat_interleave(size)
     return Rows(x, y, g / g.square().mean().sqrt(), torch.arange(len(x)), batch)
 
 
-def _out(bank: Bank, x: Tensor) -> Tensor:
-    return bank.branch(x, alpha=torch.ones_like(bank.alpha), training=False, generator=None)
+def _out(bank: Bank, rows: Rows) -> Tensor:
+    return bank.branch(bank.pick(rows.x, rows.y), alpha=torch.ones_like(bank.alpha), training=False, generator=None)
 
 
 def _host(start: str, example: Example) -> HostUnits | None:
@@ -89,7 +93,7 @@ def test_preserving_starts_add_exactly_nothing_and_others_something(
     before = torch.get_rng_state()
     STARTS[start].prepare(bank, rows, FitConfig(steps=3), torch.Generator().manual_seed(0), host)
     assert torch.equal(torch.get_rng_state(), before)
-    out = _out(bank, rows.x)
+    out = _out(bank, rows)
     assert torch.isfinite(out).all()
     if start in KINKED and has_kink(example.geometry):
         assert 0 < float(out.square().mean().sqrt()) < 1e-3 * float(rows.y.square().mean().sqrt())
@@ -106,7 +110,8 @@ def test_every_slot_learns_at_once(start: str, blueprint: str, example: Example,
     _prepare(start, bank, rows, example, FitConfig(steps=3))
     bank.set_learning(True)
     y = rows.g if bank.columns is None else rows.g.index_select(example.geometry.feature_axis, bank.columns.flatten())
-    out = bank.branch(rows.x, alpha=torch.ones_like(bank.alpha), training=True, generator=None)
+    read = bank.pick(rows.x, rows.y)
+    out = bank.branch(read, alpha=torch.ones_like(bank.alpha), training=True, generator=None)
     gradients = torch.autograd.grad((out * y).sum(), list(bank.params.values()), allow_unused=True)
     energy = sum(g.flatten(1).square().sum(1) for g in gradients if g is not None)
     assert isinstance(energy, Tensor) and bool((energy > 0).all())
@@ -162,7 +167,7 @@ def test_a_fitted_branch_starts_at_a_share_of_the_sites_output(start: str, bluep
     bank, rows = make_bank(blueprint, example), _rows(blueprint, example)
     _prepare(start, bank, rows, example, FitConfig(steps=20, base_scale=0.1))
     held = fit_and_check_rows(rows)[1]
-    size = _out(bank, held.x).square().mean().sqrt() / held.y.square().mean().sqrt()
+    size = _out(bank, held).square().mean().sqrt() / held.y.square().mean().sqrt()
     assert float(size) == pytest.approx(0.1, rel=1e-4)
 
 

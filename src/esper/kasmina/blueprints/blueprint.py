@@ -81,7 +81,7 @@ class Blueprint(ABC):
     stacks_plainly: bool = False
     """Whether :meth:`plain` takes all slots of a bank at once, which are one module then."""
     fits_rows: bool = True
-    """Whether captured rows of the site's input are all it takes to compute rows of its output."""
+    """Whether captured rows of what it reads are all it takes to compute rows of its output."""
 
     product_with: str | None = None
     """Name of an output weight ``(S, K, U)``, where :meth:`project` is the product with it and ``hidden`` begins with

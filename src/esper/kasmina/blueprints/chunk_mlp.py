@@ -25,7 +25,6 @@ class ChunkMLP(FusedBlueprint):
 
     kinds = frozenset({SiteKind.LINEAR_LAYER})
     axes = {"w1": Axes(unit=1), "b1": Axes(unit=1), "w2": Axes(unit=2, column=1)}  # noqa: RUF012
-    fits_rows = False
     stacks_plainly = True
     is_perceptron = True
 

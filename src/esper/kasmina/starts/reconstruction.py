@@ -12,7 +12,9 @@ import torch
 
 from esper.config import FitConfig
 from esper.kasmina.bank import Bank
+from esper.kasmina.blueprints.blueprint import BLUEPRINTS, Port
 from esper.kasmina.capture import Rows
+from esper.kasmina.geometry import Geometry
 from esper.kasmina.incubator import check, fit
 from esper.kasmina.starts.start import STARTS, HostUnits, Start, StartReport, fit_and_check_rows
 
@@ -31,6 +33,14 @@ class Reconstruction(Start):
     keeps_draw = True
     preserves_function = True
     sanity = "reconstruction"
+
+    def refusal(self, blueprint: str, geometry: Geometry) -> str | None:
+        if BLUEPRINTS[blueprint].port is Port.INPUT:
+            return None
+        return (
+            "start 'reconstruction' trains a branch to reproduce the site's output, got blueprint "
+            f"{blueprint!r}, which reads that output; use 'random_zero' or 'negative_gradient'"
+        )
 
     def prepare(
         self,

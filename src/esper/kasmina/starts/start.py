@@ -116,7 +116,8 @@ def set_output_size(bank: Bank, rows: Rows, config: FitConfig) -> None:
     """Output RMS of the branch = ``base_scale`` times the RMS of the site's output."""
     part = slice(0, 512)
     ones = torch.ones_like(bank.alpha)
-    out = bank.branch(rows.x[part].float(), alpha=ones, training=False, generator=None)
+    read = bank.pick(rows.x[part], rows.y[part]).float()
+    out = bank.branch(read, alpha=ones, training=False, generator=None)
     size = float(out.square().mean().sqrt())
     if size > 0 and math.isfinite(size):
         bank.scale_output(config.base_scale * float(rows.y[part].square().mean().sqrt()) / size)
