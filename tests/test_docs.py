@@ -194,13 +194,13 @@ def test_what_is_not_measured_yet_is_said_to_be(tmp_path: Path) -> None:
 @pytest.mark.unit
 def test_a_missed_bar_is_on_the_page_as_well_as_one_that_is_met(tmp_path: Path) -> None:
     generator = script("generate_speed")
-    line = {"host": "gpt2", "phase": "default", "added_share": 0.004}
+    line = {"host": "gpt2", "phase": "default", "added_share": 0.004, "added_quartiles": [0.001, 0.006]}
     lines = [line, line | {"phase": "every_step", "added_share": 0.02}]
     facts = {"torch": "2", "triton": None, "python": "3", "device": "H100", "command": "esper bench step --out x"}
     (tmp_path / "step_gpu.json").write_text(json.dumps(facts | {"rows": lines}))
     page = generator.page(generator.Results.read(tmp_path))
-    assert "the same at the default interval | +0.5% | +0.4% | yes |" in page
-    assert "telemetry every step | +1.5% | +2.0% | **no** |" in page
+    assert "the same at the default interval | +0.5% | +0.4%, quartiles +0.1% to +0.6% | yes |" in page
+    assert "telemetry every step | +1.5% | +2.0%, quartiles +0.1% to +0.6% | **no** |" in page
 
 
 @pytest.mark.unit

@@ -21,6 +21,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,7 @@ def main() -> None:
         return
     if shutil.which("compute-sanitizer") is None:
         sys.exit("compute-sanitizer was not found; it comes with the CUDA toolkit")
+    _compile_ahead(options.operations)
     results: list[dict[str, object]] = []
     for tool in (None, *options.tools):
         results.append(sanitize(tool, options.operations))
@@ -180,6 +183,20 @@ def main() -> None:
             options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if any(line["status"] != 0 for line in results):
         sys.exit(1)
+
+
+def _compile_ahead(operations: list[str]) -> None:
+    """Fill Triton's cache from all cores: one process needs minutes for some hundred kernels."""
+    jobs = [(operation, dtype) for operation in operations for dtype in DTYPES]
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        for job in as_completed([pool.submit(_walk_one, *job) for job in jobs]):
+            job.exception()  # what fails here fails in the walk below, and is told there
+
+
+def _walk_one(operation: str, dtype: torch.dtype) -> None:
+    device = torch.device("cuda:0")
+    dispatch._verdicts[operation, device] = True
+    walk(operation, device, (dtype,))
 
 
 def _walk_all(operations: list[str]) -> None:
