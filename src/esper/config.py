@@ -172,12 +172,8 @@ class GraftConfig:
     for a sixth more of a branch's training FLOPs. ``None``: on GPUs. Spans with dropout keep them."""
 
     def __post_init__(self) -> None:
-        _check(
-            self.ramp in ("linear", "cosine", "sigmoid"),
-            "graft.ramp must be linear, cosine or sigmoid",
-            self.ramp,
-            "use 'linear'",
-        )
+        ramps = ("linear", "cosine", "sigmoid")
+        _check(self.ramp in ramps, "graft.ramp must be linear, cosine or sigmoid", self.ramp, "use 'linear'")
         _check(self.ramp_steps >= 1, "graft.ramp_steps must be at least 1", self.ramp_steps, "use 50")
         self._check_pauses()
         _check(
@@ -187,12 +183,8 @@ class GraftConfig:
             "raise it",
         )
         _check(self.lr_boost > 0, "graft.lr_boost must be positive", self.lr_boost, "use 2.0")
-        _check(
-            self.lr_ceiling is None or self.lr_ceiling > 0,
-            "graft.lr_ceiling must be positive",
-            self.lr_ceiling,
-            "use 1.0, or None for no ceiling",
-        )
+        most = self.lr_ceiling
+        _check(most is None or most > 0, "graft.lr_ceiling must be positive", most, "use 1.0, or None for no ceiling")
         _check(self.embargo >= 0, "graft.embargo must not be negative", self.embargo, "use 100")
 
     def _check_pauses(self) -> None:
@@ -254,9 +246,8 @@ class EvidenceConfig:
         _check(self.tolerated_harm >= 0, "evidence.tolerated_harm must be at least 0", self.tolerated_harm, "0.01")
         _check(self.looks >= 1, "evidence.looks must be at least 1", self.looks, "use 3")
         _check(0 < self.fdr < 1, "evidence.fdr must lie between 0 and 1", self.fdr, "use 0.05")
-        _check(
-            0 < self.confirm_level < 1, "evidence.confirm_level must lie between 0 and 1", self.confirm_level, "0.05"
-        )
+        level = self.confirm_level
+        _check(0 < level < 1, "evidence.confirm_level must lie between 0 and 1", level, "use 0.05")
         _check(
             0 < self.calibration_share and 0 < self.confirm_share and self.calibration_share + self.confirm_share < 1,
             "evidence.calibration_share and confirm_share must be positive and leave room for the gate",
@@ -400,10 +391,6 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(self.interval >= 1, "interval must be at least 1", self.interval, "use 10")
-        _check(
-            self.total_steps is None or self.total_steps >= 1,
-            "total_steps must be at least 1",
-            self.total_steps,
-            "leave it None when unknown",
-        )
+        total = self.total_steps
+        _check(total is None or total >= 1, "total_steps must be at least 1", total, "leave it None when unknown")
         _check(self.held_out_every >= 1, "held_out_every must be at least 1", self.held_out_every, "use 100")
