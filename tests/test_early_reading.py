@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from tests.models import Pair, mse
-from tests.rigs import Rig, S, attach
+from tests.rigs import Idle, Rig, S, attach
 
 import esper
+from esper.config import TelemetryConfig
 from esper.guard import Suspicion
-from esper.protocol import Incident, Observation, TrainLoss
+from esper.protocol import Germinate, Incident, Observation, SeedPlan, TrainLoss
 from esper.safety.tree import digest
+from esper.tamiyo import ScheduleController
+from esper.tamiyo.schedule import ScheduleEntry
 
 pytestmark = pytest.mark.integration
 
@@ -81,12 +85,12 @@ def test_a_load_that_was_refused_changes_nothing() -> None:
 def test_every_loss_is_judged_once_and_in_order() -> None:
     rig, seen = watched()
     judged: list[float] = []
-    at: list[int] = []
+    at: dict[int, int] = {}
     judge = rig.grower.guard._judge
 
     def note(losses: list[float], damage: dict[int, str], step: int) -> None:
         judged.extend(losses)
-        at.append(len(judged))
+        at.setdefault(step, len(judged))  # a second look in a step is that for the sake of a cohort that germinated
         judge(losses, damage, step)
 
     rig.grower.guard._judge = note  # type: ignore[method-assign]
@@ -95,8 +99,7 @@ def test_every_loss_is_judged_once_and_in_order() -> None:
         rig.train(1)
         losses.append(float(torch.tensor(rig.grower.loop.losses[-1])))
     assert judged == losses[: len(judged)]
-    dormant = [step for step, count in zip(range(INTERVAL, 61, INTERVAL), at, strict=True) if count == step - 1]
-    alive = [step for step, count in zip(range(INTERVAL, 61, INTERVAL), at, strict=True) if count == step]
+    dormant, alive = ([step for step, count in at.items() if count == step - late] for late in (1, 0))
     assert dormant and alive and sorted(dormant + alive) == list(range(INTERVAL, 61, INTERVAL))
     assert {observation.step for observation in seen if observation.alive} & {*alive}
 
@@ -165,3 +168,24 @@ def test_nobody_reads_sensors_for_nobody() -> None:
     rig.grower.watcher = seen.append
     rig.train(1)
     assert [observation.step for observation in seen] == [10] and bool(np.isfinite(seen[0].sites[:, 7]).all())
+
+
+@pytest.mark.parametrize("by_order", [False, True])
+def test_a_loss_from_before_a_cohort_is_not_its_doing(by_order: bool) -> None:
+    """It germinates in the step whose loss is not finite: a reading begun the step before has not seen that loss."""
+    seeds = (SeedPlan(site="fc1-fc2", start="random_zero", width=3),)
+    controller = Idle() if by_order else ScheduleController([ScheduleEntry(step=30, seeds=seeds)])
+    rig = attach(
+        Pair(), controller=controller, interval=10, held_out_every=10**6, telemetry=TelemetryConfig(every=10),
+        graft=esper.GraftConfig(), fit=esper.FitConfig(), capture=esper.CaptureConfig(),
+    )  # fmt: skip
+    for step in range(1, 45):
+        if by_order and step == 30:
+            rig.grower.submit(Germinate(seeds=seeds))
+        loss = rig.backward()
+        rig.optimizer.step()
+        rig.optimizer.zero_grad()
+        with pytest.warns(RuntimeWarning, match="nothing of Esper is on trial") if step == 30 else nullcontext():
+            rig.grower.step(math.inf if step == 30 else loss)
+    told = [(event.step, event.cohort, event.action) for event in rig.events if isinstance(event, Incident)]
+    assert told == [(30, None, "reported")] and 1 in rig.grower.kasmina.cohorts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -107,9 +108,10 @@ def test_an_order_ends_a_rest_in_its_own_step() -> None:
     assert not cohort and rig.grower.loop.last_step == 32
 
 
-def test_a_growing_run_is_the_same_whether_its_waiting_is_used_or_not() -> None:
+@pytest.mark.parametrize(("interval", "every", "first"), [(5, 2, 60), (3, 10, 12), (10, 3, 30), (5, 3, 30), (1, 1, 30)])
+def test_a_growing_run_is_the_same_whether_its_waiting_is_used_or_not(interval: int, every: int, first: int) -> None:
     def run(controller: Any) -> tuple[list[Germinated], str]:
-        rig = unheard(controller, total_steps=200)
+        rig = unheard(controller, total_steps=200, interval=interval, telemetry=TelemetryConfig(every=every))
         germinated: list[Germinated] = []
         rig.grower.journal._on_event = None
         emit = rig.grower.journal.emit
@@ -122,9 +124,55 @@ def test_a_growing_run_is_the_same_whether_its_waiting_is_used_or_not() -> None:
     class Restless(HeuristicController):
         waits = None  # type: ignore[assignment]
 
-    config = TamiyoConfig(first=60)
+    config = TamiyoConfig(first=first)
     waiting, restless = run(HeuristicController(config)), run(Restless(config))
-    assert waiting == restless and [event.step for event in waiting[0]] == [60]
+    assert waiting == restless and waiting[0][0].step == first
+
+
+@pytest.mark.parametrize(("interval", "every"), [(10, 3), (3, 10), (5, 3)])
+def test_a_rest_that_was_saved_anywhere_goes_on_the_same(interval: int, every: int) -> None:
+    rig = unheard(Asleep(), interval=interval, telemetry=TelemetryConfig(every=every))
+    rig.grower.controller.until = 30
+    states: list[tuple[dict[str, Any], int]] = []
+    for _ in range(24):
+        rig.train(1)
+        states.append((copy.deepcopy(rig.grower.state_dict()), rig.turn))
+    rig.train(12)
+    for taken, (state, turn) in enumerate(states, start=1):
+        again = unheard(Asleep(), interval=interval, telemetry=TelemetryConfig(every=every))
+        again.grower.controller.until = 30
+        again.grower.load_state_dict(state)
+        again.turn = turn
+        again.train(36 - taken)
+        assert digest(again.grower.state_dict()) == digest(rig.grower.state_dict()), taken
+
+
+def test_what_a_subclass_decides_its_parent_does_not_foretell() -> None:
+    asked: list[int] = []
+
+    class Own(HeuristicController):
+        def decide(self, observation: Observation) -> tuple[Any, ...]:
+            asked.append(observation.step)
+            return ()
+
+    rig = unheard(Own(TamiyoConfig(first=1000)), interval=5)
+    rig.train(20)
+    assert asked == [5, 10, 15, 20]
+
+
+def test_a_bus_that_begins_to_listen_finds_what_was_sensed() -> None:
+    for begins in range(30, 36):
+        seen: list[list[Observation]] = []
+        for listens_from in (0, begins):
+            rig = unheard(Asleep(), interval=5, telemetry=TelemetryConfig(every=5))
+            heard: list[Observation] = []
+            rig.train(listens_from)
+            rig.grower.watcher = heard.append
+            rig.train(45 - listens_from)
+            seen.append([observation for observation in heard if observation.step >= 40])
+        always, late = seen
+        assert [o.step for o in late] == [o.step for o in always] == [40, 45]
+        assert [str(o.sites) for o in late] == [str(o.sites) for o in always], begins
 
 
 def test_controllers_tell_when_they_wait() -> None:

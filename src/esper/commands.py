@@ -16,7 +16,7 @@ from esper.kasmina.gates import Gate
 from esper.kasmina.host import HostClock
 from esper.kasmina.lifecycle import is_active
 from esper.kasmina.strategies import STRATEGIES
-from esper.orders import Keeping, Orders
+from esper.orders import Keeping, Orders, checked
 from esper.protocol import (
     Cancel,
     Command,
@@ -127,7 +127,7 @@ def _tell(run: Run, order: Order, gate: Gate, step: int, *, again: bool = False)
 def apply(run: Run, command: Command, step: int, *, issuer: str) -> Gate:
     """Apply ``command`` or refuse it with a reason; a refusal is an event and changes nothing."""
     try:
-        gate = _HANDLERS[type(command)](run, command, step)
+        gate = _HANDLERS[type(command)](run, checked(command), step)
     except EsperError as error:
         gate = Gate("validation", False, str(error))
     except CONTAINED as error:  # a blueprint or start of the user's, or no memory for it

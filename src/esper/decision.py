@@ -23,6 +23,7 @@ from esper.protocol import HeldOut, Observation
 from esper.stages import Stages
 from esper.state import Loop
 from esper.tamiyo import Controller
+from esper.tamiyo.registry import waits_of
 
 
 class Watch(Protocol):
@@ -56,7 +57,7 @@ def is_needed(run: Run, step: int) -> bool:
     """Whether the controller has to look at a decision point, unless growth is paused."""
     if run.loop.stopped is not None:
         return False
-    waits = getattr(run.controller, "waits", None)
+    waits = waits_of(run.controller)
     return (
         waits is None
         or bool(run.kasmina.cohorts)

@@ -120,7 +120,16 @@ class Guard:
         return self._without is not None or cohort in self.snapshots
 
     def after_step(self, step: int) -> None:
-        """End of a step: cohorts that may be grafted in the next one get a snapshot of the run as it is now."""
+        """End of a step: cohorts that may be grafted in the next one get a snapshot of the run as it is now.
+
+        Losses from before a cohort germinated are judged first, where no look has seen them: they are not its doing.
+        """
+        if self._recent and any(cohort.born == step for cohort in self._run.kasmina.cohorts.values()):
+            self.look(step, self.ask(sensors=False))
+        if self._run.clock.steps == step:
+            self._keep(step)
+
+    def _keep(self, step: int) -> None:
         cohorts = self._run.kasmina.cohorts.values()
         self._seen.update({cohort.number: step for cohort in cohorts if _is_suspect(cohort)})
         needed = {cohort.number for cohort in cohorts if not _is_held(cohort)} | self._seen.keys()
@@ -166,7 +175,7 @@ class Guard:
     def begin_anew(self, step: int) -> None:
         """The run has become another one: nothing of before can be gone back to."""
         self.snapshots.keep_only(set())
-        self.after_step(step)
+        self._keep(step)
 
     # ---------------------------------------------------------------------------------------------- decision points
 

@@ -61,7 +61,7 @@ class Orders:
         ConfigError
             A value is not of the type that the command asks for.
         """
-        order = Order(command=_checked(command))
+        order = Order(command=checked(command))
         with self._lock:
             self._waiting.append(order)
 
@@ -123,7 +123,7 @@ class Applied:
         self._orders.applied = [(step, _order_of(plain)) for step, plain in state]
 
 
-def _checked(command: Command) -> Command:
+def checked(command: Command) -> Command:
     """The command with plain values of the right types: Python itself checks none of them.
 
     A chunk of 1.5, say, would become chunk 1 later on.

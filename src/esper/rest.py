@@ -44,7 +44,7 @@ class Rest:
         self._run, self._orders = run, orders
         self._clock, self._loop, self._kasmina = run.clock, run.loop, run.kasmina
         self._note, self._spent = run.guard.note, run.accounts.ledger.spent
-        self._changes = run.kasmina.num_changes
+        self._changes, self._watcher = run.kasmina.num_changes, run.watcher
         self.plan(run.loop.last_step)
 
     @staticmethod
@@ -57,9 +57,11 @@ class Rest:
     def plan(self, step: int) -> None:
         """``step`` is done: find out when there is something to do again."""
         run, interval = self._run, self._run.config.interval
-        coming, sensing = step - step % interval + interval, run.config.telemetry.next_due(step)
+        coming = step - step % interval + interval
+        turns = range(run.config.telemetry.next_due(step), coming + 1, run.config.telemetry.every)
+        sensing = next((turn for turn in turns if decision.senses(run, turn)), None)
         is_blind = decision.is_blind(run, coming)
-        if sensing < coming and decision.senses(run, sensing):
+        if sensing is not None:
             self.due = max(step + 1, sensing - 1)
         else:
             self.due = max(step + 1, coming if is_blind else coming - 1)
@@ -82,6 +84,8 @@ class Rest:
         clock, loop = self._clock, self._loop
         if self._kasmina.num_changes != self._changes or not self._orders.is_empty:
             return False
+        if self._run.watcher is not self._watcher and self._run.watcher != self._watcher:
+            return False  # somebody looks from now on, or nobody any more
         if not clock.rests and (clock.backwards_since_step or clock.has_scaler):
             return False
         loop.last_step, loop.calls_without_step, loop.skipped = step, 0, 0

@@ -252,7 +252,10 @@ class HostClock:
 
     def _count_at_rest(self, optimizer: Optimizer) -> None:
         for shared in self._shared:
-            if shared.optimizer.param_groups[shared.number]["lr"] != shared.lr:
+            lr = shared.optimizer.param_groups[shared.number]["lr"]
+            if lr is shared.lr and isinstance(lr, float):
+                continue
+            if isinstance(lr, torch.Tensor) or lr != shared.lr:  # a tensor is changed in place
                 self.note_hyperparameters()  # a scheduler has set it: the largest one must not be missed
                 break
         found_inf = getattr(optimizer, "found_inf", None)

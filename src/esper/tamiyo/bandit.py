@@ -111,6 +111,10 @@ class BanditController(HeuristicController):
             self._known = copy.deepcopy(self._earlier)
             self._prior_rows += len(features)
 
+    def waits(self, step: int, *, total_steps: int | None, num_ended: int) -> bool:
+        """As long as the heuristic does: until ``first``."""
+        return super().waits(step, total_steps=total_steps, num_ended=num_ended)
+
     def decide(self, observation: Observation) -> tuple[Command, ...]:
         """Return nothing, one ``Germinate`` or one ``Stop``; learns from the cohorts that have ended."""
         self._take_up(observation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from esper.config import TamiyoConfig
@@ -48,6 +49,19 @@ class Waiting(Protocol):
         """Return whether ``decide`` would return nothing at ``step`` and remember nothing, whatever it is shown, if
         nothing is alive then and ``num_ended`` cohorts have ended; it follows from its configuration and state."""
         ...
+
+
+def waits_of(controller: Controller) -> Callable[..., bool] | None:
+    """``waits`` of a controller, or ``None`` if it has none, or only that of a class above the one that defines
+    ``decide``: what a subclass decides in its own way, its parent cannot foretell."""
+    if "decide" in getattr(controller, "__dict__", {}) or not _foretells(type(controller)):
+        return None
+    return getattr(controller, "waits", None)
+
+
+@cache
+def _foretells(kind: type) -> bool:
+    return next(("waits" in vars(base) for base in kind.__mro__ if {"waits", "decide"} & vars(base).keys()), False)
 
 
 class ControllerFactory(Protocol):
