@@ -125,7 +125,7 @@ class Guard:
         Losses from before a cohort germinated are judged first, where no look has seen them: they are not its doing.
         """
         if self._recent and any(cohort.born == step for cohort in self._run.kasmina.cohorts.values()):
-            self.look(step, self.ask(sensors=False))
+            self.look(step, Reading((), self._recent, self._run.loop.losses))
         if self._run.clock.steps == step:
             self._keep(step)
 
