@@ -84,7 +84,7 @@ class Rest:
         clock, loop = self._clock, self._loop
         if self._kasmina.num_changes != self._changes or not self._orders.is_empty:
             return False
-        if self._run.watcher is not self._watcher and self._run.watcher != self._watcher:
+        if self._run.watcher is not self._watcher:
             return False  # somebody looks from now on, or nobody any more
         if not clock.rests and (clock.backwards_since_step or clock.has_scaler):
             return False
