@@ -38,6 +38,17 @@ def poisoned_memory() -> Generator[None, None, None]:
         settings.fill_uninitialized_memory = was[1]
 
 
+@contextmanager
+def exact_products() -> Generator[None, None, None]:
+    """Matrix products of fp32 are made in fp32: TF32, which timings may use, keeps eleven bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def scale_of(device: torch.device) -> int:
     """Factor on the sizes of parity cases: on a GPU they fill several tiles, in the interpreter minutes count."""
     return 7 if device.type == "cuda" else 1

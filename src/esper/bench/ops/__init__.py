@@ -38,7 +38,7 @@ def check_operation(record: Record, name: str) -> None:
         It differs.
     """
     kernels = dispatch.runs_triton(name, torch.empty(0, device=record.device))
-    with parity.poisoned_memory():
+    with parity.poisoned_memory(), parity.exact_products():
         table = parity.refuse_unless_equal(name, operation(name).check(record.device, parity.DTYPES))
     implementation = "triton" if kernels else "reference"
     record.begin(f"ops_{name}", implementation=implementation, parity=table)

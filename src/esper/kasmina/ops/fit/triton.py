@@ -81,16 +81,31 @@ def _meet(count, arrivals):
 
 
 @triton.jit
-def _adam(value, moments, place, mask, total, gradient, moves, rate, correction, share1, share2, eps):
-    """One step of Adam; with ``moves`` zero nothing changes. ``share``: of the gradient in a moment, 1 - beta."""
-    first = tl.load(moments + place, mask=mask, other=0.0)
-    second = tl.load(moments + total + place, mask=mask, other=0.0)
+def _adam(value, first, second, gradient, moves, rate, correction, share1, share2, eps):
+    """One step of Adam: weights and moments. With ``moves`` zero nothing changes. ``share``: of the gradient in a
+    moment, 1 - beta."""
     gradient = tl.where(moves > 0, gradient, 0.0)
     first += (gradient - first) * (share1 * moves)
     second += (gradient * gradient - second) * (share2 * moves)
+    return value - rate * moves * first / (tl.sqrt(second / correction) + eps), first, second
+
+
+@triton.jit
+def _adam_in(moments, value, place, mask, total, gradient, moves, rate, correction, share1, share2, eps,
+             FEW: tl.constexpr):  # fmt: skip
+    """The same with moments in memory.
+
+    Of a tensor of fewer numbers than a program has threads (``FEW``) several threads hold the same one: all of them
+    must have read a moment before one of them moves it on.
+    """
+    first = tl.load(moments + place, mask=mask, other=0.0)
+    second = tl.load(moments + total + place, mask=mask, other=0.0)
+    if FEW:
+        tl.debug_barrier()
+    value, first, second = _adam(value, first, second, gradient, moves, rate, correction, share1, share2, eps)
     tl.store(moments + place, first, mask=mask)
     tl.store(moments + total + place, second, mask=mask)
-    return value - rate * moves * first / (tl.sqrt(second / correction) + eps)
+    return value
 
 
 @triton.jit
@@ -177,9 +192,9 @@ def fit_kernel(
             exponent = tl.maximum(counted, 1.0).to(tl.float64)
             rate = lr / (1.0 - tl.exp(exponent * log_beta1)).to(tl.float32)
             root = (1.0 - tl.exp(exponent * log_beta2)).to(tl.float32)
-            first = _adam(first, own, place1, mask1, total, sum1, moves, rate, root, share1, share2, eps)
-            second = _adam(second, own, place2, mask2, total, sum2, moves, rate, root, share1, share2, eps)
-            bias = _adam(bias, own, unit, has_unit, total, sum_bias, moves, rate, root, share1, share2, eps)
+            first = _adam_in(own, first, place1, mask1, total, sum1, moves, rate, root, share1, share2, eps, False)
+            second = _adam_in(own, second, place2, mask2, total, sum2, moves, rate, root, share1, share2, eps, False)
+            bias = _adam_in(own, bias, unit, has_unit, total, sum_bias, moves, rate, root, share1, share2, eps, True)
             tl.debug_barrier()  # moments are read by other threads in the next step
     if UPDATES:  # noqa: SIM102  (one is known when it is compiled)
         if block == 0:
