@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from benchmarks.controller.contest import runs
-from benchmarks.controller.contest.arms import ADVISED, CONTROLS
+from benchmarks.controller.contest.arms import ADVISED, CONTROLS, HEURISTICS
 from benchmarks.controller.contest.cells import Cells
 from benchmarks.controller.contest.policies import Extent, train
 from benchmarks.controller.contest.recipes import RECIPES
@@ -35,7 +35,7 @@ from esper.greenhouse.frontier import LEARNING_RATES
 TUNED = ("teacher", "spirals", "tabular")
 """Training families that schedules are tuned on, and evaluated on by other tasks."""
 FAMILY_NAMES = (*TUNED, *(name for name, family in FAMILIES.items() if family.purpose == "evaluation"))
-RETUNED = ("always", "heuristic", "bandit", "never")
+RETUNED = ("always", *HEURISTICS, "bandit", "never")
 """Controls without schedules, whose learning rate is looked for."""
 
 

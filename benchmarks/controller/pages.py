@@ -93,6 +93,7 @@ ARMS = {
     "always": "always", "even": "even schedule", "even-own": "even, tuned on the family",
     "search": "best of 64 schedules",
     "search-own": "best of 64, tuned on the family", "random": "random, same rate", "heuristic": "heuristic",
+    "heuristic-before": "heuristic until 60% of a run", "heuristic-double": "heuristic, twice as much a cohort",
     "bandit": "bandit", "bandit-1000": "bandit, taught", "karn-uniform": "heuristic, even draws of designs",
     "karn-50": "heuristic with Karn, 50 reports", "karn-200": "with Karn, 200", "karn-1000": "with Karn, 1,000",
     "critic": "critic instead of siblings", "no-start": "no start", "heuristic-start": "start from the heuristic alone",

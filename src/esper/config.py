@@ -304,8 +304,8 @@ class TamiyoConfig:
     as long as none does, the heuristic decides."""
     temper: str = "balanced"
     """conservative, balanced, aggressive or exploratory."""
-    first: int = 100
-    """Steps before the first germination."""
+    first: int | None = None
+    """Steps before the first germination; ``None``: a tenth of ``total_steps``, at most 100 (100 without them)."""
     spacing: int = 0
     """Fewest steps between germinations: spreading growth over the run saves FLOPs while the network is small."""
     growth: float = 1.0
@@ -317,8 +317,9 @@ class TamiyoConfig:
     keep_share: float = 1.0
     """Share of a site's seeds that are grafted after their isolated training: those with the largest first-order gain
     on held-out batches."""
-    last_share: float = 0.6
-    """No germination after this share of ``total_steps``: what starts too late cannot pay back."""
+    last_share: float = 0.15
+    """After this share of ``total_steps`` nothing germinates any more: what starts late does not pay back (0021). The
+    first cohort may come until 0.6, where decisions are far apart or losses come late."""
     min_gain_per_cost: float = 0.02
     """Stop when gain (relative to the held-out loss) over cost (relative FLOPs added) falls under this."""
     patience: int = 2
@@ -335,7 +336,8 @@ class TamiyoConfig:
         _check(self.patience >= 1, "tamiyo.patience must be at least 1", self.patience, "use 2")
         _check(self.seeds_per_site >= 1, "tamiyo.seeds_per_site must be at least 1", self.seeds_per_site, "use 1")
         _check(0 < self.keep_share <= 1, "tamiyo.keep_share must lie in (0, 1]", self.keep_share, "use 1.0")
-        _check(0 < self.last_share <= 1, "tamiyo.last_share must lie in (0, 1]", self.last_share, "use 0.6")
+        _check(0 < self.last_share <= 1, "tamiyo.last_share must lie in (0, 1]", self.last_share, "use 0.15")
+        _check(self.first is None or self.first >= 0, "tamiyo.first must be at least 0", self.first, "use None")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 ::
 
-    never always even even-own search search-own random heuristic bandit       controls
+    never always even even-own search search-own random bandit                 controls
+    heuristic heuristic-before heuristic-double
     karn-NUM karn-uniform bandit-NUM                                           with NUM reports of earlier runs
     RECIPE:SEED cloned:SEED sampled:SEED karn-policy:SEED                      trained policies
     replay:SEED shuffled:SEED                                                  what a policy does, without looking
@@ -37,10 +38,15 @@ from esper.tamiyo.neural.controller import NeuralController
 from esper.tamiyo.neural.policy import Policy
 from esper.tamiyo.sight import Sight, see
 
-START = TamiyoConfig(first=0)
-"""Every controller may act from the first decision point on."""
+START = TamiyoConfig()
+"""The heuristic as it comes, and what else follows its pace."""
+HEURISTICS = {
+    "heuristic": START, "heuristic-before": TamiyoConfig(first=0, last_share=0.6),
+    "heuristic-double": TamiyoConfig(growth=2.0),
+}  # fmt: skip
+"""Growth until 60% of a run was the default before 0021; twice as much in a cohort was level with the default."""
 CONTROLS = (
-    "never", "always", "even", "even-own", "search", "search-own", "random", "heuristic", "bandit",
+    "never", "always", "even", "even-own", "search", "search-own", "random", *HEURISTICS, "bandit",
 )  # fmt: skip
 ADVISED = ("karn-uniform", "karn-50", "karn-200", "karn-1000", "bandit-1000")
 LR_OF = {
@@ -215,7 +221,7 @@ def _schedule(name: str) -> Callable[[Plan, HostSpec], Controller]:
 _SIMPLE: dict[str, Callable[[Plan, HostSpec], Controller]] = {
     "never": lambda plan, spec: scripted(NEVER, (), ()),
     "always": lambda plan, spec: Always(),
-    "heuristic": lambda plan, spec: HeuristicController(START),
+    **{name: lambda plan, spec, config=config: HeuristicController(config) for name, config in HEURISTICS.items()},
     "bandit": lambda plan, spec: BanditController(START, seed=spec.seed),
     **{name: _schedule(name) for name in ("even", "even-own", "search", "search-own")},
 }

@@ -127,7 +127,7 @@ class Training:
         if self.recipe.start == "nothing":
             return None
         specs = draw_hosts(np.random.default_rng([self.seed, 1 << 20]), self.extent.teachers)
-        watched = [self._watch(specs, [HeuristicController(TamiyoConfig(first=0)) for _ in specs])]
+        watched = [self._watch(specs, [HeuristicController(TamiyoConfig()) for _ in specs])]
         chosen: list[int] = []
         if self.recipe.start == "branches":
             best, chosen = self._best_branches(specs)

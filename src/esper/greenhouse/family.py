@@ -50,7 +50,8 @@ class Family:
     """Hosts of one kind.
 
     ``widths`` are hidden widths a host may start from, drawn for each layer by itself; ``purpose`` is ``training``,
-    ``evaluation`` (never trained on) or ``probe`` (planted answers, for tests).
+    ``evaluation`` (never trained on), ``longer`` (one of either kind, five times as long) or ``probe`` (planted
+    answers, for tests).
     """
 
     name: str
@@ -117,6 +118,14 @@ FAMILIES: dict[str, Family] = {
     )
 }
 """All families by name."""
+LONGER = 5
+"""How many times as long the ``longer`` ones train, on four times as many rows."""
+FAMILIES |= {
+    f"{name}_long": replace(
+        FAMILIES[name], name=f"{name}_long", purpose="longer", steps=LONGER * FAMILIES[name].steps, rows=8192
+    )
+    for name in ("teacher", "spirals", "tabular", "checkers", "waves", "shells")
+}
 
 
 def family_named(name: str) -> Family:

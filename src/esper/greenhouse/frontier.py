@@ -24,7 +24,7 @@ from esper.greenhouse.family import Family, data_of, family_named
 
 LEARNING_RATES = (1e-2, 2e-2, 4e-2)
 """The grid that every static network, and every growing arm, chooses from."""
-FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0)
+FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Static shapes: the host's own widths times these ..."""
 EVEN = (8, 16, 24, 32, 48, 64)
 """... and the same width in every layer."""
