@@ -8,17 +8,20 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.cli.conftest import clean_environment
+from tests.karn.made import report
 from tests.servers import RedisServer, redis_server
 
 from esper.cli import main
 from esper.karn import Database, FieldReport
 from esper.oona.address import open_bus
 from esper.oona.bus import Message
+from esper.oona.link import Link
 from esper.oona.topics import FIELD_REPORTS
 from esper.runs.advice import file_run, reports_of
 from esper.runs.bus import name_on_bus
@@ -89,6 +92,16 @@ def test_a_run_that_was_not_on_a_bus_keeps_its_reports_names(
     assert (told["filed"], told["new"]) == (len(found), 0)
 
 
+def test_a_run_whose_bus_is_away_sends_its_reports_when_it_is_given_again(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = train("redis://127.0.0.1:1?timeout=0.2", "one")
+    assert "bytes of events and reports" in capsys.readouterr().err
+    assert train(url, "one") == found
+    told = listen(capsys, url, "karn.db", "--count", str(len(found)), "--seconds", "30")
+    assert told["new"] == len(found) and held("karn.db")[0] == found
+
+
 def test_poison_goes_to_the_dead_letters_and_is_told(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     async def put() -> None:
         bus = open_bus(url)
@@ -105,7 +118,11 @@ def test_poison_goes_to_the_dead_letters_and_is_told(url: str, capsys: pytest.Ca
     assert "karn.field_reports" in capsys.readouterr().out
 
 
-def test_a_signal_ends_it_with_what_was_filed(url: str, tmp_path: Path) -> None:
+def test_a_signal_ends_it_with_what_was_filed(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ESPER_BUS_KEY")
+    link = Link(url, run="run", folder=tmp_path / "bus")
+    link.report([report(0), report(1)])
+    assert link.stop()
     words = [sys.executable, "-m", "esper.cli", "karn", "listen", "--bus", url, "--db", "karn.db"]
     process = subprocess.Popen(
         words, cwd=tmp_path, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -113,9 +130,13 @@ def test_a_signal_ends_it_with_what_was_filed(url: str, tmp_path: Path) -> None:
     assert process.stderr is not None
     first = [process.stderr.readline() for _ in range(2)]
     assert "listening on redis://" in first[0] and "no ESPER_BUS_KEY: whoever reaches the bus is believed" in first[1]
+    end = time.monotonic() + 30
+    while len(held("karn.db")[0]) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=20)
-    assert (process.returncode, out) == (0, "filed      0 of 0 reports are new in karn.db\n")
+    assert (process.returncode, out) == (0, "filed      2 of 2 reports are new in karn.db\n")
 
 
 @pytest.mark.parametrize(
