@@ -109,7 +109,7 @@ def test_breed_makes_tested_designs(db: Path, capsys: pytest.CaptureFixture[str]
 
 MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "no word": ([], 2, "missing: WORD"),
-    "unknown word": (["lst"], 2, "no word is called 'lst'; did you mean 'list'? known: list, show, export, import"),
+    "unknown word": (["lst"], 2, "no word is called 'lst'; did you mean 'list' or 'listen'? known: list, show"),
     "no name": (["show"], 2, "show takes NAME, got 'nothing'; say: esper karn show NAME"),
     "too much": (["list", "x"], 2, "list takes nothing more, got 'x'; say only: esper karn list"),
     "no database": (["list", "--db", "x.db"], 1, "got no file at 'x.db'; make one with: esper karn import RUN_DIR"),

@@ -1,4 +1,4 @@
-"""How ``esper controller serve`` ends."""
+"""How ``esper controller serve`` and ``esper karn listen`` end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from esper.cli import serving
+from esper.cli.attending import attend
 from esper.errors import BusError
 from esper.oona.claim_stores import MemoryStore
 from esper.oona.claims import Claims
@@ -44,7 +44,7 @@ def test_a_second_signal_is_not_made_to_wait(number: signal.Signals) -> None:
     steering: Any = Steering(stuck=True)
 
     async def work() -> None:
-        ended = asyncio.create_task(serving._serve(steering, MemoryBus(hub=Hub()), None, None))
+        ended = asyncio.create_task(attend(steering, MemoryBus(hub=Hub()), None, None, str))
         await asyncio.sleep(0.05)
         os.kill(os.getpid(), number)
         await asyncio.sleep(0.05)
@@ -58,7 +58,7 @@ def test_a_second_signal_is_not_made_to_wait(number: signal.Signals) -> None:
 def test_the_claim_store_is_closed_and_failing_at_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     store, steering = Store(), Steering(stuck=False)
     told: Any = steering
-    asyncio.run(serving._serve(told, MemoryBus(hub=Hub()), Claims(store), 0.05))
+    asyncio.run(attend(told, MemoryBus(hub=Hub()), Claims(store), 0.05, str))
     assert store.closed == 1 and "the claim store could not be closed (gone)" in capsys.readouterr().err
 
 
@@ -69,4 +69,4 @@ def test_what_ends_the_server_is_not_hidden() -> None:
 
     broken: Any = Broken(stuck=False)
     with pytest.raises(AssertionError, match="broken"):
-        asyncio.run(serving._serve(broken, MemoryBus(hub=Hub()), None, 0.5))
+        asyncio.run(attend(broken, MemoryBus(hub=Hub()), None, 0.5, str))

@@ -16,7 +16,7 @@ from tests.karn.made import design, report
 
 from esper.errors import StateError
 from esper.karn import Database, Snapshot, read_snapshot
-from esper.karn.schema import APPLICATION_ID, VERSION, migrate
+from esper.karn.schema import APPLICATION_ID, MIGRATIONS, VERSION, migrate
 
 pytestmark = pytest.mark.component
 
@@ -198,6 +198,26 @@ def test_migrations_run_once_each_and_keep_what_is_there(tmp_path: Path) -> None
     assert connection.execute("PRAGMA user_version").fetchone() == (2,), "a step that fails leaves nothing behind"
     assert connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'b'").fetchone() == (0,)
     connection.close()
+
+
+def test_a_database_keeps_its_name_wherever_it_lies(path: Path, tmp_path: Path) -> None:
+    with Database(path) as one, Database(tmp_path / "other.db") as other:
+        name = one.identity
+        assert len(name) == 16 and name != other.identity
+    path.rename(tmp_path / "moved.db")
+    with Database(tmp_path / "moved.db") as moved:
+        assert moved.identity == name
+
+
+def test_an_older_database_gets_a_name_and_keeps_its_reports(path: Path) -> None:
+    path.parent.mkdir()
+    connection = sqlite3.connect(path, isolation_level=None)
+    migrate(connection, MIGRATIONS[:1])
+    body = msgspec.json.encode(report(0))
+    connection.execute("INSERT INTO reports VALUES (?, 'run', 'digits', 1, 0, ?)", (report(0).id, body))
+    connection.close()
+    with Database(path) as database:
+        assert database.reports() == [report(0)] and len(database.identity) == 16
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.karn.made import report
 from tests.oona.test_health import a_snapshot
 from tests.oona.test_observations import a_large_one, differences
 
@@ -39,6 +40,7 @@ PLAIN: dict[str, Any] = {
     schemas.DEAD_LETTER_SCHEMA: DeadLetter(
         reason="r", topic="t", key="k", position="1", attempts=2, size=3, sha256="0", original=b"\xff\x00\n"
     ),
+    schemas.FIELD_REPORT_SCHEMA: report(3, gain=None),
 }
 
 

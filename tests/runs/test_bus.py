@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cli.recorded import write_run
 from tests.oona.served import JOB, RUN, Served
 from tests.oona.test_link import Operator
 from tests.servers import RedisServer, redis_server
@@ -175,6 +176,18 @@ def test_what_could_not_be_told_is_told_by_the_next_start(url: str, tmp_path: Pa
     assert not list((run_dir / "bus").glob("*/answers-left*")) and len(notes) == 1
     with events_followed(away, run_dir, notes.append):
         pass
+    assert len(notes) == 2
+
+
+def test_reports_that_cannot_be_written_down_cost_the_run_nothing(tmp_path: Path) -> None:
+    run_dir, notes = write_run(tmp_path / "run"), list[str]()
+    with events_followed(options(run_dir, "memory://reports"), run_dir, notes.append) as report:
+        report()
+        (run_dir / "bus" / "reports.jsonl").write_text("damaged\n" * 2, encoding="utf-8")
+        report()
+    assert "Karn's reports have not gone to the bus: field reports are written down" in notes[-1]
+    with events_followed(RunOptions(), run_dir, notes.append) as report:
+        report()
     assert len(notes) == 2
 
 

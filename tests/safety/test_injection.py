@@ -28,7 +28,8 @@ from esper.safety.faults import FAULTS, Expectation, Fault, InjectedError, Momen
 
 pytestmark = pytest.mark.component
 
-STEP_FAULTS = [name for name in FAULTS if FAULTS[name].moment is not Moment.SAVING]
+ELSEWHERE = (Moment.SAVING, Moment.COMMANDED)
+STEP_FAULTS = [name for name in FAULTS if FAULTS[name].moment not in ELSEWHERE]
 
 
 def subject_of(rig: Rig) -> Subject:

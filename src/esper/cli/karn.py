@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from esper.karn import Database, Design, Snapshot
     from esper.karn.experience import Standing
 
-WORDS = ("list", "show", "export", "import", "breed")
+WORDS = ("list", "show", "export", "import", "breed", "listen")
 _SHOWN = 30
 
 
@@ -27,6 +27,11 @@ class Karn:
 
     list: designs, the best first. show NAME: one design, where it comes from and what became of it. export FILE: all
     of it as one JSON file. import PATH: a run directory or such a file. breed: make new designs and test them.
+
+    listen: file what the runs on a message bus report (esper run --bus URL), from as many machines as there are, until
+    Ctrl-C, --seconds or --count: esper karn listen --bus redis://HOST --db runs/karn.db. Each report is stored once,
+    whatever dies on the way; those of runs that ended before it listened come too. With ESPER_BUS_KEY set only signed
+    reports are taken. What nobody can read is shown by esper bus dead-letters.
     """
 
     word: Annotated[
@@ -39,6 +44,13 @@ class Karn:
     db: Annotated[Path, Option(metavar="PATH", help="The database.", completes="file")] = Path("runs/karn.db")
     num: Annotated[int, Option(metavar="N", help="New designs (breed).")] = 8
     seed: Annotated[int, Option(metavar="N", help="Of the draws (breed).")] = 0
+    bus: Annotated[str, Option(metavar="URL", help="The message bus (listen).")] = "redis://localhost:6379"
+    seconds: Annotated[
+        float | None, Option(metavar="S", help="End after so long (listen).", default="never")
+    ] = None  # fmt: skip
+    count: Annotated[
+        int | None, Option(metavar="N", help="End after so many reports (listen).", default="never")
+    ] = None  # fmt: skip
     json: JsonPath = None
 
     def execute(self, context: Context) -> Outcome:
@@ -51,6 +63,14 @@ class Karn:
             raise UsageError(f"{self.word} takes {needs or 'nothing more'}, got {self.target or 'nothing'!r}; {wanted}")
         if self.num < 1 or not 0 <= self.seed < 2**31:
             raise UsageError(f"num must be at least 1 and seed not negative, got {self.num} and {self.seed}")
+        if self.count is not None and self.count < 1:
+            raise UsageError(f"--count must be at least 1, got {self.count}; leave it out for no end")
+        if self.seconds is not None and not 0 < self.seconds < float("inf"):
+            raise UsageError(f"--seconds must be above 0, got {self.seconds:g}; leave it out for no end")
+        if self.word == "listen":
+            from esper.cli.listening import listen
+
+            return listen(self.bus, self.db, self.seconds, self.count)
         from esper.karn import Database
 
         with Database(self.db, must_exist=self.word != "import") as database:

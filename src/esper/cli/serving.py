@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import signal
 import sys
 import time
 from typing import Any
 
+from esper.cli.attending import attend
 from esper.cli.command import Outcome, UsageError
 from esper.cli.terminal import labelled, write_lines
 from esper.config import TamiyoConfig
-from esper.errors import BusError
 from esper.oona.address import open_bus
-from esper.oona.aside import within
-from esper.oona.bus import Bus
-from esper.oona.claims import Claims
 from esper.oona.signing import Keyring
 from esper.oona.steering import HEARTBEAT_S, Steering
 from esper.oona.stores import open_claims
 from esper.tamiyo import make_controller
-
-_TOLD_EVERY_S = 60.0
-_CLOSE_S = 5.0
 
 
 def serve(url: str, controller: str, temper: str | None, seconds: float | None, *, unsigned: bool) -> Outcome:
@@ -51,48 +44,10 @@ def serve(url: str, controller: str, temper: str | None, seconds: float | None, 
     )  # fmt: skip
     write_lines([f"steering by {controller} over {bus.address}; end it with Ctrl-C"], sys.stderr)
     began = time.monotonic()
-    asyncio.run(_serve(steering, bus, claims, seconds))
+    asyncio.run(attend(steering, bus, claims, seconds, lambda: _told(steering)))
     result: dict[str, Any] = {"seconds": time.monotonic() - began, "trainings": steering.num_trainings}
     result["counts"] = dict(steering.counts)
     return Outcome(result=result, lines=[labelled("steered", _told(steering))])
-
-
-async def _serve(steering: Steering, bus: Bus, claims: Claims | None, seconds: float | None) -> None:
-    """Serve until a signal or the time; with a second signal nothing that is under way is waited for."""
-    until = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    serving = asyncio.create_task(steering.serve(until))
-
-    def end() -> None:
-        if until.is_set():
-            serving.cancel()
-        until.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, end)
-    if seconds is not None:
-        loop.call_later(seconds, until.set)
-    telling = asyncio.create_task(_tell(steering, until))
-    try:
-        await asyncio.wait({serving})
-        if not serving.cancelled():
-            serving.result()  # or what it has raised
-    finally:
-        telling.cancel()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-        closing = [("the bus", bus.close())] + ([] if claims is None else [("the claim store", claims.store.close())])
-        for what, call in closing:
-            try:
-                await within(_CLOSE_S, call, what)
-            except BusError as error:
-                write_lines([f"{what} could not be closed ({error})"], sys.stderr)
-
-
-async def _tell(steering: Steering, until: asyncio.Event) -> None:
-    while not until.is_set():
-        await asyncio.sleep(_TOLD_EVERY_S)
-        write_lines([_told(steering)], sys.stderr)
 
 
 def _told(steering: Steering) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from esper.karn.design import content_name
-from esper.karn.report import FieldReport, Placement
+from esper.karn.report import ENDS, FieldReport, Placement
 from esper.karn.surroundings import Surroundings
 from esper.protocol import (
     AnyEvent,
@@ -23,8 +23,6 @@ from esper.protocol import (
     Transitioned,
 )
 from esper.worth import Choice, Place, reference_width
-
-_ENDS = (Lifecycle.FOSSILIZED, Lifecycle.CULLED, Lifecycle.CANCELLED, Lifecycle.ROLLED_BACK)
 
 
 @dataclass
@@ -105,7 +103,7 @@ class _Training:
 
     def _transitioned(self, event: Transitioned) -> None:
         cohort = self.cohorts.get(event.cohort)
-        if cohort is None or cohort.ended or event.target not in _ENDS:
+        if cohort is None or cohort.ended or event.target not in ENDS:
             return
         cohort.alive -= set(event.seeds)
         cohort.ends.append(event)

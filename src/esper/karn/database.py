@@ -144,6 +144,12 @@ class Database:
 
     # ---------------------------------------------------------------------------------------------- read
 
+    @property
+    def identity(self) -> str:
+        """Sixteen hexadecimal digits that stand for this database, wherever it is moved; a copy has them too."""
+        with self._explained():
+            return str(self._connection.execute("SELECT name FROM identity").fetchone()[0])
+
     def reports(self) -> list[FieldReport]:
         """All reports, in the order of their ids."""
         with self._explained():

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import msgspec
 
+from esper.errors import StateError
 from esper.protocol import Lifecycle
 from esper.worth import Choice, Place, gain_share, targets
 
 REPORT_VERSION = 1
 """Version of the stored form; raised when a field changes meaning or is removed."""
+ENDS = (Lifecycle.FOSSILIZED, Lifecycle.CULLED, Lifecycle.CANCELLED, Lifecycle.ROLLED_BACK)
+"""States in which a cohort has ended."""
+_MOST_ID_CHARS = 1_000
+_LARGEST = 1 << 62
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,3 +85,41 @@ class FieldReport(msgspec.Struct, frozen=True, kw_only=True):
         """What it says of its worth, as :data:`esper.worth.TARGETS`; ``None``: nothing."""
         gain = gain_share(self.gain_shrunken, self.held_out)
         return targets(self.state, gain, self.added_flops_share, self.reason)
+
+
+def check_report(report: FieldReport) -> None:
+    """Refuse a report from elsewhere that fits its form and would still spoil what is learnt from all of them.
+
+    Raises
+    ------
+    StateError
+        It is of a newer version, has not ended, tells of no site, or has a number that cannot be.
+    """
+    if not 1 <= report.v <= REPORT_VERSION:
+        raise StateError(f"this Esper reads field reports up to version {REPORT_VERSION}, got {report.v}; update it")
+    if report.state not in ENDS:
+        raise StateError(f"a report is about a cohort that has ended, got one in state {report.state.name}")
+    if not report.placements:
+        raise StateError("a report names the sites where its cohort has grown, got none")
+    if len(report.id) > _MOST_ID_CHARS:
+        raise StateError(f"a report's id has at most {_MOST_ID_CHARS} characters, got {len(report.id)}")
+    for part in (report, *report.placements, *(p.place for p in report.placements), *_choices(report)):
+        for name in part.__struct_fields__:
+            _check_number(name, getattr(part, name))
+    for part in report.placements:
+        if not 0 <= part.share <= 1:
+            raise StateError(f"a placement's share must lie between 0 and 1, got {part.share}")
+    for choice in _choices(report):
+        if choice.seeds < 1 or min(choice.growth, choice.scale, choice.lr_scale) < 0:
+            raise StateError(f"a choice has a seed at least and no number below 0, got {choice}")
+
+
+def _choices(report: FieldReport) -> Iterator[Choice]:
+    return (part.choice for part in report.placements)
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise StateError(f"{name} of a report must be finite, got {value}; what is unknown is null")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise StateError(f"{name} of a report must have at most 62 bits, got {value.bit_length()}")

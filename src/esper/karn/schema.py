@@ -46,7 +46,13 @@ _FIRST = (
     "CREATE INDEX uses_by_design ON uses (design)",
 )
 
-MIGRATIONS: Sequence[Sequence[str]] = (_FIRST,)
+_SECOND = (
+    "CREATE TABLE identity (name TEXT NOT NULL)",
+    "INSERT INTO identity VALUES (lower(hex(randomblob(8))))",
+)
+"""A database has a name of its own, by which those who bring it reports know it again wherever it lies."""
+
+MIGRATIONS: Sequence[Sequence[str]] = (_FIRST, _SECOND)
 """Statements that lead from each version to the next; the first ones from an empty file to version 1. Each step runs in
 one transaction with the change of version."""
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from esper.errors import StateError
+from esper.oona.envelope import Envelope
 from esper.oona.follower import Follower
+from esper.oona.incoming import Doubt, Verify, nobody
 
 ALWAYS = (".stop", ".cull", ".cancel", ".roll_back", ".pause")
 """Ends of the types of orders that end something: they are taken all the same."""
@@ -18,6 +21,18 @@ class Behind:
 
     def __str__(self) -> str:
         return "the run's logs are too far ahead of the bus; send a new order when it has caught up"
+
+
+def unless_behind(verify: Verify, is_behind: Callable[[], bool]) -> Verify:
+    """Past the bound nothing is taken but what ends something."""
+
+    def check(envelope: Envelope) -> Doubt | None:
+        doubt = verify(envelope)
+        if doubt is None and is_behind() and not envelope.type.endswith(ALWAYS):
+            return Behind()
+        return doubt
+
+    return check if verify is not nobody else verify
 
 
 def bytes_left(log: Path, cursor: Path) -> int:

@@ -15,28 +15,30 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from esper.errors import BusError
+from esper.karn import FieldReport
 from esper.kasmina.execution import Kasmina
 from esper.oona import envelope as wire
 from esper.oona import health, observations, outbox
 from esper.oona.address import open_bus
 from esper.oona.backoff import Backoff, CircuitBreaker
-from esper.oona.behind import ALWAYS, Behind, bytes_left
+from esper.oona.behind import bytes_left, unless_behind
 from esper.oona.courier import Courier
 from esper.oona.desk import Desk
 from esper.oona.ears import JOB, Ears
 from esper.oona.envelope import Envelope
 from esper.oona.follower import Follower
-from esper.oona.incoming import Doubt, Verify, anybody, nobody
+from esper.oona.incoming import Verify, anybody, nobody
 from esper.oona.intake import Intake
 from esper.oona.outbox import Classify, Outbox
 from esper.oona.publisher import TelemetryPublisher
+from esper.oona.report_log import ReportLog, field_report
 from esper.oona.schemas import HEALTH_SCHEMA, HEARTBEAT_SCHEMA, OBSERVATION_SCHEMA, Heartbeat
 from esper.oona.sender import Sender
 from esper.oona.signing import Keyring, Verifier
@@ -107,7 +109,6 @@ class Link:
     allow_unsigned:
         Take unsigned commands although others can reach the bus. Without a key (``ESPER_BUS_KEY``) and without this, a
         remote bus brings none.
-
     run_logs:
         Further logs, each with its cursor, that another link sends: they count for the bound too.
     keyring:
@@ -142,6 +143,8 @@ class Link:
         self._breaker, self._backoff = CircuitBreaker(), Backoff()
         self._courier = Courier(on_close=self._farewell)
         self._outboxes: list[Outbox] = []
+        self._reports = ReportLog(self._folder)
+        self._reporting: Outbox | None = None
         self._publisher: TelemetryPublisher | None = None
         self._ears: Ears | None = None
         self._desk: Desk | None = None
@@ -169,7 +172,23 @@ class Link:
         """Send an event log, from where an earlier link has got to."""
         follower = Follower(Path(events), self._folder / "events.cursor")
         self._send_log("events", follower, outbox.event)
+        self._send_reports()
         self._courier.start()
+
+    def report(self, reports: Iterable[FieldReport]) -> int:
+        """Send what became of the cohorts of trainings that are over, each report once; returns how many are new.
+
+        They are on the disk when this returns: what the bus does not get in this life, the next link here sends.
+
+        Raises
+        ------
+        StateError
+            The disk refused.
+        """
+        num = self._reports.write(reports)
+        self._send_reports().nudge()
+        self._courier.start()
+        return num
 
     @contextmanager
     def serving(self, grower: Training, commands: str | Path, *, checkpoints: bool = False) -> Generator[Link]:
@@ -190,8 +209,8 @@ class Link:
         answers = Follower(Path(commands), self._folder / "answers.cursor", end=self._desk_bytes)
         sending = self._send_log("answers", answers, outbox.acknowledgement)
         desk = Desk(
-            commands, run=self._sender.run, job=self._sender.subject, verify=self._guarded(self._verify()),
-            on_written=sending.nudge,
+            commands, run=self._sender.run, job=self._sender.subject, on_written=sending.nudge,
+            verify=unless_behind(self._verify(), self._is_behind),
         )  # fmt: skip
         self._desk = desk
         intake = Intake(self._bus, self._sender, desk)
@@ -202,6 +221,8 @@ class Link:
         errands = {"telemetry": self._publisher.run, "orders": intake.run, "ears": self._ears.run}
         for name, errand in (errands | {"claims": self._sweep}).items():
             self._courier.add(name, errand)
+        if self._reports.path.exists():  # of an earlier life
+            self._send_reports()
         self._desk, self._grower = desk, grower
         grower.serve(desk, checkpoints=checkpoints)
         grower.watcher = self.look
@@ -340,17 +361,6 @@ class Link:
             return Verifier(self._keyring).check
         return anybody if self._allow_unsigned or not self._bus.is_remote else nobody
 
-    def _guarded(self, verify: Verify) -> Verify:
-        """Past the bound nothing is taken but what ends something."""
-
-        def check(envelope: Envelope) -> Doubt | None:
-            doubt = verify(envelope)
-            if doubt is None and self._is_behind() and not envelope.type.endswith(ALWAYS):
-                return Behind()
-            return doubt
-
-        return check if verify is not nobody else verify
-
     def _send_log(self, name: str, follower: Follower, classify: Classify) -> Outbox:
         sending = Outbox(
             self._bus, self._sender, follower, classify, breaker=self._breaker, backoff=self._backoff
@@ -358,6 +368,11 @@ class Link:
         self._outboxes.append(sending)
         self._courier.add(name, sending.run)
         return sending
+
+    def _send_reports(self) -> Outbox:
+        if self._reporting is None:
+            self._reporting = self._send_log("reports", self._reports.follower(), field_report)
+        return self._reporting
 
     def _desk_bytes(self) -> int:
         return 0 if self._desk is None else self._desk.num_bytes

@@ -8,7 +8,8 @@ import itertools
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from esper.errors import BusError
@@ -198,6 +199,18 @@ class Hub:
 
     def _stream(self, topic: Topic) -> _Stream:
         return self._streams.setdefault(topic.name, _Stream(topic))
+
+
+@contextmanager
+def hub_named(name: str, hub: Hub) -> Generator[None]:
+    """While this lasts ``memory://NAME`` leads to this hub."""
+    with _HUBS_LOCK:
+        _HUBS[name] = hub
+    try:
+        yield
+    finally:
+        with _HUBS_LOCK:
+            del _HUBS[name]
 
 
 def _delivery(stream: _Stream, entry: _Pending) -> Delivery:

@@ -11,7 +11,9 @@ from typing import Any
 
 import msgspec
 
-from esper.errors import EnvelopeError
+from esper.errors import EnvelopeError, StateError
+from esper.karn import FieldReport
+from esper.karn.report import REPORT_VERSION, check_report
 from esper.oona import envelope as wire
 from esper.oona import health, observations
 from esper.oona.claims import reference_in
@@ -24,6 +26,7 @@ DECISION_SCHEMA = "esper:decision:1"
 HEALTH_SCHEMA = "esper:health:1"
 HEARTBEAT_SCHEMA = "esper:heartbeat:1"
 DEAD_LETTER_SCHEMA = "esper:dead-letter:1"
+FIELD_REPORT_SCHEMA = f"esper:field-report:{REPORT_VERSION}"
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +74,15 @@ def _json(kind: Any) -> Callable[[bytes], Any]:
     return lambda data: wire.read_json(data, kind)
 
 
+def _field_report(data: bytes) -> FieldReport:
+    report: FieldReport = wire.read_json(data, FieldReport)
+    try:
+        check_report(report)
+    except StateError as error:
+        raise EnvelopeError(f"a field report must be of use ({error})") from error
+    return report
+
+
 _READERS: dict[str, tuple[str, Callable[[bytes], Any]]] = {
     EVENT_SCHEMA: (JSON, _json(Record)),
     ORDER_SCHEMA: (JSON, _json(Order)),
@@ -78,6 +90,7 @@ _READERS: dict[str, tuple[str, Callable[[bytes], Any]]] = {
     DECISION_SCHEMA: (JSON, _json(Decision)),
     HEARTBEAT_SCHEMA: (JSON, _json(Heartbeat)),
     DEAD_LETTER_SCHEMA: (JSON, _json(DeadLetter)),
+    FIELD_REPORT_SCHEMA: (JSON, _field_report),
     OBSERVATION_SCHEMA: (ARRAYS, observations.decode),
     HEALTH_SCHEMA: (ARRAYS, health.decode),
 }

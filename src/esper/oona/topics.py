@@ -28,6 +28,7 @@ LIFECYCLE = Topic("kasmina.lifecycle", durable=True)
 EPOCHS = Topic("kasmina.epochs", durable=True)
 """The curves: training and held-out losses, overhead."""
 FIELD_REPORTS = Topic("karn.field_reports", durable=True)
+"""What became of each cohort of a training that is over."""
 OBSERVATIONS = Topic("tamiyo.observations", durable=False, retention=500)
 """What a remote controller decides on."""
 DECISIONS = Topic("tamiyo.decisions", durable=True)

@@ -16,12 +16,14 @@ from esper.karn import AdvisedController, Architect, Collector, Database, Design
 from esper.karn.experience import rows
 from esper.karn.generation import breed
 from esper.observe.event_log import read_events
-from esper.protocol import RunStarted
+from esper.protocol import AnyEvent, RunStarted
 from esper.runs.options import RunOptions
 from esper.tamiyo import Controller, make_controller
 
 SNAPSHOT = "karn.json"
 """What Karn knew when the run began, in the run directory: a resumed run proposes from the same."""
+NAME_ON_BUS = "name_on_bus"
+"""Where a run's first event tells what the run is called on the bus that it began on."""
 NUM_BRED = 4
 """New designs after each run."""
 
@@ -68,7 +70,8 @@ def advised_controller(config: Config, snapshot: Path, strategy: str | None) -> 
 
 
 def reports_of(run_dir: Path) -> list[FieldReport]:
-    """A report of each cohort in a run's log that has ended. Runs of one name are told apart by when they began.
+    """A report of each cohort in a run's log that has ended. Runs of one name are told apart by when they began; one
+    that began on a bus, where many machines may begin in the same moment, by its name there.
 
     Raises
     ------
@@ -78,11 +81,15 @@ def reports_of(run_dir: Path) -> list[FieldReport]:
     collector: Collector | None = None
     for record in read_events(run_dir / "events.jsonl"):
         if collector is None:
-            name = record.event.run if isinstance(record.event, RunStarted) else run_dir.name
+            name = _name(record.event) or run_dir.name
             began = datetime.fromtimestamp(record.time, UTC).isoformat(timespec="milliseconds")
             collector = Collector(f"{name}@{began}")
         collector.on_event(record.event)
     return [] if collector is None else collector.reports()
+
+
+def _name(first: AnyEvent) -> str:
+    return str(first.config.get(NAME_ON_BUS, first.run)) if isinstance(first, RunStarted) else ""
 
 
 def file_run(database: Database, run_dir: Path) -> Filed:

@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esper.errors import ConfigError
+from esper.errors import ConfigError, EsperError
 from esper.oona.desk import Desk
 from esper.oona.incoming import nobody
 from esper.oona.link import Link, LinkLimits
 from esper.oona.remote import RemoteController
 from esper.oona.signing import Keyring
+from esper.runs.advice import reports_of
 from esper.runs.artifacts import write_json
 from esper.runs.cell_store import CellStore, folder_name
 from esper.runs.options import RunOptions
@@ -61,8 +62,13 @@ def name_on_bus(run_dir: Path) -> str:
 
 
 @contextmanager
-def events_followed(options: RunOptions, run_dir: Path, on_note: Callable[[str], None]) -> Generator[None]:
+def events_followed(
+    options: RunOptions, run_dir: Path, on_note: Callable[[str], None]
+) -> Generator[Callable[[], None]]:  # fmt: skip
     """While this lasts the run's events go out, and what earlier trainings could not tell; nothing without a bus.
+
+    What it gives sends Karn's reports of all cohorts in the run's log, each once: call it when no training that grows
+    is under way.
 
     Raises
     ------
@@ -70,7 +76,7 @@ def events_followed(options: RunOptions, run_dir: Path, on_note: Callable[[str],
         The bus's address or keys cannot be used.
     """
     if options.bus is None:
-        yield
+        yield _tell_nobody
         return
     run = name_on_bus(run_dir)
     link = Link(options.bus, run=run, folder=run_dir / FOLDER, allow_unsigned=options.unsigned_commands)
@@ -80,7 +86,7 @@ def events_followed(options: RunOptions, run_dir: Path, on_note: Callable[[str],
     taken = "takes commands" if link.takes_commands else "takes no commands: set ESPER_BUS_KEY"
     on_note(f"bus {link.address} as {run} ({taken})")
     try:
-        yield
+        yield lambda: _report(link, run_dir, on_note)
     finally:
         link.stop()
         for log, sending in outboxes.items():
@@ -90,9 +96,21 @@ def events_followed(options: RunOptions, run_dir: Path, on_note: Callable[[str],
         waiting = sorted((run_dir / FOLDER).glob(f"*/{_LEFT}"))
         if link.bytes_behind or waiting:
             on_note(
-                f"the bus has not had all of it: {link.bytes_behind:,} bytes of events and the answers of "
+                f"the bus has not had all of it: {link.bytes_behind:,} bytes of events and reports and the answers of "
                 f"{len(waiting)} trainings wait in {run_dir / FOLDER}; the same command sends them"
             )
+
+
+def _report(link: Link, run_dir: Path, on_note: Callable[[str], None]) -> None:
+    """What cannot be told is said, and costs the run nothing."""
+    try:
+        link.report(reports_of(run_dir))
+    except EsperError as error:
+        on_note(f"Karn's reports have not gone to the bus: {error}; the same command sends them")
+
+
+def _tell_nobody() -> None:
+    """There is no bus."""
 
 
 def attaching(options: RunOptions, run_dir: Path) -> Attach:

@@ -24,10 +24,10 @@ from esper.karn.selection import find_selection
 from esper.kasmina.starts import STARTS
 from esper.observe.report import write_report
 from esper.protocol import AnyEvent, RunFinished, RunStarted
-from esper.runs.advice import conclude, take_snapshot
+from esper.runs.advice import NAME_ON_BUS, conclude, take_snapshot
 from esper.runs.arms import ARMS, Attach, Cell, Trained, configure, equal_flops_widths, load_preset, score, train
 from esper.runs.artifacts import write_json, write_model
-from esper.runs.bus import attaching, events_followed
+from esper.runs.bus import attaching, events_followed, name_on_bus
 from esper.runs.cell_store import CellStore, folder_name
 from esper.runs.directory import PROGRESS, discard_progress, finished_summary, open_directory, tidy, where
 from esper.runs.hosts import build
@@ -71,7 +71,7 @@ def execute(
     note = on_note or _silent
     with (
         RunRecord(run_dir / "events.jsonl", on_event, on_past) as record,
-        events_followed(options, run_dir, note),
+        events_followed(options, run_dir, note) as report,
     ):
         try:
             tidy(run_dir)
@@ -82,8 +82,9 @@ def execute(
             else:
                 if is_resumed:
                     note(f"resuming {run_dir} {where(run_dir)}")
-                summary = _Job(options, preset, device, size, run_dir, config, record, note).run()
+                summary = _Job(options, preset, device, size, run_dir, config, record, note, report).run()
             discard_progress(run_dir)
+            report()
             conclude(options, run_dir, note)
             return summary
         finally:
@@ -128,8 +129,9 @@ class _Job:
         config: dict[str, Any],
         record: RunRecord,
         on_note: Callable[[str], None],
+        on_grown: Callable[[], None],
     ) -> None:
-        self.on_note = on_note
+        self.on_note, self.on_grown = on_note, on_grown
         self.options, self.preset, self.device, self.size = options, preset, device, size
         self.run_dir, self.config, self.record = run_dir, config, record
         self.attach = attaching(options, run_dir)
@@ -145,14 +147,17 @@ class _Job:
         if not (self.run_dir / "config.json").exists():
             write_json(self.run_dir / "config.json", self.config)
         self.snapshot = take_snapshot(self.options, self.run_dir)
+        named = {} if self.options.bus is None else {NAME_ON_BUS: name_on_bus(self.run_dir)}
         started = RunStarted(
-            step=0, run=self.run_dir.name, preset=self.preset.name, config=self.config, environment=environment()
-        )
+            step=0, run=self.run_dir.name, preset=self.preset.name, config={**self.config, **named},
+            environment=environment(),
+        )  # fmt: skip
         self._emit(started)
         for arm in ARMS if self.options.controls else ARMS[:1]:
             self._run_arm(arm)
             if arm == "grown":
                 self._save(self.results["grown"][0])
+                self.on_grown()
         summary = summarise(self.results, self.lr_trials)
         summary["run_dir"] = str(self.run_dir)
         summary["preset"] = self.preset.name

@@ -37,11 +37,12 @@ GRACE = 15
 
 
 def usable_faults() -> tuple[str, ...]:
-    """Those that a run must come through: not the host's own trouble, and not those of the disk."""
+    """Those that a run must come through: not the host's own trouble, and not those of disk and bus."""
+    elsewhere = (Moment.SAVING, Moment.COMMANDED)
     return tuple(
         name
         for name in FAULTS
-        if FAULTS[name].expects is not Expectation.REPORTED and FAULTS[name].moment is not Moment.SAVING
+        if FAULTS[name].expects is not Expectation.REPORTED and FAULTS[name].moment not in elsewhere
     )
 
 

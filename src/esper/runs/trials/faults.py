@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from esper.runs.trials.commanded import commanded_trial
 from esper.runs.trials.faulty import training_trial
 from esper.runs.trials.records import FaultRecord
 from esper.runs.trials.saved import saving_trial
@@ -25,7 +26,7 @@ def fault_names(asked: Sequence[str]) -> tuple[str, ...]:
 
 
 def fault_trial(number: int, faults: Sequence[str]) -> FaultRecord:
-    """Trial ``number`` injects the fault whose turn it is: into a training step, or around a checkpoint."""
+    """Trial ``number`` injects the fault whose turn it is: into a training step, around a checkpoint, or into a bus."""
     name = faults[number % len(faults)]
-    trial = saving_trial if FAULTS[name].moment is Moment.SAVING else training_trial
-    return trial(number, name)
+    trials = {Moment.SAVING: saving_trial, Moment.COMMANDED: commanded_trial}
+    return trials.get(FAULTS[name].moment, training_trial)(number, name)

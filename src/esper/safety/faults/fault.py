@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.optim import Optimizer
@@ -29,6 +30,9 @@ from torch.optim import Optimizer
 from esper.errors import EsperError
 from esper.kasmina.registry import Registry
 from esper.kasmina.site import Site
+
+if TYPE_CHECKING:
+    from esper.safety.faults.traffic import Traffic
 
 
 class Expectation(Enum):
@@ -54,6 +58,7 @@ class Moment(Enum):
     GRAFTED = "a branch is in the forward pass"
     JUDGEMENT = "a cohort is about to be judged"
     SAVING = "a checkpoint is being written, or read"
+    COMMANDED = "commands come in over a bus"
 
 
 @dataclass
@@ -75,6 +80,8 @@ class Subject:
     """Hangs a second grower on the same model."""
     folder: Path | None = None
     """Where the run's checkpoints lie, if it writes any."""
+    traffic: Traffic | None = None
+    """Of the bus that it is on, if it is on one."""
 
 
 class Fault(ABC):
