@@ -24,6 +24,7 @@ EXTRAS = {
     "confluent_kafka": ("confluent-kafka", "kafka"),
     "fsspec": ("fsspec", "claims"),
     "ribs": ("ribs", "karn"),
+    "psycopg": ("psycopg", "postgres"),
     "gymnasium": ("gymnasium", "rl"),
     "gromo": ("gromo", "bench"),
 }
