@@ -241,8 +241,8 @@ class MockKafka:
 
 
 class PostgresServer(Server):
-    """Debian's PostgreSQL, which refuses to run as root: then it is user ``postgres``. Passwords are asked for, and texts
-    are ordered as in English, upper and lower case beside each other."""
+    """Debian's PostgreSQL, which refuses to run as root: then it is user ``postgres``. It asks for a password, and
+    orders texts as in English, upper and lower case beside each other."""
 
     USER, PASSWORD = "esper", "p@ss/w:rd?"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.karn.engines import Engine, engine  # noqa: F401  the fixture
+from tests.karn.engines import Engine
 from tests.karn.made import design, report
 
 from esper.errors import StateError
@@ -146,7 +146,7 @@ def test_everything_moves_from_any_to_any(engine: Engine, tmp_path: Path) -> Non
 
 def test_another_programs(engine: Engine) -> None:
     engine.make_foreign()
-    with pytest.raises(StateError, match="got another program's .*; choose another"):
+    with pytest.raises(StateError, match=r"got another program's .*; choose another"):
         Database(engine.place)
     engine.change("INSERT INTO songs VALUES ('whole')")
 

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import psycopg
 from psycopg import errors
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from esper.errors import ConfigError, StateError
 from esper.karn.location import shown
@@ -46,7 +46,9 @@ class PostgresStore:
             defaults["connect_timeout"] = str(_CONNECT_S)
         with self._explained():
             # Prepared statements would outlive their transaction.
-            self._connection = psycopg.connect(**defaults | given, autocommit=True, prepare_threshold=None)
+            self._connection = psycopg.connect(
+                make_conninfo("", **defaults | given), autocommit=True, prepare_threshold=None
+            )
             self._connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         try:
             self._prepare(must_exist=must_exist)
