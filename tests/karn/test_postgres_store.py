@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
+import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -15,7 +18,7 @@ from tests.servers import PostgresServer
 
 from esper.cli import main
 from esper.errors import ConfigError, StateError
-from esper.karn import Database
+from esper.karn import Database, FieldReport
 
 pytestmark = pytest.mark.component
 
@@ -122,8 +125,20 @@ def test_other_settings_of_the_server_change_nothing(postgres_server: PostgresSe
     postgres_server.ask("CREATE TABLE reports (song TEXT)", name)
     postgres_server.ask(f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'")
     postgres_server.ask(f"ALTER DATABASE {name} SET search_path = 'public'")
+
+    def slow() -> Iterator[FieldReport]:
+        yield report()
+        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        beside.start()
+        while postgres_server.ask(waiting) != [(1,)]:
+            time.sleep(0.01)
+
     with Database(url) as one, Database(url) as two:
-        assert (one.file([report()]), two.file([report()]), two.file([report(1)])) == (1, 0, 1)
+        new = list[int]()
+        beside = threading.Thread(target=lambda: new.append(two.file([report(), report(1)])))
+        assert one.file(slow()) == 1
+        beside.join()
+        assert new == [1], "what the first one has filed is seen by the second, whose turn comes later"
         assert one.reports() == two.reports() == [report(), report(1)]
     assert postgres_server.ask("SELECT * FROM reports", name) == []
 

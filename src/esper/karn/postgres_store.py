@@ -85,12 +85,13 @@ class PostgresStore:
 
     def _make(self) -> None:
         with self.writing():
-            # Asked first: making it, even "if not exists", takes a right that a schema made by others spares us.
-            if self.fetch("SELECT to_regnamespace('karn') IS NULL")[0][0]:
+            # Asked first: making it, even "if not exists", takes a right that a schema made by others spares us. Of the
+            # table itself: to_regnamespace would remember that there was none before another writer's turn.
+            if not self.fetch("SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = 'karn'"):
                 self.change("CREATE SCHEMA karn")
-            self.change("CREATE TABLE IF NOT EXISTS esper_karn (version INTEGER NOT NULL)")
-            if not self.fetch("SELECT version FROM esper_karn"):
-                self.change("INSERT INTO esper_karn VALUES (0)")
+            self.change("CREATE TABLE IF NOT EXISTS karn.esper_karn (version INTEGER NOT NULL)")
+            if not self.fetch("SELECT version FROM karn.esper_karn"):
+                self.change("INSERT INTO karn.esper_karn VALUES (0)")
 
     def version(self) -> int:
         """Of the schema."""
