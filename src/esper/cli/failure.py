@@ -26,6 +26,7 @@ EXTRAS = {
     "ribs": ("ribs", "karn"),
     "psycopg": ("psycopg", "postgres"),
     "gymnasium": ("gymnasium", "rl"),
+    "ray": ("ray", "ray"),
     "gromo": ("gromo", "bench"),
 }
 """Module to (distribution, extra of esper-morph that brings it)."""
