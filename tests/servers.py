@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import glob
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -409,6 +410,8 @@ def postgres_server() -> Iterator[PostgresServer]:
     """One that every test of this process shares: take a :meth:`~PostgresServer.new_database` of your own."""
     if not postgres_program("initdb"):
         missing("no PostgreSQL server found; install it (Debian: apt-get install postgresql)")
+    if os.getuid() == 0 and not any(user.pw_name == "postgres" for user in pwd.getpwall()):
+        missing("PostgreSQL does not run as root and there is no user postgres; run the tests as another user")
     need("psycopg")
     server = PostgresServer()
     try:
