@@ -1,4 +1,5 @@
-"""Real brokers on free loopback ports: Redis, a Redis Cluster of three nodes, tansu, librdkafka's mock Kafka cluster.
+"""Real servers on free loopback ports: Redis, a Redis Cluster of three nodes, tansu, librdkafka's mock Kafka cluster,
+PostgreSQL.
 
 Each is started at most once a test process and ends with it. Without its binary the test is skipped, or fails where
 ESPER_REQUIRE_SERVERS=1 says that there must be one.
@@ -10,14 +11,17 @@ import contextlib
 import ctypes
 import glob
 import os
+import pwd
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -50,10 +54,16 @@ class Server:
     def command(self) -> list[str]:
         raise NotImplementedError
 
+    def popen(self) -> dict[str, Any]:
+        """Further settings of the process."""
+        return {}
+
     def start(self, patience_s: float = 20.0) -> None:
         """Start it and wait until it answers."""
         log = subprocess.DEVNULL
-        self._process = subprocess.Popen(self.command(), stdin=log, stdout=log, stderr=log, preexec_fn=_die_with_parent)
+        self._process = subprocess.Popen(
+            self.command(), stdin=log, stdout=log, stderr=log, preexec_fn=_die_with_parent, **self.popen()
+        )
         end = time.monotonic() + patience_s
         while not self.answers():
             assert self._process.poll() is None, f"{self.command()[0]} ended at once"
@@ -231,6 +241,87 @@ class MockKafka:
         self._lib.rd_kafka_destroy(self._client)
 
 
+class PostgresServer(Server):
+    """Debian's PostgreSQL, which refuses to run as root: then it is user ``postgres``. It asks for a password, and
+    orders texts as in English, upper and lower case beside each other."""
+
+    USER, PASSWORD = "esper", "p@ss/w:rd?"
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Not under pytest's folder, which is closed to other users.
+        self._folder = Path(tempfile.mkdtemp(prefix="esper-postgres-"))
+        self._account: dict[str, Any] = {}
+        if os.getuid() == 0:
+            self._account = {"user": "postgres", "group": "postgres", "extra_groups": []}
+            shutil.chown(self._folder, "postgres", "postgres")
+        self._num = 0
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://{self.USER}:{quote(self.PASSWORD, safe='')}@127.0.0.1:{self.port}"
+
+    def command(self) -> list[str]:
+        settings = ("fsync=off", "listen_addresses=127.0.0.1", "unix_socket_directories=", "log_min_messages=panic")
+        options = [word for setting in settings for word in ("-c", setting)]
+        return [postgres_program("postgres"), "-D", str(self._folder / "data"), "-p", str(self.port), *options]
+
+    def start(self, patience_s: float = 60.0) -> None:
+        if not (self._folder / "data").exists():
+            self._make()
+        super().start(patience_s)
+
+    def popen(self) -> dict[str, Any]:
+        return self._account
+
+    def _make(self) -> None:
+        password = self._folder / "password"
+        password.write_text(self.PASSWORD, encoding="utf-8")
+        password.chmod(0o644)
+        command = [
+            postgres_program("initdb"), "-D", str(self._folder / "data"), "-U", self.USER, "-A", "scram-sha-256",
+            "--pwfile", str(password), "-E", "UTF8", "--locale", "C.UTF-8", "--locale-provider", "icu", "--icu-locale",
+            "en-US", "--no-sync", "--no-instructions",
+        ]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True, cwd=self._folder, **self._account)
+
+    def answers(self) -> bool:
+        import psycopg
+
+        with contextlib.suppress(psycopg.OperationalError), psycopg.connect(f"{self.url}/postgres"):
+            return True
+        return False
+
+    def ask(self, statement: str, database: str = "postgres") -> list[tuple[Any, ...]]:
+        """The rows that a statement gives, if any."""
+        import psycopg
+
+        with psycopg.connect(f"{self.url}/{database}", autocommit=True) as connection:
+            cursor = connection.execute(statement.encode())
+            return cursor.fetchall() if cursor.description else []
+
+    def new_database(self) -> str:
+        """URL of an empty one."""
+        self._num += 1
+        name = f"karn_{self._num}"
+        self.ask(f"CREATE DATABASE {name}")
+        return f"{self.url}/{name}"
+
+    def stop(self) -> None:
+        """Ended at once, but so that it leaves no shared memory behind."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGQUIT)
+            self._process.wait()
+            self._process = None
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def postgres_program(name: str) -> str:
+    """Debian keeps them beside the path; empty where there is none."""
+    places = sorted(glob.glob("/usr/lib/postgresql/*/bin"), key=lambda place: float(place.split("/")[-2]))
+    return shutil.which(name, path=os.pathsep.join([*reversed(places), os.environ.get("PATH", "")])) or ""
+
+
 def _die_with_parent() -> None:
     """A server must not outlive a test process that is killed (PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -312,3 +403,19 @@ def mock_kafka() -> Iterator[MockKafka]:
         yield cluster
     finally:
         cluster.kill()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """One that every test of this process shares: take a :meth:`~PostgresServer.new_database` of your own."""
+    if not postgres_program("initdb"):
+        missing("no PostgreSQL server found; install it (Debian: apt-get install postgresql)")
+    if os.getuid() == 0 and not any(user.pw_name == "postgres" for user in pwd.getpwall()):
+        missing("PostgreSQL does not run as root and there is no user postgres; run the tests as another user")
+    need("psycopg")
+    server = PostgresServer()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

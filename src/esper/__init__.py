@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         StateError,
         TransitionError,
         UnknownNameError,
+        WorkerError,
     )
     from esper.grower import Grower
     from esper.plugins import (
@@ -81,6 +82,7 @@ __all__ = [
     "TelemetryConfig",
     "TransitionError",
     "UnknownNameError",
+    "WorkerError",
     "__version__",
     "register_blueprint",
     "register_controller",

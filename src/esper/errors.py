@@ -62,6 +62,10 @@ class BusError(EsperError, ConnectionError):
     """The message broker cannot be reached, or does not take what it is given."""
 
 
+class WorkerError(EsperError, RuntimeError):
+    """A process that does a part of the work, perhaps on another machine, cannot be started or is gone."""
+
+
 class EnvelopeError(EsperError, ValueError):
     """A message that is not what its sender should have sent; it goes to the dead letters."""
 

@@ -27,6 +27,10 @@ def test_trains_evaluates_and_compares(tmp_path: Path, capsys: pytest.CaptureFix
         f"next       esper controller compare --environment planted --players {run}/policy heuristic never random"
     )
     assert "mean return; last: " in (run / "curves.html").read_text(encoding="utf-8")
+    assert main(["controller", "train", "--run-dir", str(run), *TINY, "--workers", "2"]) == 2
+    assert "workers: 1 there, 2 here" in capsys.readouterr().err
+    assert main(["controller", "train", "--run-dir", str(run), *TINY, "--workers", "2", "--fresh"]) == 0
+    capsys.readouterr()
     few = ["--side-by-side", "4", "--episodes", "4"]
     assert main(["controller", "compare", *few, "--players", f"{run}/policy", "never", "--json", "-"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -50,6 +54,7 @@ def test_trains_evaluates_and_compares(tmp_path: Path, capsys: pytest.CaptureFix
         ([], 2, "missing: WORD"),
         (["evaluate"], 2, "evaluate takes one player, got 3"),
         (["train", "--updates", "0"], 2, "updates must be at least 1, got 0"),
+        (["train", "--workers", "64"], 2, "at least one of the 32 episodes side by side, got 64 workers"),
         (["train", "--size", "huge"], 2, "no policy size is called 'huge'"),
         (["compare", "--environment", "moon"], 2, "no environment is called 'moon'"),
         (["compare", "--players", "nobody"], 2, "no controller is called 'nobody'"),

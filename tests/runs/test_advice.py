@@ -12,6 +12,7 @@ import pytest
 from tests.karn.made import experience
 from tests.runs.interrupted import JOBS, StepStore, ignore
 from tests.runs.test_resume import Stop, without_clock
+from tests.servers import PostgresServer
 
 from esper.errors import ConfigError, StateError, UnknownNameError
 from esper.karn import Database, read_snapshot
@@ -76,6 +77,22 @@ def test_proposals_grow_and_their_outcome_is_filed_once(tmp_path: Path, db: Path
     assert len(kept.reports) == 60, "what was known when it began"
     execute(asked, ignore, notes.append)
     assert notes[-1] == f"Karn: 0 of {len(reports_of(run_dir))} reports are new in {db}"
+
+
+def test_on_a_server_and_no_password_is_written_down(tmp_path: Path, postgres_server: PostgresServer) -> None:
+    url = postgres_server.new_database()
+    with Database(url) as database:
+        database.file(experience())
+    notes: list[str] = []
+    asked = replace(options(tmp_path, tmp_path), karn=url)
+    execute(asked, ignore, notes.append)
+    place = f"postgresql://***@{url.partition('@')[2]}"
+    assert f"Karn: {len(reports_of(tmp_path / 'run'))} of" in notes[-2] and notes[-2].endswith(f"are new in {place}")
+    assert f'"karn":"{place}"' in (tmp_path / "run" / "config.json").read_text(encoding="utf-8").replace(" ", "")
+    secret = url.partition("@")[0].rpartition(":")[2].encode()
+    written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(written) > 5 and not any(secret in content for content in written)
+    assert secret.decode() not in f"{asked} {notes}"
 
 
 def test_a_resumed_run_ends_as_one_that_nobody_touched(tmp_path: Path, db: Path) -> None:

@@ -56,6 +56,16 @@ class Controller:
     checkpoint_every: Annotated[int, Option(metavar="N", help="train: updates between checkpoints.")] = (
         TrainOptions.checkpoint_every
     )
+    workers: Annotated[
+        int, Option(metavar="N", help="train: parts that the episodes are dealt to, each with its own random stream.")
+    ] = TrainOptions.workers
+    ray: Annotated[
+        str | None,
+        Option(
+            metavar="ADDRESS", help="train: run the parts in a Ray cluster: HOST:PORT, auto, or local.",
+            default="in this process",
+        ),
+    ] = None  # fmt: skip
     fresh: Annotated[bool, Option(help="train: forget an earlier training in that folder.", default="no")] = False
     players: Annotated[
         tuple[str, ...],
@@ -89,6 +99,7 @@ def _train(command: Controller, context: Context) -> Outcome:
         environment=command.environment, run_dir=command.run_dir, updates=command.updates, steps=command.steps,
         episodes=command.side_by_side, size=command.size, seed=command.seed, lr=command.lr, clone=command.clone,
         checkpoint_every=command.checkpoint_every, fresh=command.fresh, test_episodes=command.episodes,
+        workers=command.workers, ray=command.ray,
     )  # fmt: skip
     from esper.learning.job import train  # imports torch
     from esper.runs.interrupt import obey, remembered

@@ -24,7 +24,9 @@ EXTRAS = {
     "confluent_kafka": ("confluent-kafka", "kafka"),
     "fsspec": ("fsspec", "claims"),
     "ribs": ("ribs", "karn"),
+    "psycopg": ("psycopg", "postgres"),
     "gymnasium": ("gymnasium", "rl"),
+    "ray": ("ray", "ray"),
     "gromo": ("gromo", "bench"),
 }
 """Module to (distribution, extra of esper-morph that brings it)."""

@@ -41,7 +41,9 @@ class Karn:
         str | None,
         Option(is_positional=True, metavar="TARGET", help="NAME, FILE or PATH, as the word needs.", default=""),
     ] = None
-    db: Annotated[Path, Option(metavar="PATH", help="The database.", completes="file")] = Path("runs/karn.db")
+    db: Annotated[
+        str, Option(metavar="PATH|URL", help="The database: a file, or postgresql://HOST/DATABASE.", completes="file")
+    ] = "runs/karn.db"
     num: Annotated[int, Option(metavar="N", help="New designs (breed).")] = 8
     seed: Annotated[int, Option(metavar="N", help="Of the draws (breed).")] = 0
     bus: Annotated[str, Option(metavar="URL", help="The message bus (listen).")] = "redis://localhost:6379"
@@ -94,7 +96,7 @@ def _list(command: Karn, database: Database) -> Outcome:
     if len(ordered) > _SHOWN:
         lines.append(f"and {len(ordered) - _SHOWN} more; all of them: --json -")
     result = {
-        "db": str(command.db), "reports": len(snapshot.reports), "runs": runs, "kept": kept,
+        "db": database.name, "reports": len(snapshot.reports), "runs": runs, "kept": kept,
         "designs": [_told(design, done.get(design.name)) for design in ordered],
     }  # fmt: skip
     return Outcome(result=result, lines=lines)
@@ -195,8 +197,8 @@ def _import(command: Karn, database: Database) -> Outcome:
         run_dir = existing_run(path.parent if path.name == "events.jsonl" else path)
         filed = file_run(database, run_dir)
         counts = {"reports": filed.total, "new": filed.new, "designs": 0}
-    told = f"{counts['new']} of {counts['reports']} reports are new in {command.db}"
-    return Outcome(result={"db": str(command.db), **counts}, lines=[labelled("imported", told)])
+    told = f"{counts['new']} of {counts['reports']} reports are new in {database.name}"
+    return Outcome(result={"db": database.name, **counts}, lines=[labelled("imported", told)])
 
 
 def _breed(command: Karn, database: Database) -> Outcome:
@@ -206,7 +208,7 @@ def _breed(command: Karn, database: Database) -> Outcome:
     passed = [design for design in made if design.status == "passed"]
     lines = [labelled(design.status, " ".join(_row(design, None)[:5]) + f" {design.reason}") for design in made]
     lines.append(labelled("bred", f"{len(passed)} of {len(made)} new designs passed their test"))
-    return Outcome(result={"db": str(command.db), "designs": [_told(design, None) for design in made]}, lines=lines)
+    return Outcome(result={"db": database.name, "designs": [_told(design, None) for design in made]}, lines=lines)
 
 
 _WORDS: dict[str, Callable[[Karn, Database], Outcome]] = {

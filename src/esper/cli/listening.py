@@ -19,7 +19,7 @@ from esper.oona.signing import Keyring
 from esper.oona.stores import open_claims
 
 
-def listen(url: str, path: Path, seconds: float | None, count: int | None) -> Outcome:
+def listen(url: str, place: str | Path, seconds: float | None, count: int | None) -> Outcome:
     """File the field reports of all runs on the bus, until it is interrupted, its time is over or there were enough.
 
     Raises
@@ -28,29 +28,29 @@ def listen(url: str, path: Path, seconds: float | None, count: int | None) -> Ou
         The database, the bus or the keys cannot be used.
     """
     bus, keyring, claims = open_bus(url), Keyring.from_environment(), open_claims(url)
-    with Database(path) as database:
-        group = f"karn {database.identity}"
+    with Database(place) as database:
+        name, group = database.name, f"karn {database.identity}"
     registrar = Registrar(
-        bus, lambda reports: _file(path, reports), group=group, consumer=f"listener-{secrets.token_hex(4)}",
+        bus, lambda reports: _file(place, reports), group=group, consumer=f"listener-{secrets.token_hex(4)}",
         keyring=keyring, claims=claims, most=count, on_note=lambda text: write_lines([text], sys.stderr),
     )  # fmt: skip
-    write_lines([f"listening on {bus.address} as {group!r} for {path}; end it with Ctrl-C"], sys.stderr)
+    write_lines([f"listening on {bus.address} as {group!r} for {name}; end it with Ctrl-C"], sys.stderr)
     if keyring is None and bus.is_remote:
         write_lines(["no ESPER_BUS_KEY: whoever reaches the bus is believed"], sys.stderr)
-    asyncio.run(attend(registrar, bus, claims, seconds, lambda: _told(registrar, path)))
+    asyncio.run(attend(registrar, bus, claims, seconds, lambda: _told(registrar, name)))
     counts = registrar.counts
-    result: dict[str, Any] = {"db": str(path), "group": group}
+    result: dict[str, Any] = {"db": name, "group": group}
     result |= {name: counts[name] for name in ("filed", "new", "buried")}
-    return Outcome(result=result, lines=[labelled("filed", _told(registrar, path))])
+    return Outcome(result=result, lines=[labelled("filed", _told(registrar, name))])
 
 
-def _file(path: Path, reports: Sequence[FieldReport]) -> int:
+def _file(place: str | Path, reports: Sequence[FieldReport]) -> int:
     """In a thread of its own, which SQLite wants a connection of its own for."""
-    with Database(path) as database:
+    with Database(place) as database:
         return database.file(reports)
 
 
-def _told(registrar: Registrar, path: Path) -> str:
+def _told(registrar: Registrar, name: str) -> str:
     counts = registrar.counts
     dead = f", {counts['buried']} in the dead letters" if counts["buried"] else ""
-    return f"{counts['new']} of {counts['filed']} reports are new in {path}{dead}"
+    return f"{counts['new']} of {counts['filed']} reports are new in {name}{dead}"

@@ -88,9 +88,9 @@ class Run:
         ),
     ] = ()  # fmt: skip
     karn: Annotated[
-        Path | None,
+        str | None,
         Option(
-            metavar="PATH", help="Let Karn propose what grows, and file what became of it in this database.",
+            metavar="PATH|URL", help="Let Karn propose what grows, and file what became of it in this database.",
             default="", completes="file",
         ),
     ] = None  # fmt: skip

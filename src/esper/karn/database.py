@@ -1,25 +1,21 @@
-"""Reports and designs in one SQLite file that several processes may read and write at a time.
-
-Readers never wait for a writer (write-ahead log); writers wait for one another for up to half a minute. The file must
-lie on a disk of this machine: a network file system does not keep the promises that the log needs.
-"""
+"""Reports and designs, in a file or on a server, that several processes may read and write at a time."""
 
 from __future__ import annotations
 
-import sqlite3
 import time
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import msgspec
 
-from esper.errors import StateError
+from esper.errors import ConfigError, StateError
 from esper.karn.design import DESIGN_VERSION, Design, on_grid
+from esper.karn.location import is_url, shown
 from esper.karn.report import REPORT_VERSION, FieldReport, Placement
-from esper.karn.schema import APPLICATION_ID, VERSION, migrate
+from esper.karn.sqlite_store import SqliteStore
+from esper.karn.store import Store
 
 BUSY_S = 30.0
 """How long a process waits for another one's write."""
@@ -29,75 +25,32 @@ _DESIGNS = msgspec.json.Decoder(Design)
 
 
 class Database:
-    """One file of reports and designs.
+    """Reports and designs of one place.
 
     Parameters
     ----------
-    path:
-        Made where there is none; its folder too.
+    place:
+        A file (made where there is none; its folder too), or ``postgresql://...`` as ``esper.karn.location`` describes
+        it (its tables are made where there are none).
     must_exist:
         Refuse to make one.
+
+    Attributes
+    ----------
+    name:
+        The place, for people: without user and password.
 
     Raises
     ------
     StateError
         It cannot be opened, is damaged, belongs to another program, or a newer Esper has written it.
+    ConfigError
+        The URL is not understood, or the package for it is not installed.
     """
 
-    def __init__(self, path: str | Path, *, must_exist: bool = False, busy_s: float = BUSY_S) -> None:
-        self.path, self._busy_s = Path(path), busy_s
-        if must_exist and not self.path.is_file():
-            what = "a folder" if self.path.is_dir() else "no file"
-            raise StateError(
-                f"a Karn database is a file, got {what} at {str(path)!r}; make one with: esper karn import RUN_DIR"
-            )
-        with self._explained():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(self.path, timeout=busy_s, isolation_level=None)
-        try:
-            with self._explained():
-                self._prepare()
-        except BaseException:
-            self._connection.close()
-            raise
-
-    def _prepare(self) -> None:
-        execute = self._connection.execute
-        execute("BEGIN")  # all of one moment: somebody else may be making the file just now
-        try:
-            is_empty = execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-            version, owner = self._number("user_version"), self._number("application_id")
-        finally:
-            execute("ROLLBACK")
-        if owner != APPLICATION_ID and not is_empty:
-            raise StateError(
-                f"a Karn database is needed, got another program's SQLite file at {str(self.path)!r}; choose another"
-            )
-        if version > VERSION:
-            raise StateError(
-                f"this Esper reads Karn databases up to version {VERSION}, got {version} at {str(self.path)!r}; "
-                "update esper-morph"
-            )
-        execute("PRAGMA foreign_keys = ON")
-        execute("PRAGMA synchronous = FULL")
-        if version < VERSION:
-            self._keep_log()
-            migrate(self._connection)
-
-    def _keep_log(self) -> None:
-        """Switch the write-ahead log on. SQLite itself does not wait for others while it does that."""
-        until = time.monotonic() + self._busy_s
-        while True:
-            try:
-                self._connection.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError:
-                if time.monotonic() >= until:
-                    raise
-                time.sleep(0.02)
-
-    def _number(self, pragma: str) -> int:
-        return int(self._connection.execute(f"PRAGMA {pragma}").fetchone()[0])
+    def __init__(self, place: str | Path, *, must_exist: bool = False, busy_s: float = BUSY_S) -> None:
+        self._store = _store(place, must_exist=must_exist, busy_s=busy_s)
+        self.name = self._store.name
 
     # ---------------------------------------------------------------------------------------------- write
 
@@ -107,11 +60,10 @@ class Database:
         A report that is there already stays as it is.
         """
         now, new = time.time(), 0
-        with self._writing():
+        with self._store.writing():
             for report in reports:
                 row = (report.id, report.run, report.job, int(report.kept), now, msgspec.json.encode(report))
-                changed = self._connection.execute("INSERT OR IGNORE INTO reports VALUES (?, ?, ?, ?, ?, ?)", row)
-                if changed.rowcount == 0:
+                if not self._store.change("INSERT INTO reports VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", *row):
                     continue
                 new += 1
                 for part in report.placements:
@@ -121,61 +73,60 @@ class Database:
     def _note_use(self, report: str, part: Placement, now: float) -> None:
         """Tie a report to the design that it tells of; what has no design yet becomes one: it has grown."""
         name = part.design
-        if self._connection.execute("SELECT 1 FROM designs WHERE name = ?", (name,)).fetchone() is None:
+        if not self._store.fetch("SELECT 1 FROM designs WHERE name = ?", name):
             seen = Design(kind=part.place.kind, choice=on_grid(part.choice), created=now, status="passed")
             self._insert(seen)
             name = seen.name
-        self._connection.execute("INSERT OR IGNORE INTO uses VALUES (?, ?)", (report, name))
+        self._store.change("INSERT INTO uses VALUES (?, ?) ON CONFLICT DO NOTHING", report, name)
 
     def add(self, designs: Iterable[Design]) -> int:
         """Keep designs; those whose name is known stay as they are. Returns how many were new."""
-        with self._writing():
+        with self._store.writing():
             return sum(self._insert(design) for design in designs)
 
     def _insert(self, design: Design) -> bool:
         row = (
             design.name, design.kind, design.status, design.generation, design.created, msgspec.json.encode(design),
         )  # fmt: skip
-        made = self._connection.execute("INSERT OR IGNORE INTO designs VALUES (?, ?, ?, ?, ?, ?)", row).rowcount == 1
-        if made:
-            pairs = [(design.name, parent) for parent in design.parents]
-            self._connection.executemany("INSERT OR IGNORE INTO parents VALUES (?, ?)", pairs)
-        return made
+        made = self._store.change("INSERT INTO designs VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", *row)
+        for parent in design.parents if made else ():
+            self._store.change("INSERT INTO parents VALUES (?, ?) ON CONFLICT DO NOTHING", design.name, parent)
+        return bool(made)
 
     # ---------------------------------------------------------------------------------------------- read
 
     @property
     def identity(self) -> str:
         """Sixteen hexadecimal digits that stand for this database, wherever it is moved; a copy has them too."""
-        with self._explained():
-            return str(self._connection.execute("SELECT name FROM identity").fetchone()[0])
+        with self._store.reading():
+            return str(self._store.fetch("SELECT name FROM identity")[0][0])
 
     def reports(self) -> list[FieldReport]:
         """All reports, in the order of their ids."""
-        with self._explained():
-            rows = self._connection.execute("SELECT id, body FROM reports ORDER BY id").fetchall()
+        with self._store.reading():
+            rows = self._store.fetch("SELECT id, body FROM reports ORDER BY id")
         return [self._decoded(_REPORTS, name, body, REPORT_VERSION) for name, body in rows]
 
     def designs(self) -> list[Design]:
         """All designs, in the order of their names."""
-        with self._explained():
-            rows = self._connection.execute("SELECT name, body FROM designs ORDER BY name").fetchall()
+        with self._store.reading():
+            rows = self._store.fetch("SELECT name, body FROM designs ORDER BY name")
         return [self._decoded(_DESIGNS, name, body, DESIGN_VERSION) for name, body in rows]
 
     def children(self, name: str) -> list[str]:
         """Names of the designs that were made from this one."""
-        with self._explained():
-            rows = self._connection.execute("SELECT child FROM parents WHERE parent = ? ORDER BY child", (name,))
-            return [row[0] for row in rows]
+        with self._store.reading():
+            rows = self._store.fetch("SELECT child FROM parents WHERE parent = ? ORDER BY child", name)
+        return [row[0] for row in rows]
 
     def _decoded(self, decoder: msgspec.json.Decoder[Any], name: str, body: bytes, newest: int) -> Any:
         try:
             value = decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise StateError(f"{_damage(self.path)} (entry {name!r}: {error})") from error
+            raise self._store.damaged(f"entry {name!r}: {error}") from error
         if value.v > newest:
             raise StateError(
-                f"this Esper reads entries up to version {newest}, got {value.v} ({name!r} in {str(self.path)!r}); "
+                f"this Esper reads entries up to version {newest}, got {value.v} ({name!r} in {self.name!r}); "
                 "update esper-morph"
             )
         return value
@@ -190,16 +141,13 @@ class Database:
         StateError
             Something is damaged.
         """
-        with self._explained():
-            found = self._connection.execute("PRAGMA integrity_check").fetchone()[0]
-        if found != "ok":
-            raise StateError(f"{_damage(self.path)} ({found})")
+        self._store.check()
         self.reports()
         self.designs()
 
     def close(self) -> None:
-        """Let go of the file."""
-        self._connection.close()
+        """Let go of it."""
+        self._store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -209,35 +157,17 @@ class Database:
     ) -> None:
         self.close()
 
-    @contextmanager
-    def _writing(self) -> Generator[None]:
-        """One transaction, taken at once, so that it never has to give way to another writer."""
-        with self._explained():
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
 
-    @contextmanager
-    def _explained(self) -> Generator[None]:
-        """SQLite's errors in words that say what to do."""
-        try:
-            yield
-        except OSError as error:
-            raise StateError(f"{str(self.path)!r} cannot be made ({error}); choose another path") from error
-        except sqlite3.OperationalError as error:
-            locked = "locked" in str(error) or "busy" in str(error)
-            remedy = "another process writes it; try again" if locked else "check path, permissions and free space"
-            raise StateError(f"the Karn database {str(self.path)!r} cannot be used ({error}); {remedy}") from error
-        except sqlite3.DatabaseError as error:
-            raise StateError(f"{_damage(self.path)} ({error})") from error
-
-
-def _damage(path: Path) -> str:
-    return (
-        f"the Karn database {str(path)!r} is damaged; move it away and read the runs in again (esper karn import "
-        "RUN_DIR --db PATH), or import an earlier export"
-    )
+def _store(place: str | Path, *, must_exist: bool, busy_s: float) -> Store:
+    if not is_url(place):
+        return SqliteStore(Path(place), must_exist=must_exist, busy_s=busy_s)
+    try:
+        from esper.karn.postgres_store import PostgresStore
+    except ImportError as error:
+        # Without a name: psycopg is there, but nothing that it could speak to a server with.
+        if (error.name or "psycopg").partition(".")[0] != "psycopg":
+            raise
+        raise ConfigError(
+            f"{shown(place)!r} needs psycopg, which is not installed; pip install 'esper-morph[postgres]'"
+        ) from error
+    return PostgresStore(str(place), must_exist=must_exist, busy_s=busy_s)

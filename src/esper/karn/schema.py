@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 
-APPLICATION_ID = 0x4B41524E
-"""Tells a database of ours from any other SQLite file (the letters KARN)."""
+from esper.errors import StateError
+from esper.karn.store import Store
 
 _FIRST = (
     """
@@ -53,23 +52,34 @@ _SECOND = (
 """A database has a name of its own, by which those who bring it reports know it again wherever it lies."""
 
 MIGRATIONS: Sequence[Sequence[str]] = (_FIRST, _SECOND)
-"""Statements that lead from each version to the next; the first ones from an empty file to version 1. Each step runs in
-one transaction with the change of version."""
+"""Statements that lead from each version to the next; the first ones from an empty database to version 1. Each step
+runs in one transaction with the change of version."""
 
 VERSION = len(MIGRATIONS)
 
+POSTGRES = {
+    "lower(hex(randomblob(8)))": "substr(md5(random()::text || clock_timestamp()::text), 1, 16)",
+    "TEXT": 'TEXT COLLATE "C"',  # ordered as SQLite orders it: by bytes
+    "REAL": "DOUBLE PRECISION",  # its own REAL has four bytes
+    "BLOB": "BYTEA",
+    "WITHOUT ROWID": "",
+}
+"""SQLite's words in the statements above, and PostgreSQL's."""
 
-def migrate(connection: sqlite3.Connection, migrations: Sequence[Sequence[str]] = MIGRATIONS) -> None:
+
+def require_known(version: int, name: str) -> None:
+    """Refuse what a newer Esper has made."""
+    if version > VERSION:
+        raise StateError(
+            f"this Esper reads Karn databases up to version {VERSION}, got {version} at {name!r}; update esper-morph"
+        )
+
+
+def migrate(store: Store, migrations: Sequence[Sequence[str]] = MIGRATIONS) -> None:
     """Bring a database to the newest version, a transaction a step. Whoever comes second finds a step done."""
     for number, statements in enumerate(migrations):
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            if connection.execute("PRAGMA user_version").fetchone()[0] == number:
+        with store.writing():
+            if store.version() == number:
                 for statement in statements:
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                connection.execute(f"PRAGMA user_version = {number + 1}")
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
-        connection.execute("COMMIT")
+                    store.change(statement)
+                store.set_version(number + 1)

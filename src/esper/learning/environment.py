@@ -136,8 +136,8 @@ def known_environments() -> tuple[str, ...]:
     return tuple(sorted({*_HOMES, *_FACTORIES}))
 
 
-def make_environment(name: str, num: int) -> HostEnvironment:
-    """``num`` episodes side by side of the environment called ``name``; :meth:`reset` it before use.
+def find_environment(name: str) -> EnvironmentFactory:
+    """What builds the environment called ``name``.
 
     Raises
     ------
@@ -151,6 +151,18 @@ def make_environment(name: str, num: int) -> HostEnvironment:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise UnknownNameError(f"no environment is called {name!r}; {hint}known: {', '.join(known)}")
+    return _FACTORIES[name]
+
+
+def make_environment(name: str, num: int) -> HostEnvironment:
+    """``num`` episodes side by side of the environment called ``name``; :meth:`reset` it before use.
+
+    Raises
+    ------
+    UnknownNameError
+        No environment of that name; the message lists the known and the near ones.
+    """
+    factory = find_environment(name)
     if num < 1:
         raise ConfigError(f"an environment has at least one episode at a time, got {num}; use 16")
-    return _FACTORIES[name](num)
+    return factory(num)

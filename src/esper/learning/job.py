@@ -20,9 +20,10 @@ from esper.errors import ConfigError
 from esper.files import replace_text
 from esper.learning.cloning import agreement, clone, demonstrate
 from esper.learning.contest import Following, play
-from esper.learning.environment import HostEnvironment, make_environment
+from esper.learning.environment import HostEnvironment, find_environment
 from esper.learning.options import TrainOptions
 from esper.learning.ppo import PPOConfig
+from esper.learning.shards import spread
 from esper.learning.training import Training
 from esper.safety.checkpoint import Checkpoints
 from esper.tamiyo.actions import FACTORS
@@ -59,12 +60,18 @@ def train(options: TrainOptions, on_line: OnLine) -> dict[str, Any]:
         The folder holds another training.
     StateError
         The folder cannot be used, or its checkpoints are damaged.
+    WorkerError
+        A Ray worker cannot be started or is gone. The checkpoints stay.
     """
     if options.fresh and options.run_dir.exists():
         shutil.rmtree(options.run_dir / PROGRESS, ignore_errors=True)
         (options.run_dir / CURVES).unlink(missing_ok=True)
-    environment = make_environment(options.environment, options.episodes)
-    with one_thread(), Checkpoints(options.run_dir / PROGRESS, kind=KIND) as checkpoints:
+    factory = find_environment(options.environment)
+    with (
+        one_thread(),
+        Checkpoints(options.run_dir / PROGRESS, kind=KIND) as checkpoints,
+        spread(factory, options.episodes, options.workers, options.ray) as environment,
+    ):
         training = Training(
             environment, Policy(options.size, seed=options.seed), ppo_config(options), seed=options.seed
         )
@@ -87,7 +94,8 @@ def _begin(training: Training, options: TrainOptions, checkpoints: Checkpoints) 
         _save(training, options, checkpoints, cloned)
         return cloned
     tree: dict[str, Any] = loaded.tree
-    here, there = options.fixed(), tree["options"]
+    # Before there were workers there was one.
+    here, there = options.fixed(), {"workers": 1} | tree["options"]
     differing = [
         f"{name}: {there.get(name)!r} there, {here[name]!r} here" for name in here if there.get(name) != here[name]
     ]

@@ -15,6 +15,7 @@ from esper.errors import ConfigError, EsperError
 from esper.karn import AdvisedController, Architect, Collector, Database, Design, FieldReport, Snapshot, read_snapshot
 from esper.karn.experience import rows
 from esper.karn.generation import breed
+from esper.karn.location import shown
 from esper.observe.event_log import read_events
 from esper.protocol import AnyEvent, RunStarted
 from esper.runs.options import RunOptions
@@ -117,10 +118,11 @@ def conclude(options: RunOptions, run_dir: Path, note: Callable[[str], None]) ->
     """File what a finished run has found, and breed. What goes wrong is told, and costs the run nothing."""
     if options.karn is None:
         return
+    place = shown(options.karn)
     try:
         with Database(options.karn) as database:
             filed = file_run(database, run_dir)
-            note(f"Karn: {filed.new} of {filed.total} reports are new in {options.karn}")
+            note(f"Karn: {filed.new} of {filed.total} reports are new in {place}")
             if filed.new:
                 made = breed_into(database, NUM_BRED, seed=len(database.reports()))
                 passed = sum(design.status == "passed" for design in made)
@@ -128,4 +130,4 @@ def conclude(options: RunOptions, run_dir: Path, note: Callable[[str], None]) ->
     except ConfigError as error:
         note(f"Karn: no new designs: {error}")
     except EsperError as error:
-        note(f"Karn: not filed: {error}; then: esper karn import {run_dir} --db {options.karn}")
+        note(f"Karn: not filed: {error}; then: esper karn import {run_dir} --db {place}")

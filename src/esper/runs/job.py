@@ -20,6 +20,7 @@ import torch
 
 from esper.errors import ConfigError, DivergenceError
 from esper.karn import Database
+from esper.karn.location import shown
 from esper.karn.selection import find_selection
 from esper.kasmina.starts import STARTS
 from esper.observe.report import write_report
@@ -95,6 +96,8 @@ def configuration(options: RunOptions, preset: Preset, device: str, size: str) -
     """What was asked for, with the preset's own values where nothing was: what makes a run the same run."""
     config = {k: v for k, v in dataclasses.asdict(options).items() if v is not None and k != "fresh"}
     config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
+    if options.karn is not None:
+        config["karn"] = shown(options.karn)  # written down, so without its password
     seeds = [options.seed + number for number in range(options.seeds or preset.seeds)]
     config.update(steps=options.steps or preset.steps, lrs=list(options.lr or preset.lrs), seeds=seeds)
     return {**config, "device": device, "size": size}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from esper.errors import ConfigError
@@ -44,8 +44,9 @@ class RunOptions:
     """Most parameters the grown model may have."""
     settings: tuple[str, ...] = ()
     """``NAME=VALUE`` for any setting of docs/configuration.md, over the preset's."""
-    karn: Path | None = None
-    """A Karn database: proposals for what grows come from it, and what became of them goes back."""
+    karn: str | Path | None = field(default=None, repr=False)
+    """A Karn database, a file or a URL: proposals for what grows come from it, and what became of them goes back. Left
+    out of the ``repr``, since a URL may hold a password."""
     karn_strategy: str | None = None
     """How Karn selects among candidates: performance, efficiency, stability, risk, novelty or hybrid."""
     seed: int = 0
