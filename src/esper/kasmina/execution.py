@@ -17,6 +17,7 @@ from esper.config import Config
 from esper.kasmina.annex import fossilise
 from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import BLUEPRINTS
+from esper.kasmina.capture import renew
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.discovery import Discovery, SitePlan
 from esper.kasmina.family import host_family
@@ -366,6 +367,7 @@ class Kasmina:
                 self.rows_per_step[name] = rows
                 self.rows_per_batch[name] = rows // calls
                 self.samples_per_batch[name] = samples // calls
+        renew(site.capture for site in self.sites.values() if site.capture is not None)
         if closed:
             self.refresh()
 
