@@ -168,6 +168,15 @@ class Capture:
             return True
         return False
 
+    def make_slots(self) -> Captured | None:
+        """Slots of a compiled graph, nothing written to them yet, where a batch has taken those of before."""
+        if self._like is None:
+            return None
+        x, y, _, cluster = self._like
+        self._slots = torch.empty_like(x), torch.empty_like(y), torch.empty_like(y), torch.empty_like(cluster)
+        self._like = None
+        return self._slots
+
     @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for part in self._done for t in part)
@@ -282,13 +291,11 @@ def renew(captures: Iterable[Capture]) -> None:
     zeros: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     unwritten: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for capture in captures:
-        if capture._like is not None:
-            x, y, _, cluster = capture._like
-            slots = torch.empty_like(x), torch.empty_like(y), torch.empty_like(y), torch.empty_like(cluster)
-            capture._slots, capture._like = slots, None
+        slots = capture.make_slots()
+        if slots is not None:
             for slot in slots:
                 zeros.setdefault((slot.device, slot.dtype), []).append(slot)
-            unwritten.setdefault((y.device, y.dtype), []).append(slots[2])
+            unwritten.setdefault((slots[2].device, slots[2].dtype), []).append(slots[2])
     for slots in zeros.values():
         torch._foreach_zero_(slots)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]  one launch
     for slots in unwritten.values():  # where no backward pass comes by, the next batch will be dropped

@@ -22,15 +22,18 @@ if TYPE_CHECKING:
     from esper.kasmina.ops.slot_adam import Rates, Stacks
 
 
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+
 @dataclass(frozen=True)
 class _Slots:
     """Numbers of each bank's slots ``(S,)``: how far a slot moves, and what its gradient and moments are scaled by."""
 
-    rate: list[Tensor]
-    decay: list[Tensor]
-    first: list[Tensor]
-    second: list[Tensor]
-    correction: list[Tensor]
+    rate: Tensors
+    decay: Tensors
+    first: Tensors
+    second: Tensors
+    correction: Tensors
 
 
 def step(banks: Sequence[Stacks], rates: Rates, inverse_scale: float) -> None:
@@ -78,21 +81,27 @@ def _slots(steps: list[Tensor], finite: Tensor, rates: Rates) -> _Slots:
     torch._foreach_clamp_max_(lr, 1.0)
     torch._foreach_mul_(lr, rates.lr)
     torch._foreach_mul_(lr, masks)
-    decay = [1.0 - part for part in torch._foreach_mul(lr, rates.weight_decay)] if rates.rule == "adamw" else lr
     counted = torch._foreach_clamp_min(steps, 1.0)
     beta1, beta2 = rates.betas
-    corrections = [[1.0 - power for power in torch._foreach_pow(beta, counted)] for beta in (beta1, beta2)]
     return _Slots(
-        rate=list(torch._foreach_div(lr, corrections[0])), decay=list(decay),
-        first=list(torch._foreach_mul(masks, 1.0 - beta1)), second=list(torch._foreach_mul(masks, 1.0 - beta2)),
-        correction=corrections[1],
+        rate=torch._foreach_div(lr, _one_minus(torch._foreach_pow(beta1, counted))),
+        decay=_one_minus(torch._foreach_mul(lr, rates.weight_decay)),
+        first=torch._foreach_mul(masks, 1.0 - beta1), second=torch._foreach_mul(masks, 1.0 - beta2),
+        correction=_one_minus(torch._foreach_pow(beta2, counted)),
     )  # fmt: skip
 
 
-def _shaped(numbers: list[Tensor], banks: Sequence[Stacks]) -> list[Tensor]:
+def _one_minus(numbers: Tensors) -> Tensors:
+    """In place; the same bits as a subtraction from one."""
+    torch._foreach_neg_(numbers)
+    torch._foreach_add_(numbers, 1.0)
+    return numbers
+
+
+def _shaped(numbers: Tensors, banks: Sequence[Stacks]) -> list[Tensor]:
     """One number a slot ``(S,)`` of each bank, for each of its parameters: ``(S, 1, ...)``."""
-    return [
-        number.view(-1, *[1] * (value.dim() - 1))
-        for number, bank in zip(numbers, banks, strict=True)
-        for value in bank.values
-    ]
+    found: list[Tensor] = []
+    for number, bank in zip(numbers, banks, strict=True):
+        shaped = {axes: number.view(-1, *[1] * (axes - 1)) for axes in {value.dim() for value in bank.values}}
+        found += [shaped[value.dim()] for value in bank.values]
+    return found
