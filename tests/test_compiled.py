@@ -154,6 +154,7 @@ def test_a_whole_graph_captures_what_its_backward_pass_sees(
     assert capture.full and capture.dropped_batches == 0
     got = capture.rows()
     assert got.x.shape == (18, 8)
+    assert len(torch.unique(got.x, dim=0)) == 18, "a batch is not written over the one before"
     for number in range(3):
         mine = got.select(got.batch == number)
         (source,) = [batch for batch in seen if (batch[0] == mine.x[0]).all(1).any()]

@@ -79,8 +79,7 @@ class Accounts:
         """Book one training step."""
         self.ledger.add("host", self.host_step_flops)
         if not self._kasmina.at_rest:
-            again = self._kasmina.repeated_flops_per_step()
-            self.ledger.add("branches", 3.0 * self._kasmina.added_flops_per_step() + again)
+            self.ledger.add("branches", self._kasmina.branch_flops_per_step)
 
     def _evaluation_cost(self, num_batches: int) -> float:
         return num_batches * (self._probe_flops + self._kasmina.added_flops_per_step(self._probe_rows))

@@ -95,8 +95,12 @@ class Stages:
         sites = [self.kasmina.sites[name] for name in cohort.sites]
         if self._given_up(cohort, step):
             return
-        captures = [site.capture for site in sites if site.capture is not None]
-        gates = [capture_gate(batches=capture.filled, needed=capture.num_batches) for capture in captures]
+        captures = (site.capture for site in sites if site.capture is not None)
+        gates: list[Gate] = []
+        for capture in captures:
+            gates.append(capture_gate(batches=capture.filled, needed=capture.num_batches))
+            if not gates[-1].passed:  # the others are not asked in a step in which it waits anyway
+                break
         if all(gate.passed for gate in gates):
             reason = gates[0].reason if gates else "capture: the start needs no rows"
             self._move(cohort, Lifecycle.TRAINING, step, reason)

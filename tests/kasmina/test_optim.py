@@ -230,3 +230,33 @@ def test_which_optimizers_are_adaptive_and_how_they_are_read() -> None:
     decoupled = torch.optim.Adam(parameters, decoupled_weight_decay=True)
     assert hyperparameters(decoupled, decoupled.param_groups[0]).rule == "adamw"
     assert hyperparameters(read["sgd"], read["sgd"].param_groups[0]).betas == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("inverse_scale", [1.0, 0.37])
+def test_banks_that_step_together_step_as_each_alone(name: str, inverse_scale: float) -> None:
+    weight = torch.zeros(1, requires_grad=True)
+    host = HOSTS[name]([weight])
+    rule = hyperparameters(host, host.param_groups[0])
+    learner = SlotAdamW(lr_boost=1.5, warmup_steps=4)
+    together, alone = ([_bank(slots, seed=slots) for slots in (1, 2, 3, 3)] for _ in range(2))
+    for banks in (together, alone):
+        banks[3].lr_scale = 0.5
+    for step in range(5):
+        for banks in (together, alone):
+            for number, bank in enumerate(banks):
+                _give(bank, 10 * step + number)
+            if step == 2:
+                next(iter(banks[1].params.values())).grad[-1] = math.inf
+            for value in banks[2].params.values() if step == 3 else ():
+                value.grad = None
+        learner.step_all([(bank, rule) for bank in together], inverse_scale=inverse_scale)
+        for bank in alone:
+            learner.step(bank, rule, inverse_scale=inverse_scale)
+    for bank, like in zip(together, alone, strict=True):
+        found, wanted = _state(bank), _state(like)
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted), "bit for bit"
+        assert all(value.grad is None for value in bank.params.values())
+        assert int(bank.bad_steps) == int(like.bad_steps)
+    assert [int(bank.bad_steps) for bank in together] == [0, 1, 0, 0]
+    assert together[2].moments.steps.tolist() == [4.0] * 3

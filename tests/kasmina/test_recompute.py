@@ -246,6 +246,20 @@ def test_what_is_computed_twice_is_booked() -> None:
     assert again < thrifty.kasmina.added_flops_per_step(), "the product with the output weights is not repeated"
 
 
+def test_what_branches_cost_is_worked_out_anew_after_every_change() -> None:
+    rig = attach(Pair(), graft=dataclasses.replace(QUICK["graft"], recompute=True))
+    kasmina, (x, wanted) = rig.grower.kasmina, rig.batches[0]
+    rig.germinate(start="negative_gradient")
+    seen: set[float] = set()
+    for turn in range(30):
+        rig.batches[:] = [(x[::2], wanted[::2]) if turn % 7 == 3 else (x, wanted)]
+        rig.train()
+        cost = 3.0 * kasmina.added_flops_per_step() + kasmina.repeated_flops_per_step()
+        assert kasmina.branch_flops_per_step == cost
+        seen.add(cost)
+    assert len(seen) >= 3, "none before the graft, and that of two sizes of batches"
+
+
 def test_on_the_cpu_branches_keep_their_hidden_units_unless_told_otherwise() -> None:
     sites = attach(Pair()).grower.kasmina.sites.values()
     assert not any(site.thrifty for site in sites)

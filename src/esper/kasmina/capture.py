@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,9 +84,13 @@ class Capture:
         self.geometry = geometry
         self.num_batches = num_batches
         self.rows_per_batch = rows_per_batch
+        self._device = torch.device(device)
+        # plain values: of an object that forward passes look into, a compiled graph checks every part at each call
+        self._by_image, self._sample_axis = geometry.kind.channels_first, geometry.sample_axis
         seed = int(torch.randint(1 << 62, (), generator=generator))
         self._generator = torch.Generator(device).manual_seed(seed)
-        self._shares = torch.arange(rows_per_batch, device=device)
+        self._cut: tuple[int, Tensor, Tensor] | None = None
+        """Rows of a call, and where the shares of as many begin and how long they are: calls are mostly alike."""
         self._places = torch.rand(rows_per_batch, generator=self._generator, dtype=torch.float64, device=device)
         self._done: list[Captured] = []
         self._slots: Captured | None = None
@@ -135,9 +140,9 @@ class Capture:
 
     def expect(self, shapes: Shapes) -> None:
         """Make the slots of a compiled graph now, for calls like that: its first one would need a graph of its own."""
-        conv = self.geometry.kind.channels_first
+        conv = self._by_image
         total = shapes.y[0] if conv else math.prod(shapes.y[:-1])
-        size, device = min(total, self.rows_per_batch), self._shares.device
+        size, device = min(total, self.rows_per_batch), self._device
         x, y = (shape[1:] if conv else shape[-1:] for shape in (shapes.x, shapes.y))
         self._slots = (
             torch.zeros(size, *x, dtype=shapes.x_dtype, device=device),
@@ -149,23 +154,28 @@ class Capture:
     def after_step(self, step: int) -> bool:
         """Take what a compiled graph has left, then draw the places of the next batch's rows, or close.
 
-        Returns whether it has closed now.
+        Returns whether it has closed now. Call :func:`renew` before the next forward pass.
         """
         if self._slots is not None and self._ran and not self.full:
-            x, y, g, cluster = self._slots
-            self._keep((x.clone(), y.clone(), g.clone(), cluster.clone()))
-            g.fill_(torch.nan)  # where no backward pass comes by, the next batch will be dropped
-        if self._like is not None:
-            x, y, _, cluster = self._like
-            self._slots = (torch.zeros_like(x), torch.zeros_like(y), torch.full_like(y, torch.nan), cluster.clone())
-        self._like, self._ran = None, False
+            self._keep(self._slots)
+            self._like = self._slots  # the next batch is written elsewhere, which saves copying this one
+        self._ran = False
         if not self.full:
             self._places.uniform_(generator=self._generator)
         elif self.completed_at is None:
             self.completed_at, self.open = step, False
-            self._slots = None
+            self._slots = self._like = None
             return True
         return False
+
+    def make_slots(self) -> Captured | None:
+        """Slots of a compiled graph, nothing written to them yet, where a batch has taken those of before."""
+        if self._like is None:
+            return None
+        x, y, _, cluster = self._like
+        self._slots = torch.empty_like(x), torch.empty_like(y), torch.empty_like(y), torch.empty_like(cluster)
+        self._like = None
+        return self._slots
 
     @property
     def num_bytes(self) -> int:
@@ -178,17 +188,14 @@ class Capture:
         """
         if not self.open or not y.requires_grad:
             return y
-        conv = self.geometry.kind.channels_first
+        conv = self._by_image
         flat_x = x.detach() if conv else x.detach().reshape(-1, x.shape[-1])
         flat_y = _rows(y.detach(), conv)
         total = flat_y.shape[0]
-        size = min(total, self.rows_per_batch)
-        # a row from each of `size` shares that have none in common, as equal as whole rows allow: no row twice
-        first = self._shares[:size] * total // size
-        past = (self._shares[:size] + 1) * total // size
-        index = first + (self._places[:size] * (past - first)).long()
+        first, length = self._shares(total)
+        index = first + (self._places[: first.shape[0]] * length).long()
         cluster = index if conv else index // max(1, total // y.shape[0])
-        if self.geometry.sample_axis == 1:  # sequence first: rows of one sample lie a batch apart
+        if self._sample_axis == 1:  # sequence first: rows of one sample lie a batch apart
             cluster = index % y.shape[1]
         kept_x, kept_y = flat_x[index], flat_y[index]
         if torch.compiler.is_compiling():
@@ -200,6 +207,22 @@ class Capture:
 
         y.register_hook(read)
         return y
+
+    def _shares(self, total: int) -> tuple[Tensor, Tensor]:
+        """First rows and lengths of shares that have none in common, as equal as whole rows allow: no row twice.
+
+        A compiled graph computes them in the kernel that uses them: what it is given it checks at each call.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._cut is not None and self._cut[0] == total:
+            return self._cut[1:]
+        size = min(total, self.rows_per_batch)
+        number = torch.arange(size, device=self._device)
+        first = number * total // size
+        length = (number + 1) * total // size - first
+        if not compiling:
+            self._cut = total, first, length
+        return first, length
 
     def _record_compiled(self, y: Tensor, index: Tensor, rows: Captured) -> Tensor:
         """A backward pass in a compiled graph may write to tensors that were there before it, and to nothing else.
@@ -213,7 +236,7 @@ class Capture:
             return y
         self._ran = True
         x_rows, y_rows, _, cluster = rows
-        return _Tap.apply(y, self.geometry.kind.channels_first, index, x_rows, y_rows, cluster, *slots)  # type: ignore[reportReturnType]
+        return _Tap.apply(y, self._by_image, index, x_rows, y_rows, cluster, *slots)  # type: ignore[reportReturnType]
 
     def _keep(self, captured: Captured) -> None:
         if self._done and self._done[0][0].shape[1] != captured[0].shape[1]:
@@ -261,6 +284,22 @@ class Capture:
             offset += int(cluster.max()) + 1
             at = place.stop
         return rows
+
+
+def renew(captures: Iterable[Capture]) -> None:
+    """Before the next forward pass: slots for those whose last batch has taken theirs, in a few launches for all."""
+    zeros: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    unwritten: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for capture in captures:
+        slots = capture.make_slots()
+        if slots is not None:
+            for slot in slots:
+                zeros.setdefault((slot.device, slot.dtype), []).append(slot)
+            unwritten.setdefault((slots[2].device, slots[2].dtype), []).append(slots[2])
+    for slots in zeros.values():
+        torch._foreach_zero_(slots)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]  one launch
+    for slots in unwritten.values():  # where no backward pass comes by, the next batch will be dropped
+        torch._foreach_add_(slots, math.nan)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
 
 def _rows(y: Tensor, conv: bool) -> Tensor:

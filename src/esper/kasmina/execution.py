@@ -17,6 +17,7 @@ from esper.config import Config
 from esper.kasmina.annex import fossilise
 from esper.kasmina.bank import Bank
 from esper.kasmina.blueprints import BLUEPRINTS
+from esper.kasmina.capture import renew
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.discovery import Discovery, SitePlan
 from esper.kasmina.family import host_family
@@ -28,7 +29,6 @@ from esper.kasmina.lifecycle import learns_from_task
 from esper.kasmina.ops import dispatch
 from esper.kasmina.optim import Hyperparameters, SlotAdamW
 from esper.kasmina.reading import Reading
-from esper.kasmina.registry import Registry
 from esper.kasmina.seeds import SeedTable
 from esper.kasmina.site import Site
 from esper.kasmina.starts import STARTS, HostUnits
@@ -65,9 +65,8 @@ class Kasmina:
         self.sites = laid_out(self.plans, self.table.bounds, config)
         self.readout = Readout([site.telemetry for site in self.sites.values() if site.telemetry is not None])
         self.cohorts: dict[int, Cohort] = {}
-        self.rows_per_step: dict[str, int] = dict.fromkeys(self.sites, 0)
-        self.samples_per_batch: dict[str, int] = dict.fromkeys(self.sites, 0)
-        self.rows_per_batch: dict[str, int] = dict.fromkeys(self.sites, 0)
+        counts = (dict.fromkeys(self.sites, 0) for _ in range(3))
+        self.rows_per_step, self.samples_per_batch, self.rows_per_batch = counts
         self.generator = torch.Generator().manual_seed(config.seed)
         self.optimizer = SlotAdamW(
             lr_boost=config.graft.lr_boost, lr_ceiling=config.graft.lr_ceiling, warmup_steps=config.graft.warmup_steps
@@ -77,9 +76,10 @@ class Kasmina:
             rows_per_step=self.rows_per_step, rows_per_batch=self.rows_per_batch,
             samples_per_batch=self.samples_per_batch, generator=self.generator,
         )  # fmt: skip
-        self._grown = self._working = False
-        self.num_changes = 0
-        """Rises whenever something is added, moved, removed or restored."""
+        self._grown, self.num_changes = False, 0
+        """The latter rises whenever something is added, moved, removed or restored."""
+        self._at_work: dict[str, Site] = {}  # where hooks have something to do
+        self._branch_flops: float | None = None
         self._watching: bool | None = None
         self._switch = attach(list(discovery.sites), self.sites)
 
@@ -107,7 +107,7 @@ class Kasmina:
         """Go on from what :meth:`state` has told; it takes over tensors and arrays."""
         table = dict(state["table"])
         for name, registry in (("blueprint", BLUEPRINTS), ("strategy", STRATEGIES)):
-            table[name] = _translated(table[name], state["codes"][name], registry)
+            table[name] = registry.translated(table[name], state["codes"][name])
         devices = {name: plan.weight.device for name, plan in self.plans.items()}
         cohorts = [Cohort.of(tree, devices) for tree in state["cohorts"]]
         self.table.restore(table)
@@ -155,6 +155,13 @@ class Kasmina:
     def repeated_flops_per_step(self) -> float:
         """FLOPs a step of what branches compute a second time, in the backward pass."""
         return sum(self.rows_per_step[name] * site.repeated_flops_per_row for name, site in self.sites.items())
+
+    @property
+    def branch_flops_per_step(self) -> float:
+        """FLOPs a training step of all that is in the forward pass: a forward, and a backward at twice its cost."""
+        if self._branch_flops is None:
+            self._branch_flops = 3.0 * self.added_flops_per_step() + self.repeated_flops_per_step()
+        return self._branch_flops
 
     def units(self, site: str) -> int:
         """Hidden units a site has grown: annex and live seeds in the forward pass."""
@@ -323,10 +330,9 @@ class Kasmina:
         """One update of everything that learns, after a real host step."""
         if self.at_rest:
             return
-        for name, site in self.sites.items():
-            for bank in [*site.banks.values(), *site.permanent]:
-                if bank.learning:
-                    self.optimizer.step(bank, hosts[name], inverse_scale=inverse_scale)
+        grown = [(name, [*site.banks.values(), *site.permanent]) for name, site in self.sites.items()]
+        learning = [(bank, hosts[name]) for name, banks in grown for bank in banks if bank.learning]
+        self.optimizer.step_all(learning, inverse_scale=inverse_scale)
 
     def damaged(self) -> dict[int, str]:
         """Cohorts with something non-finite since the last look (:attr:`Reading.damage`). Waits for the device once."""
@@ -335,11 +341,10 @@ class Kasmina:
     def take_failures(self) -> dict[int, str]:
         """Cohorts with a branch that has raised in the forward pass since the last call, and what."""
         found: dict[int, str] = {}
-        if self.at_rest:
-            return found
         for name, site in self.sites.items():
-            found.update({cohort: f"{name}: {what}" for cohort, what in site.failures.items()})
-            site.failures.clear()
+            if site.failures:
+                found.update({cohort: f"{name}: {what}" for cohort, what in site.failures.items()})
+                site.failures.clear()
         return found
 
     def forget_gradients(self) -> None:
@@ -354,18 +359,20 @@ class Kasmina:
 
         ``passes`` backward passes made that step: a compiled graph notes the rows of one.
         """
-        if not self._working:
+        if not self._at_work:
             return  # no hook had anything to do
-        settle(site.telemetry for site in self.sites.values() if site.telemetry is not None)
+        settle(site.telemetry for site in self._at_work.values() if site.telemetry is not None)
         closed = False
-        for name, site in self.sites.items():
+        for name, site in self._at_work.items():
             if site.capture is not None:
                 closed |= site.capture.after_step(step)
             calls, rows, samples = site.take_counts(passes)
             if calls:
-                self.rows_per_step[name] = rows
+                if rows != self.rows_per_step[name]:
+                    self.rows_per_step[name], self._branch_flops = rows, None
                 self.rows_per_batch[name] = rows // calls
                 self.samples_per_batch[name] = samples // calls
+        renew(site.capture for site in self._at_work.values() if site.capture is not None)
         if closed:
             self.refresh()
 
@@ -381,20 +388,13 @@ class Kasmina:
     def refresh(self) -> None:
         """After a change: let every site decide what its hooks have to do from now on."""
         self.num_changes += 1
-        self._grown = False
+        self._grown, self._branch_flops = False, None
         for site in self.sites.values():
             site.refresh()
             self._grown = self._grown or bool(site.banks) or site.adds
         self._note_work()
 
     def _note_work(self) -> None:
-        self._working = any(site.engaged for site in self.sites.values())
-        if not self._working and self._switch.armed:
+        self._at_work = {name: site for name, site in self.sites.items() if site.engaged}
+        if not self._at_work and self._switch.armed:
             self._switch.disarm()
-
-
-def _translated(codes: npt.NDArray[Any], names: list[str], registry: Registry[Any]) -> npt.NDArray[Any]:
-    """Codes of a state whose plug-ins were registered in another order, as they are now; -1 stays."""
-    used = set(codes[codes >= 0].tolist())
-    here = [registry.code(name) if number in used else -1 for number, name in enumerate(names)]
-    return np.array([*here, -1], dtype=codes.dtype)[codes]

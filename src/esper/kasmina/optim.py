@@ -7,6 +7,7 @@ an Adam pool that shares one count would take steps several times too large.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from esper.kasmina.bank import Bank
-from esper.kasmina.ops.slot_adam import Rates, Stacks, step
+from esper.kasmina.ops.slot_adam import Rates, Stacks, step, step_all
 
 _ADAPTIVE = (
     torch.optim.Adam,
@@ -112,25 +113,20 @@ class SlotAdamW:
         GradScaler's factor. A non-finite gradient changes nothing (parameters, moments and step count stay) and is
         counted in ``bank.bad_steps``, on the device: nothing here waits for it.
         """
-        gradients = {name: value.grad for name, value in bank.params.items() if value.grad is not None}
-        for value in bank.params.values():
-            value.grad = None
-        if not gradients:
-            return
-        moments, stateful = bank.moments, host.rule != "sgd"
-        for store in (moments.first, moments.second) if stateful else (moments.first,):
-            for name in gradients:
-                if name not in store:
-                    store[name] = torch.zeros_like(bank.params[name])
-        stacks = Stacks(
-            values=[bank.params[name] for name in gradients],
-            gradients=list(gradients.values()),
-            firsts=[moments.first[name] for name in gradients],
-            seconds=[moments.second[name] for name in gradients] if stateful else [],
-            steps=moments.steps,
-            bad_steps=bank.bad_steps,
-        )
-        step(stacks, self._rates(host, bank.lr_scale), learning=learning, inverse_scale=inverse_scale)
+        stacks = _taken(bank, host)
+        if stacks is not None:
+            step(stacks, self._rates(host, bank.lr_scale), learning=learning, inverse_scale=inverse_scale)
+
+    @torch.no_grad()
+    def step_all(self, banks: Iterable[tuple[Bank, Hyperparameters]], *, inverse_scale: float = 1.0) -> None:
+        """:meth:`step` of each bank beside its host: those that learn alike take it together."""
+        alike: dict[tuple[Hyperparameters, float, torch.device], list[Stacks]] = {}
+        for bank, host in banks:
+            stacks = _taken(bank, host)
+            if stacks is not None:
+                alike.setdefault((host, bank.lr_scale, stacks.steps.device), []).append(stacks)
+        for (host, lr_scale, _), group in alike.items():
+            step_all(group, self._rates(host, lr_scale), inverse_scale=inverse_scale)
 
     def _rates(self, host: Hyperparameters, lr_scale: float) -> Rates:
         lr = host.lr
@@ -148,3 +144,26 @@ class SlotAdamW:
             nesterov=host.nesterov,
             warmup_steps=self.warmup_steps,
         )
+
+
+def _taken(bank: Bank, host: Hyperparameters) -> Stacks | None:
+    """What a step of ``bank`` reads and writes; it holds no gradients afterwards. ``None`` where it had none."""
+    gradients: dict[str, Tensor] = {}
+    for name, value in bank.params.items():
+        if value.grad is not None:
+            gradients[name], value.grad = value.grad, None
+    if not gradients:
+        return None
+    moments, stateful = bank.moments, host.rule != "sgd"
+    for store in (moments.first, moments.second) if stateful else (moments.first,):
+        for name in gradients:
+            if name not in store:
+                store[name] = torch.zeros_like(bank.params[name])
+    return Stacks(
+        values=[bank.params[name] for name in gradients],
+        gradients=list(gradients.values()),
+        firsts=[moments.first[name] for name in gradients],
+        seconds=[moments.second[name] for name in gradients] if stateful else [],
+        steps=moments.steps,
+        bad_steps=bank.bad_steps,
+    )

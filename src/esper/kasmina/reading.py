@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from esper.kasmina.bank import Bank
 from esper.kasmina.site import Site
 from esper.kasmina.telemetry import Blocks, Readout, words_of
 
@@ -173,15 +174,32 @@ class Reading:
 
 def _ask_for_damage(sites: Iterable[Site]) -> tuple[list[tuple[int, str]], list[Tensor]]:
     """Cohort and what of it each flag tells of; the flags, on the devices."""
+    here = list(sites)
+    of_banks = _bank_flags([bank for site in here for bank in site.banks.values()])
     asked: list[tuple[int, str]] = []
     flags: list[Tensor] = []
-    for site in sites:
+    for site in here:
         for number, bank in site.banks.items():
-            sums = torch.stack([value.detach().sum() for value in bank.params.values()]).sum()
             asked += [(number, "gradient"), (number, "parameter")]
-            flags += [bank.bad_steps > 0, ~torch.isfinite(sums)]
-            bank.bad_steps.zero_()
+            flags += of_banks[id(bank)]
         if site.grafted and site.telemetry is not None:
             asked.append((max(site.grafted), f"activation at {site.info.name}"))
             flags.append(site.telemetry.is_damaged())
     return asked, flags
+
+
+@torch.no_grad()
+def _bank_flags(banks: Iterable[Bank]) -> dict[int, tuple[Tensor, Tensor]]:
+    """By bank (its id), whether steps were refused and whether a parameter is not finite; the count begins anew."""
+    by_device: dict[torch.device, list[Bank]] = {}
+    for bank in banks:
+        by_device.setdefault(bank.bad_steps.device, []).append(bank)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for group in by_device.values():  # together: what is launched for each of them adds up
+        bad_steps = [bank.bad_steps for bank in group]
+        sums = [torch.stack([value.sum() for value in bank.params.values()]).sum() for bank in group]
+        refused, broken = torch.stack(bad_steps) > 0, ~torch.isfinite(torch.stack(sums))
+        flags = zip(refused.unbind(), broken.unbind(), strict=True)
+        found.update(zip(map(id, group), flags, strict=True))
+        torch._foreach_zero_(bad_steps)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]  one launch
+    return found

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from esper.errors import ConfigError, UnknownNameError
 
@@ -73,6 +76,12 @@ class Registry(Generic[T]):
     def name(self, code: int) -> str:
         """Inverse of :meth:`code`."""
         return list(self._items)[code]
+
+    def translated(self, codes: npt.NDArray[Any], names: list[str]) -> npt.NDArray[Any]:
+        """Codes of a state whose plug-ins were registered as ``names``, as they are here; -1 stays."""
+        used = set(codes[codes >= 0].tolist())
+        here = [self.code(name) if number in used else -1 for number, name in enumerate(names)]
+        return np.array([*here, -1], dtype=codes.dtype)[codes]
 
 
 def _check_name(family: str, name: object) -> None:

@@ -167,7 +167,8 @@ class SeedTable(SeedArrays):
 
     def tick(self, slots: npt.ArrayLike | None = None, n: int = 1) -> None:
         """Count ``n`` more steps in the state, for some seeds or for all; paused ones stand still."""
-        n = min(_code("n", n, np.int64), MAX_EPOCHS)
+        if type(n) is not int or not 0 <= n <= MAX_EPOCHS:  # in every step it is 1
+            n = min(_code("n", n, np.int64), MAX_EPOCHS)
         running = ~self.paused & (self.seed_id >= 0)
         if slots is not None:
             chosen = np.zeros_like(running)

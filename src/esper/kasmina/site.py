@@ -66,6 +66,7 @@ class Site(Growth):
 
     def __init__(self, info: SiteInfo, geometry: Geometry, upstream: Site | None) -> None:
         super().__init__(info, geometry, upstream)
+        self._settle_kind()
         self.capture: Capture | None = None
         self.telemetry: TelemetryBuffer | None = None
         self.probe: Probe | None = None
@@ -93,6 +94,12 @@ class Site(Growth):
         self._seen_in_forward = False
 
     # ---------------------------------------------------------------------------------------------- between steps
+
+    def _settle_kind(self) -> None:
+        """What forward passes ask of the kind, as plain values: a compiled graph checks an enum at each call, that it
+        is the same object at all sites."""
+        self._is_span, self._is_embedding = self.info.kind.is_span, self.info.kind is SiteKind.EMBEDDING_LAYER
+        self._feature_axis, self._sample_axis = self.geometry.feature_axis, self.geometry.sample_axis
 
     def watch(self, due: bool) -> None:
         """Arm or disarm telemetry for the next step; what is added stays as it is."""
@@ -174,9 +181,9 @@ class Site(Growth):
         return out
 
     def _take(self, layer_input: Tensor) -> Tensor | None:
-        if self.info.kind is SiteKind.EMBEDDING_LAYER:
+        if self._is_embedding:
             return layer_input.unsqueeze(-1)  # a token id is the one feature of its row
-        if not self.info.kind.is_span:
+        if not self._is_span:
             return layer_input
         x, self._x = self._x, None
         if x is None or not self._open:
@@ -203,8 +210,8 @@ class Site(Growth):
         counts = self.num_calls, self.num_rows, self.num_samples
         if self._traced is not None:
             self.shapes, self._traced = self._traced, None
-            y, axis = self.shapes.y, self.geometry.feature_axis
-            rows, samples = math.prod(y) // y[axis], y[self.geometry.sample_axis] if len(y) > 1 else 1
+            y, axis = self.shapes.y, self._feature_axis
+            rows, samples = math.prod(y) // y[axis], y[self._sample_axis] if len(y) > 1 else 1
             counts = passes, passes * rows, passes * samples
         self.num_calls = self.num_rows = self.num_samples = 0
         self._seen_in_forward, self._grown = False, None
@@ -212,14 +219,14 @@ class Site(Growth):
 
     def _record(self, x: Tensor, y: Tensor) -> Tensor:
         """Count and note what is due; returns what the host goes on with."""
-        axis = self.geometry.feature_axis
+        axis = self._feature_axis
         if torch.compiler.is_compiling():
             self._traced = Shapes(tuple(x.shape), x.dtype, tuple(y.shape), y.dtype)
         else:
             self.ran_eagerly = True
             self.num_calls += 1
             self.num_rows += y.numel() // y.shape[axis]
-            self.num_samples += y.shape[self.geometry.sample_axis] if y.dim() > 1 else 1
+            self.num_samples += y.shape[self._sample_axis] if y.dim() > 1 else 1
         if self.telemetry_due and self.telemetry is not None:
             self.telemetry.record(y, axis)
         return y if self._recorder is None else self._recorder.record(self.read(x), y)
@@ -289,4 +296,5 @@ class Site(Growth):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._settle_kind()
         self.refresh()

@@ -142,7 +142,7 @@ def test_the_nodes_of_a_compiled_graph_keep_pytorchs_rules(whole: bool) -> None:
     params, seats = _seeds(near=whole)
     y = torch.randn(2, 3, 12 if whole else 15, device=DEVICE, requires_grad=True)
     leaves = [value.requires_grad_() for value in params.values()]
-    places = (seats.columns, seats.flat, seats.own, seats.whole, seats.runs, seats.own_runs, seats.rising)
+    places = (seats.columns, seats.own, seats.whole, seats.runs, seats.own_runs, seats.rising)
     torch.library.opcheck(torch.ops.esper.graft.default, (y, *leaves, *places), atol=1e-4, rtol=1e-4)
     sizes = torch.from_numpy(chunk_bounds(y.shape[-1], 3)).diff()
     layout = (torch.arange(3).repeat_interleave(sizes).to(DEVICE), sizes.float().to(DEVICE))

@@ -100,7 +100,7 @@ def graft(
     if not _is_taken(y, w1, compiling):
         return reference.graft(y, w1, b1, w2, alpha, seats.flat)
     if compiling:
-        places = (seats.columns, seats.flat, seats.own, seats.whole, seats.runs, seats.own_runs, seats.rising)
+        places = (seats.columns, seats.own, seats.whole, seats.runs, seats.own_runs, seats.rising)
         return _graft_opaque(y, w1, b1, w2, alpha, *places)[0]
     if not dispatch.runs_triton("graft", y):
         return reference.graft(y, w1, b1, w2, alpha, seats.flat)
@@ -140,7 +140,7 @@ def _forward(
     else:
         copy = seats.rising and not writable
         out = source if writable else torch.empty_like(source) if copy else source.clone()
-        kept = rows.new_empty(rows.shape[0], seats.flat.numel()) if keep else None
+        kept = rows.new_empty(rows.shape[0], seats.columns.numel()) if keep else None
         written = kept
     triton.forward(rows, out.view(rows.shape), kept, w1, b1, w2, alpha, seats.columns, runs=seats.runs, copy=copy)
     if out is y and not y.is_inference():
@@ -214,15 +214,16 @@ def _parameter_gradients(
 
 @torch.library.custom_op("esper::graft", mutates_args=())
 def _graft_opaque(
-    y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor, own: Tensor,
+    y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, own: Tensor,
     whole: bool, runs: int, own_runs: int, rising: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result, and what the seeds read (empty if they are ``whole``: it is ``y`` then)."""
-    seats = Seats(columns, flat, own, whole, runs, own_runs, rising)
+    seats = Seats(columns, columns, own, whole, runs, own_runs, rising)  # the kernels read no flat form
     if dispatch.runs_triton("graft", y):
         out, read = _forward(y, w1, b1, w2, alpha, seats, writable=False, keep=True)
         assert read is not None
     else:
+        flat = columns.view(-1).long()
         out = reference.graft(y, w1, b1, w2, alpha, flat)
         read = y.reshape(-1, y.shape[-1]).index_select(1, flat)
     return out, y.new_empty(0) if whole else read
@@ -230,24 +231,24 @@ def _graft_opaque(
 
 @_graft_opaque.register_fake
 def _(
-    y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor, own: Tensor,
+    y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, own: Tensor,
     whole: bool, runs: int, own_runs: int, rising: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = y.numel() // y.shape[-1]
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
-    return out, y.new_empty(0) if whole else y.new_empty(rows, flat.numel())
+    return out, y.new_empty(0) if whole else y.new_empty(rows, columns.numel())
 
 
 @torch.library.custom_op("esper::graft_backward", mutates_args=())
 def _graft_backward_opaque(
-    g: Tensor, read: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor,
-    own: Tensor, whole: bool, runs: int, own_runs: int, rising: bool, weights: bool,
+    g: Tensor, read: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, own: Tensor,
+    whole: bool, runs: int, own_runs: int, rising: bool, weights: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients, as of :func:`_backward`."""
-    seats = Seats(columns, flat, own, whole, runs, own_runs, rising)
+    seats = Seats(columns, columns, own, whole, runs, own_runs, rising)
     if dispatch.runs_triton("graft", g):
         return _backward(g, read.reshape(-1, read.shape[-1]), w1, b1, w2, alpha, seats, weights)
-    rows = g.reshape(-1, g.shape[-1])
+    rows, flat = g.reshape(-1, g.shape[-1]), columns.view(-1).long()
     x = read.reshape(rows.shape[0], -1)
     x = x.index_select(1, flat) if whole else x
     gx, g1, gb, g2 = reference.gradients(rows.index_select(1, flat), x, w1, b1, w2, alpha)
@@ -257,8 +258,8 @@ def _graft_backward_opaque(
 
 @_graft_backward_opaque.register_fake
 def _(
-    g: Tensor, read: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, flat: Tensor,
-    own: Tensor, whole: bool, runs: int, own_runs: int, rising: bool, weights: bool,
+    g: Tensor, read: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, alpha: Tensor, columns: Tensor, own: Tensor,
+    whole: bool, runs: int, own_runs: int, rising: bool, weights: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     gy = torch.empty_like(g, memory_format=torch.contiguous_format)
     size = w1.numel() + w2.numel() + b1.numel() if weights else 0
@@ -266,17 +267,17 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    y, w1, b1, w2, alpha, columns, flat, own, *ctx.layout = inputs
+    y, w1, b1, w2, alpha, columns, own, *ctx.layout = inputs
     whole = ctx.layout[0]
-    ctx.save_for_backward(y if whole else output[1], w1, b1, w2, alpha, columns, flat, own)
+    ctx.save_for_backward(y if whole else output[1], w1, b1, w2, alpha, columns, own)
 
 
 def _differentiate(ctx: Any, g: Tensor, _g_read: Tensor) -> tuple[Tensor | None, ...]:
-    read, w1, b1, w2, alpha, columns, flat, own = ctx.saved_tensors
+    read, w1, b1, w2, alpha, columns, own = ctx.saved_tensors
     needed = ctx.needs_input_grad
     weights = any(needed[1:5])
-    gy, found = _graft_backward_opaque(g, read, w1, b1, w2, alpha, columns, flat, own, *ctx.layout, weights)
-    return gy, *_parameter_gradients(found, w1, b1, w2, alpha, needed), *(None,) * 7
+    gy, found = _graft_backward_opaque(g, read, w1, b1, w2, alpha, columns, own, *ctx.layout, weights)
+    return gy, *_parameter_gradients(found, w1, b1, w2, alpha, needed), *(None,) * 6
 
 
 _graft_opaque.register_autograd(_differentiate, setup_context=_setup)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from esper.kasmina.ops import dispatch
-from esper.kasmina.ops.slot_adam import reference
+from esper.kasmina.ops.slot_adam import reference, together
 
 
 @dataclass(frozen=True)
@@ -59,3 +59,15 @@ def step(stacks: Stacks, rates: Rates, *, learning: Tensor | None = None, invers
         triton.step(stacks, rates, learning, inverse_scale)
     else:
         reference.step(stacks, rates, learning, inverse_scale)
+
+
+@torch.no_grad()
+def step_all(banks: Sequence[Stacks], rates: Rates, *, inverse_scale: float = 1.0) -> None:
+    """:func:`step` of several banks on one device, whose slots all learn, by one rule."""
+    if dispatch.runs_triton("slot_adam", banks[0].steps):
+        from esper.kasmina.ops.slot_adam import triton
+
+        for stacks in banks:
+            triton.step(stacks, rates, None, inverse_scale)
+    else:
+        together.step(banks, rates, inverse_scale)
