@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.controller import frontier, headroom, pages, parity
+from benchmarks.controller import defaults, frontier, headroom, pages, parity
 from benchmarks.controller.schedules import NEVER, controller, even_schedules, schedules, tuned_schedules
 
 from esper.greenhouse.family import FAMILIES, FIRST_HELD_OUT, HostSpec
@@ -92,7 +92,9 @@ def test_evaluation_tasks_are_no_training_tasks() -> None:
 def test_every_family_has_frontiers_for_training_and_evaluation(name: str) -> None:
     tasks = tasks_of(name)
     assert any(task < FIRST_HELD_OUT for task in tasks)
-    if FAMILIES[name].purpose != "probe":
+    if FAMILIES[name].purpose == "longer":
+        assert {*defaults.TUNING, *defaults.EVALUATED} <= set(tasks)
+    elif FAMILIES[name].purpose != "probe":
         assert set(headroom.HELD_OUT[:8]) <= set(tasks) and set(headroom.TUNING[:8]) <= set(tasks)
 
 

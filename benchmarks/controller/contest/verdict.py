@@ -20,7 +20,7 @@ COLUMNS = ("reward", "loss", "flops", "params", "asked", "kept", "fallback")
 MOST = 10.0
 DRAWS = 1000
 LEARNED = ("policy", "cloned", "sampled", "karn-policy", "replay", "shuffled")
-FEW = ["never", "heuristic", "even", "karn-uniform"]
+FEW = ["never", "heuristic", "heuristic-before", "even", "karn-uniform"]
 """What arms other than the policy are held against."""
 Table = dict[str, dict[str, np.ndarray]]
 """By group and family: ``(P, S, T, columns)``."""

@@ -117,15 +117,17 @@ FAMILIES: dict[str, Family] = {
         Family(name="null", task=tasks.linear, inputs=8, outputs=2, widths=((8,), (8,)), purpose="probe"),
     )
 }
-"""All families by name."""
 LONGER = 5
 """How many times as long the ``longer`` ones train, on four times as many rows."""
-FAMILIES |= {
-    f"{name}_long": replace(
-        FAMILIES[name], name=f"{name}_long", purpose="longer", steps=LONGER * FAMILIES[name].steps, rows=8192
-    )
-    for name in ("teacher", "spirals", "tabular", "checkers", "waves", "shells")
-}
+FAMILIES.update(
+    {
+        f"{name}_long": replace(
+            FAMILIES[name], name=f"{name}_long", purpose="longer", steps=LONGER * FAMILIES[name].steps, rows=8192
+        )
+        for name in ("teacher", "spirals", "tabular", "checkers", "waves", "shells")
+    }
+)
+"""All families by name."""
 
 
 def family_named(name: str) -> Family:
