@@ -121,7 +121,12 @@ def summary(known: dict[str, Any]) -> dict[str, Any]:
             "kept": {family: round(best[name, family]["kept"], 2) for family in there},
             "beyond": {family: round(best[name, family]["beyond"], 2) for family in there},
         }
-    return {"settings": settings(), "tasks": len(TUNING), "seeds": len(SEEDS), "rows": rows}
+    return {
+        "command": "python -m benchmarks.controller.defaults --work runs/defaults --out "
+        "benchmarks/results/controller_defaults.json",
+        "settings": settings(), "tasks": len(TUNING), "seeds": len(SEEDS), "rows": rows,
+        "incomplete": [name for name in settings() if name not in rows],
+    }  # fmt: skip
 
 
 ARMS: dict[str, Setting] = {

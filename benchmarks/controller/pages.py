@@ -151,6 +151,66 @@ def effort_text(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def defaults_text(measured: dict[str, Any]) -> str:
+    """The grid that the default was chosen from, and how the default does elsewhere."""
+    families = list(next(iter(measured["rows"].values()))["minus_never"])
+    order = sorted(measured["rows"].items(), key=lambda item: -item[1]["mean"])
+    lines = [
+        f"`{measured['command']}`. Reward minus that of no growth, {measured['tasks']} tuning tasks a family, "
+        f"{measured['seeds']} seeds, each at its own best learning rate:",
+        "",
+        f"| | mean | {' | '.join(families)} |",
+        "|---|---|" + "---|" * len(families),
+    ]
+    for name, row in order:
+        cells = " | ".join(f"{row['minus_never'][family]:+.2f}" for family in families)
+        lines.append(f"| {name} | {row['mean']:+.2f} | {cells} |")
+    if measured["incomplete"]:
+        lines += ["", f"Not played on all families: {len(measured['incomplete'])} of {len(measured['settings'])}."]
+    confirmed = measured["confirmed"]
+    if confirmed:
+        lines += ["", *confirmed_lines(confirmed)]
+    return "\n".join(lines)
+
+
+def confirmed_lines(confirmed: dict[str, Any]) -> list[str]:
+    """One row a family, one column an arm."""
+    arms = [name for name in confirmed if name != "never"]
+    lines = [
+        "Confirmed on eight held-out tasks, five seeds (in stacks; reward minus that of no growth, 95% interval):",
+        "",
+        f"| | {' | '.join(arms)} | MFLOP: never, {', '.join(arms)} |",
+        "|---|" + "---|" * (len(arms) + 1),
+    ]
+    for family in confirmed["never"]:
+        spans = [confirmed[arm][family] for arm in arms]
+        spans = [span.get("minus_never", span) for span in spans]
+        cells = " | ".join(f"{span['value']:+.2f} ({span['low']:+.2f} to {span['high']:+.2f})" for span in spans)
+        flops = [confirmed[arm][family].get("flops") for arm in confirmed]
+        cost = "" if None in flops else ", ".join(f"{value / 1e6:.0f}" for value in flops)
+        lines.append(f"| {family} | {cells} | {cost} |")
+    return lines
+
+
+def foresight_text(measured: dict[str, Any]) -> str:
+    """Whether it can be told in advance that growth pays."""
+    told_from = measured["told_from"]
+    lines = [
+        f"`{measured['command']}`: {measured['hosts']} pairs of runs. The correlation of prediction and outcome is "
+        f"{told_from['other families']['correlation']:+.2f} on families that the regression has not seen and "
+        f"{told_from['other tasks']['correlation']:+.2f} on other tasks of families it has.",
+        "",
+        "| | growing earns | growing where it looks positive: other families, other tasks | knowing | two seeds of a "
+        "task agree (by learning rate) |",
+        "|---|---|---|---|---|",
+    ]
+    for family, row in measured["by_family"].items():
+        earned = ", ".join(f"{told_from[name]['earned'][family]:+.2f}" for name in ("other families", "other tasks"))
+        agree = ", ".join(f"{value:.2f}" for value in row["seeds_agree"].values())
+        lines.append(f"| {family} | {row['growing']:+.2f} | {earned} | {row['knowing']:+.2f} | {agree} |")
+    return "\n".join(lines)
+
+
 def correlations(found: dict[str, Any]) -> str:
     return ", ".join(f"{name} {shown(found[name])}" for name in ("reward", "loss", "flops"))
 
@@ -168,6 +228,7 @@ def pages() -> dict[Path, str]:
         ("control_headroom", "headroom", headroom_table), ("control_headroom", "headroom_32", headroom_table),
         ("greenhouse", "parity", parity_text),
         ("control", "contest", contest_tables), ("control", "effort", effort_text),
+        ("control", "foresight", foresight_text), ("control", "defaults", defaults_text),
     ):  # fmt: skip
         path, source = ROOT / "docs" / f"{page}.md", RESULTS / f"controller_{name}.json"
         text = make(json.loads(source.read_text(encoding="utf-8"))) if source.exists() else "Not measured yet."
