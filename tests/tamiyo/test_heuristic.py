@@ -83,9 +83,27 @@ def test_first_and_last(observe: Observe, step: int, germinates: bool) -> None:
     assert bool(controller().decide(observe(step=step))) == germinates
 
 
-def test_too_late(observe: Observe) -> None:
+@pytest.mark.parametrize(
+    ("total_steps", "first"), [(400, 40), (1000, 100), (100_000, 100), (None, 100), (4, 0), (1, 0)]
+)
+def test_a_run_begins_to_grow_after_a_tenth_of_it(observe: Observe, total_steps: int | None, first: int) -> None:
+    for step in range(max(0, first - 2), first):
+        assert controller().decide(observe(step=step, total_steps=total_steps)) == ()
+        assert controller().waits(step, total_steps=total_steps, num_ended=0)
+    assert germinate(controller(), observe(step=first, total_steps=total_steps))
+    assert not controller().waits(first, total_steps=total_steps, num_ended=0)
+
+
+def test_too_late(observe: Observe, verdict: Build) -> None:
     assert stop(controller(), observe(step=601)) == "too late to pay back: step 601 is past 60% of 1000 planned steps"
     assert germinate(controller(), observe(step=10**9, total_steps=None))
+    tried = (verdict(gain=0.5),)
+    assert germinate(controller(), observe(step=150, verdicts=tried))
+    assert stop(controller(), observe(step=151, verdicts=tried)).endswith("step 151 is past 15% of 1000 planned steps")
+    assert germinate(controller(last_share=0.6), observe(step=600, verdicts=tried))
+    asked = controller()
+    germinate(asked, observe(step=100))
+    assert "past 15%" in stop(asked, observe(step=151)), "refused, and it has been tried"
 
 
 @pytest.mark.parametrize("state", IN_THE_WAY)
