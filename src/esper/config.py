@@ -318,8 +318,8 @@ class TamiyoConfig:
     """Share of a site's seeds that are grafted after their isolated training: those with the largest first-order gain
     on held-out batches."""
     last_share: float = 0.15
-    """After this share of ``total_steps`` nothing germinates any more: what starts late does not pay back (0021). The
-    first cohort may come until 0.6, where decisions are far apart or losses come late."""
+    """After this share of ``total_steps`` nothing germinates any more: what starts late does not pay back (0021). As
+    long as nothing was kept it is tried until 0.6."""
     min_gain_per_cost: float = 0.02
     """Stop when gain (relative to the held-out loss) over cost (relative FLOPs added) falls under this."""
     patience: int = 2

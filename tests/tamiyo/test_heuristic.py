@@ -101,9 +101,9 @@ def test_too_late(observe: Observe, verdict: Build) -> None:
     assert germinate(controller(), observe(step=150, verdicts=tried))
     assert stop(controller(), observe(step=151, verdicts=tried)).endswith("step 151 is past 15% of 1000 planned steps")
     assert germinate(controller(last_share=0.6), observe(step=600, verdicts=tried))
-    asked = controller()
-    germinate(asked, observe(step=100))
-    assert "past 15%" in stop(asked, observe(step=151)), "refused, and it has been tried"
+    rejected = (verdict(Lifecycle.CULLED),)
+    assert germinate(controller(), observe(step=600, verdicts=rejected)), "one unlucky test does not end growth"
+    assert "past 60%" in stop(controller(), observe(step=601, verdicts=rejected))
 
 
 @pytest.mark.parametrize("state", IN_THE_WAY)

@@ -28,7 +28,7 @@ _MIN_SHARE = 0.1
 _MOST_FIRST, _FIRST_SHARE = 100, 0.1
 """Steps before the first germination where the configuration does not say: so many, and at most this share of a run."""
 _LAST_FIRST_SHARE = 0.6
-"""The first cohort may come this late: whether growth pays at all has not been tried yet."""
+"""As long as nothing was kept growth is tried until here: an unlucky test, or a late first one, should not end it."""
 
 _STATE_KEYS = ("germinations", "cohorts_when_asked", "refusals", "asked_at")
 
@@ -73,7 +73,7 @@ class HeuristicController:
 
     1. Stop when ``patience`` cohorts in a row were rejected or gained too little for their cost
        (:func:`esper.tamiyo.stopping.reason_to_stop`), or when ``last_share`` of the planned steps is over (0.6 as long
-       as nothing was tried). Without ``total_steps`` only the verdicts and the budget end growth.
+       as nothing was kept). Without ``total_steps`` only the verdicts and the budget end growth.
     2. Wait before ``first``, for ``spacing`` steps after the last germination, while a cohort is anywhere between
        GERMINATED and EVALUATING, and while the held-out loss that verdicts are measured by, or the model's present
        cost under a ceiling, is unknown.
@@ -126,8 +126,8 @@ class HeuristicController:
 
     def waits(self, step: int, *, total_steps: int | None, num_ended: int) -> bool:
         """Return whether nothing has been tried yet and ``first`` is still to come."""
-        nothing_tried = self._asked_at is None and num_ended == 0
-        return nothing_tried and step < self._first_step(total_steps) and not self._is_late(step, total_steps, True)
+        untried = self._asked_at is None and num_ended == 0
+        return untried and step < self._first_step(total_steps) and not self._is_late(step, total_steps, kept=False)
 
     def state(self) -> dict[str, Any]:
         """Return counters as plain values."""
@@ -162,9 +162,10 @@ class HeuristicController:
             reason = reason_to_stop(observation.verdicts, observation.held_out, self.threshold, self.patience)
             if reason is not None:
                 return reason
-        total, untried = observation.total_steps, self._is_untried(observation)
-        if self._is_late(observation.step, total, untried):
-            share = self._late_share(untried)
+        total = observation.total_steps
+        kept = any(verdict.state == Lifecycle.FOSSILIZED for verdict in observation.verdicts)
+        if self._is_late(observation.step, total, kept=kept):
+            share = self._late_share(kept)
             return f"too late to pay back: step {observation.step} is past {share:.0%} of {total} planned steps"
         if self._refusals >= _MAX_REFUSALS:
             return f"germination refused {self._refusals} times in a row; the refused events name the gate"
@@ -186,14 +187,11 @@ class HeuristicController:
             return self._first
         return _MOST_FIRST if total_steps is None else min(_MOST_FIRST, round(_FIRST_SHARE * total_steps))
 
-    def _is_untried(self, observation: Observation) -> bool:
-        return self._asked_at is None and observation.num_ended == 0
+    def _late_share(self, kept: bool) -> float:
+        return self._last_share if kept else max(self._last_share, _LAST_FIRST_SHARE)
 
-    def _late_share(self, untried: bool) -> float:
-        return max(self._last_share, _LAST_FIRST_SHARE) if untried else self._last_share
-
-    def _is_late(self, step: int, total_steps: int | None, untried: bool) -> bool:
-        return total_steps is not None and step > self._late_share(untried) * total_steps
+    def _is_late(self, step: int, total_steps: int | None, *, kept: bool) -> bool:
+        return total_steps is not None and step > self._late_share(kept) * total_steps
 
     def _note_asked(self, observation: Observation) -> None:
         self._germinations += 1
