@@ -73,7 +73,7 @@ class HeuristicController:
 
     1. Stop when ``patience`` cohorts in a row were rejected or gained too little for their cost
        (:func:`esper.tamiyo.stopping.reason_to_stop`), or when ``last_share`` of the planned steps is over (0.6 as long
-       as nothing was tried). Without ``total_steps`` only the verdicts and the budget end growth.
+       as no cohort has come). Without ``total_steps`` only the verdicts and the budget end growth.
     2. Wait before ``first``, for ``spacing`` steps after the last germination, while a cohort is anywhere between
        GERMINATED and EVALUATING, and while the held-out loss that verdicts are measured by, or the model's present
        cost under a ceiling, is unknown.
@@ -187,7 +187,8 @@ class HeuristicController:
         return _MOST_FIRST if total_steps is None else min(_MOST_FIRST, round(_FIRST_SHARE * total_steps))
 
     def _is_untried(self, observation: Observation) -> bool:
-        return self._asked_at is None and observation.num_ended == 0
+        """Whether no cohort has come yet: all that was asked for, if anything, was refused."""
+        return self._germinations == self._refusals and observation.num_ended == 0
 
     def _late_share(self, untried: bool) -> float:
         return max(self._last_share, _LAST_FIRST_SHARE) if untried else self._last_share
