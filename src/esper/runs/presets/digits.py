@@ -73,7 +73,9 @@ class Digits(Preset):
             fit=FitConfig(batch_rows=256),
             graft=GraftConfig(ramp_steps=30, settle_steps=100, warmup_steps=20, cull_steps=50, embargo=50),
             evidence=EvidenceConfig(confirm_share=0.25, held_out_batches=40),
-            tamiyo=TamiyoConfig(first=max(20, steps // 20), growth=4.0, patience=2, min_gain_per_cost=0.01),
+            tamiyo=TamiyoConfig(
+                first=max(20, steps // 20), growth=4.0, last_share=0.6, patience=2, min_gain_per_cost=0.01
+            ),
             total_steps=steps,
             held_out_every=self.held_out_every,
         )
