@@ -222,8 +222,9 @@ def test_networks_of_another_shape_than_the_hosts_are_not_audited_after_a_resume
 def test_a_checkpoint_from_before_copies_were_kept_loads_and_says_what_is_lost() -> None:
     """Written by the Esper before, with a twin and two networks kept; beside it the same run five steps later."""
     evidence = esper.EvidenceConfig(twin_share=1.0, twin_steps=6, accept="always")
-    then = esper.TelemetryConfig(every=3, rows=1024)  # the default of that time
-    rig = attach(Mlp(), evidence=evidence, telemetry=then, audit=rows(6))
+    # the defaults of that time
+    then, pace = esper.TelemetryConfig(every=3, rows=1024), esper.TamiyoConfig(first=100, last_share=0.6)
+    rig = attach(Mlp(), evidence=evidence, telemetry=then, tamiyo=pace, audit=rows(6))
     with pytest.warns(RuntimeWarning) as caught:
         loaded = rig.grower.load(GOLDEN)
     assert loaded.manifest.schema == 1
