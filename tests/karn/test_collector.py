@@ -182,7 +182,7 @@ class Watched:
     """The heuristic controller, and what it saw when it germinated."""
 
     def __init__(self) -> None:
-        config = TamiyoConfig(first=10, growth=1.0, patience=9, min_gain_per_cost=1e-9)
+        config = TamiyoConfig(first=10, last_share=0.6, patience=9, min_gain_per_cost=1e-9)
         self.inner = make_controller("heuristic", config)
         self.seen: dict[int, Observation] = {}
 

@@ -60,7 +60,7 @@ class Server(threading.Thread):
     def run(self) -> None:
         async def work() -> None:
             bus = open_bus(self.url)
-            config = TamiyoConfig()
+            config = TamiyoConfig(last_share=0.6)  # as the runs themselves
             self.steering = Steering(
                 bus, lambda: make_controller("heuristic", config), name="heuristic",
                 keyring=Keyring({"default": KEY}),
