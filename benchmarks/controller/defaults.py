@@ -97,6 +97,7 @@ def play(
 def summary(known: dict[str, Any]) -> dict[str, Any]:
     """Each setting's difference to no growth by family, both at their best learning rates."""
     rows: dict[str, Any] = {}
+    partly: dict[str, dict[str, float]] = {}
     best = {
         (name, family): max(
             (known[f"{name}/{family}/{lr:g}"] for lr in LEARNING_RATES), key=lambda run: np.mean(run["rewards"])
@@ -107,12 +108,13 @@ def summary(known: dict[str, Any]) -> dict[str, Any]:
     }
     for name in settings():
         there = [family for family in FAMILY_NAMES if (name, family) in best and ("never", family) in best]
-        if len(there) < len(FAMILY_NAMES):
-            continue
         table = {
             family: np.subtract(best[name, family]["rewards"], best["never", family]["rewards"]) for family in there
         }
         means = {family: round(float(values.mean()), 3) for family, values in table.items()}
+        if len(there) < len(FAMILY_NAMES):
+            partly[name] = means
+            continue
         rows[name] = {
             "minus_never": means,
             "mean": round(float(np.mean(list(means.values()))), 3),
@@ -125,7 +127,7 @@ def summary(known: dict[str, Any]) -> dict[str, Any]:
         "command": "python -m benchmarks.controller.defaults --work runs/defaults --out "
         "benchmarks/results/controller_defaults.json",
         "settings": settings(), "tasks": len(TUNING), "seeds": len(SEEDS), "rows": rows,
-        "incomplete": [name for name in settings() if name not in rows],
+        "partly": partly, "incomplete": [name for name in settings() if name not in rows],
     }  # fmt: skip
 
 

@@ -166,7 +166,12 @@ def defaults_text(measured: dict[str, Any]) -> str:
         cells = " | ".join(f"{row['minus_never'][family]:+.2f}" for family in families)
         lines.append(f"| {name} | {row['mean']:+.2f} | {cells} |")
     if measured["incomplete"]:
-        lines += ["", f"Not played on all families: {len(measured['incomplete'])} of {len(measured['settings'])}."]
+        few = sorted({len(row) for row in measured["partly"].values()})
+        lines += [
+            "",
+            f"Not played on all families: {len(measured['incomplete'])} of {len(measured['settings'])} settings. They "
+            f"were on {few[0]} to {few[-1]} of {len(families)} (`partly` in the file).",
+        ]
     confirmed = measured["confirmed"]
     if confirmed:
         lines += ["", *confirmed_lines(confirmed)]

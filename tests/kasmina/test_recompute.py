@@ -260,6 +260,20 @@ def test_what_branches_cost_is_worked_out_anew_after_every_change() -> None:
     assert len(seen) >= 3, "none before the graft, and that of two sizes of batches"
 
 
+def test_passes_that_came_to_no_step_are_not_counted_to_a_later_one() -> None:
+    """The scaler skips steps, say, until what is on trial is taken back, and with it all work of the hooks."""
+    rig = attach(Pair())
+    kasmina, (x, _) = rig.grower.kasmina, rig.batches[0]
+    kasmina.watch(True)
+    for _ in range(5):
+        rig.model(x).sum().backward()
+    rig.optimizer.zero_grad()
+    kasmina.watch(False)
+    kasmina.watch(True)
+    rig.train()
+    assert set(kasmina.rows_per_step.values()) == {len(x)}
+
+
 def test_on_the_cpu_branches_keep_their_hidden_units_unless_told_otherwise() -> None:
     sites = attach(Pair()).grower.kasmina.sites.values()
     assert not any(site.thrifty for site in sites)

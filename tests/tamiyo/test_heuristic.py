@@ -195,6 +195,16 @@ def test_refused_germinations_shrink_and_then_stop(observe: Observe) -> None:
     assert stop(subject, observe()) == "germination refused 3 times in a row; the refused events name the gate"
 
 
+def test_a_refused_first_cohort_is_asked_for_again_late_in_the_run(observe: Observe, verdict: Build) -> None:
+    subject = controller()
+    assert [germinate(subject, observe(step=step)).seeds[0].width for step in (140, 200, 599)] == [32, 16, 8]
+    assert stop(subject, observe(step=600)).startswith("germination refused 3 times")
+    subject = controller()
+    germinate(subject, observe(step=140))
+    germinate(subject, observe(step=200))
+    assert "past 15% of 1000" in stop(subject, observe(step=260, verdicts=(verdict(),)))
+
+
 def test_an_accepted_germination_forgets_refusals(observe: Observe, view: View, verdict: Build) -> None:
     subject = controller()
     germinate(subject, observe())

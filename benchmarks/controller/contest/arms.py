@@ -44,7 +44,8 @@ HEURISTICS = {
     "heuristic": START, "heuristic-before": TamiyoConfig(first=0, last_share=0.6),
     "heuristic-double": TamiyoConfig(growth=2.0),
 }  # fmt: skip
-"""Growth until 60% of a run was the default before 0021; twice as much in a cohort was level with the default."""
+"""Growth until 60% of a run was the default before 0021, from step 100 on. Twice as much in a cohort was level with the
+default."""
 CONTROLS = (
     "never", "always", "even", "even-own", "search", "search-own", "random", *HEURISTICS, "bandit",
 )  # fmt: skip

@@ -15,7 +15,8 @@ REPORT_VERSION = 1
 """Version of the stored form; raised when a field changes meaning or is removed."""
 ENDS = (Lifecycle.FOSSILIZED, Lifecycle.CULLED, Lifecycle.CANCELLED, Lifecycle.ROLLED_BACK)
 """States in which a cohort has ended."""
-_MOST_ID_CHARS = 1_000
+_MOST_ID_BYTES = 1_000
+"""PostgreSQL's indices take 2,700."""
 _LARGEST = 1 << 62
 
 
@@ -93,7 +94,7 @@ def check_report(report: FieldReport) -> None:
     Raises
     ------
     StateError
-        It is of a newer version, has not ended, tells of no site, or has a number that cannot be.
+        It is of a newer version, has not ended, tells of no site, or has a number or a text that cannot be.
     """
     if not 1 <= report.v <= REPORT_VERSION:
         raise StateError(f"this Esper reads field reports up to version {REPORT_VERSION}, got {report.v}; update it")
@@ -101,11 +102,11 @@ def check_report(report: FieldReport) -> None:
         raise StateError(f"a report is about a cohort that has ended, got one in state {report.state.name}")
     if not report.placements:
         raise StateError("a report names the sites where its cohort has grown, got none")
-    if len(report.id) > _MOST_ID_CHARS:
-        raise StateError(f"a report's id has at most {_MOST_ID_CHARS} characters, got {len(report.id)}")
+    if (size := len(report.id.encode())) > _MOST_ID_BYTES:
+        raise StateError(f"a report's id has at most {_MOST_ID_BYTES} bytes, got {size}")
     for part in (report, *report.placements, *(p.place for p in report.placements), *_choices(report)):
         for name in part.__struct_fields__:
-            _check_number(name, getattr(part, name))
+            _check_value(name, getattr(part, name))
     for part in report.placements:
         if not 0 <= part.share <= 1:
             raise StateError(f"a placement's share must lie between 0 and 1, got {part.share}")
@@ -118,7 +119,9 @@ def _choices(report: FieldReport) -> Iterator[Choice]:
     return (part.choice for part in report.placements)
 
 
-def _check_number(name: str, value: object) -> None:
+def _check_value(name: str, value: object) -> None:
+    if isinstance(value, str) and "\0" in value:  # PostgreSQL keeps none
+        raise StateError(f"{name} of a report must be text without NUL characters, got {value[:40]!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise StateError(f"{name} of a report must be finite, got {value}; what is unknown is null")
     if isinstance(value, int) and abs(value) > _LARGEST:

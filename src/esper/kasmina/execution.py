@@ -349,10 +349,9 @@ class Kasmina:
 
     def forget_gradients(self) -> None:
         """Drop accumulated gradients of everything that learns (the host skipped its step)."""
-        for site in self.sites.values():
-            for bank in [*site.banks.values(), *site.permanent]:
-                for value in bank.params.values():
-                    value.grad = None
+        for bank in [bank for site in self.sites.values() for bank in [*site.banks.values(), *site.permanent]]:
+            for value in bank.params.values():
+                value.grad = None
 
     def note_rows(self, step: int, *, passes: int = 1) -> None:
         """Read and reset what the hooks counted since the last real step; note which captures are complete.
@@ -388,13 +387,14 @@ class Kasmina:
     def refresh(self) -> None:
         """After a change: let every site decide what its hooks have to do from now on."""
         self.num_changes += 1
-        self._grown, self._branch_flops = False, None
         for site in self.sites.values():
             site.refresh()
-            self._grown = self._grown or bool(site.banks) or site.adds
+        self._grown, self._branch_flops = any(site.banks or site.adds for site in self.sites.values()), None
         self._note_work()
 
     def _note_work(self) -> None:
         self._at_work = {name: site for name, site in self.sites.items() if site.engaged}
+        for name in self.sites.keys() - self._at_work.keys():
+            self.sites[name].take_counts()  # of passes that came to no step: nobody would read them until it has work
         if not self._at_work and self._switch.armed:
             self._switch.disarm()
