@@ -1,16 +1,20 @@
-"""How ``esper controller serve`` and ``esper karn listen`` end."""
+"""How ``esper controller serve`` and ``esper karn listen`` end, and by what settings the former decides."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from typing import Any
 
 import pytest
 
 from esper.cli.attending import attend
-from esper.errors import BusError
+from esper.cli.command import UsageError
+from esper.cli.serving import controller_config
+from esper.config import TamiyoConfig
+from esper.errors import BusError, ConfigError
 from esper.oona.claim_stores import MemoryStore
 from esper.oona.claims import Claims
 from esper.oona.memory import Hub, MemoryBus
@@ -70,3 +74,23 @@ def test_what_ends_the_server_is_not_hidden() -> None:
     broken: Any = Broken(stuck=False)
     with pytest.raises(AssertionError, match="broken"):
         asyncio.run(attend(broken, MemoryBus(hub=Hub()), None, 0.5, str))
+
+
+def test_settings_of_the_controller_are_those_that_were_typed() -> None:
+    config = controller_config("conservative", ("tamiyo.last_share=0.6", " tamiyo.first = 7"))
+    assert (config.temper, config.last_share, config.first) == ("conservative", 0.6, 7)
+    assert controller_config(None, ()) == TamiyoConfig()
+
+
+@pytest.mark.parametrize(
+    ("item", "error", "said"),
+    [
+        ("graft.lr_boost=2", UsageError, "esper run --set"),
+        ("tamiyo.last_share", UsageError, "tamiyo.NAME=VALUE"),
+        ("tamiyo.last_shares=0.5", ConfigError, "near names: tamiyo.last_share"),
+        ("tamiyo.last_share=7", ConfigError, "last_share"),
+    ],
+)
+def test_what_is_no_setting_of_the_controller_is_refused(item: str, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=re.escape(said)):
+        controller_config(None, (item,))

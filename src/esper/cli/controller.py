@@ -83,6 +83,10 @@ class Controller:
             completes=("conservative", "balanced", "aggressive", "exploratory"),
         ),
     ] = None  # fmt: skip
+    settings: Annotated[
+        tuple[str, ...],
+        Option(metavar="NAME=VALUE", name="--set", help="serve: settings of the controller: tamiyo.last_share=0.6."),
+    ] = ()
     seconds: Annotated[float | None, Option(metavar="S", help="serve: end after so long.", default="never")] = None
     unsigned: Annotated[bool, Option(help="serve: without ESPER_BUS_KEY.", default="no")] = False
     json: JsonPath = None
@@ -138,11 +142,12 @@ def _draw_curves(folder: Path) -> None:
 
 
 def _serve(command: Controller, context: Context) -> Outcome:
-    from esper.cli.serving import serve  # imports torch
+    from esper.cli.serving import controller_config, serve  # imports torch
 
     if command.seconds is not None and not 0 < command.seconds < float("inf"):
         raise UsageError(f"--seconds must be above 0, got {command.seconds:g}; leave it out for no end")
-    return serve(command.bus, command.controller, command.temper, command.seconds, unsigned=command.unsigned)
+    config = controller_config(command.temper, command.settings)
+    return serve(command.bus, command.controller, config, command.seconds, unsigned=command.unsigned)
 
 
 def _evaluate(command: Controller, context: Context) -> Outcome:

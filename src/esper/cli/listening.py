@@ -35,7 +35,9 @@ def listen(url: str, place: str | Path, seconds: float | None, count: int | None
         keyring=keyring, claims=claims, most=count, on_note=lambda text: write_lines([text], sys.stderr),
     )  # fmt: skip
     write_lines([f"listening on {bus.address} as {group!r} for {name}; end it with Ctrl-C"], sys.stderr)
-    if keyring is None and bus.is_remote:
+    if not bus.is_remote:
+        write_lines([f"{bus.address} is inside this process: no run reaches it; name the runs' own bus"], sys.stderr)
+    elif keyring is None:
         write_lines(["no ESPER_BUS_KEY: whoever reaches the bus is believed"], sys.stderr)
     asyncio.run(attend(registrar, bus, claims, seconds, lambda: _told(registrar, name)))
     counts = registrar.counts

@@ -6,20 +6,44 @@ import asyncio
 import secrets
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from esper.cli.attending import attend
 from esper.cli.command import Outcome, UsageError
 from esper.cli.terminal import labelled, write_lines
-from esper.config import TamiyoConfig
+from esper.config import Config, TamiyoConfig
 from esper.oona.address import open_bus
 from esper.oona.signing import Keyring
 from esper.oona.steering import HEARTBEAT_S, Steering
 from esper.oona.stores import open_claims
+from esper.settings import with_settings
 from esper.tamiyo import make_controller
 
 
-def serve(url: str, controller: str, temper: str | None, seconds: float | None, *, unsigned: bool) -> Outcome:
+def controller_config(temper: str | None, settings: Sequence[str]) -> TamiyoConfig:
+    """What all trainings are decided by: ``settings`` as typed, ``tamiyo.NAME=VALUE``, over the defaults.
+
+    Raises
+    ------
+    UsageError
+        A setting that is not the controller's, or not of that form: the others belong to the trainings.
+    ConfigError
+        No such setting, or a value that does not fit.
+    """
+    typed: dict[str, str] = {} if temper is None else {"tamiyo.temper": temper}
+    for item in settings:
+        name, equals, value = item.partition("=")
+        if not equals or not name.strip().startswith("tamiyo."):
+            raise UsageError(
+                f"--set takes tamiyo.NAME=VALUE here, got {item!r}; what does not concern the controller is set where "
+                "the training runs (esper run --set)"
+            )
+        typed[name.strip()] = value.strip()
+    return with_settings(Config(), typed).tamiyo
+
+
+def serve(url: str, controller: str, config: TamiyoConfig, seconds: float | None, *, unsigned: bool) -> Outcome:
     """Steer every training on the bus that was started with ``--controller remote``, until it is interrupted.
 
     Raises
@@ -29,7 +53,6 @@ def serve(url: str, controller: str, temper: str | None, seconds: float | None, 
     EsperError
         The bus, the keys or the controller cannot be used.
     """
-    config = TamiyoConfig() if temper is None else TamiyoConfig(temper=temper)
     make_controller(controller, config)  # an unknown name is said now, not when the first training comes
     bus, keyring, claims = open_bus(url), Keyring.from_environment(), open_claims(url)
     if keyring is None and bus.is_remote and not unsigned:
