@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from tests.servers import mock_kafka, postgres_server, redis_server, redis_trio, tansu  # noqa: F401  fixtures for all
+from tests.servers import durable_redis, mock_kafka, postgres_server, redis_server, redis_trio, tansu  # noqa: F401  fixtures for all
 
 LAYERS = ("unit", "component", "integration", "e2e")
 PLANNED_SHARES = {"unit": 50, "component": 30, "integration": 15, "e2e": 5}

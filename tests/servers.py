@@ -368,6 +368,19 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
         server.kill()
 
 
+@pytest.fixture
+def durable_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """One of the test's own that keeps what it has acknowledged, and may be killed."""
+    need_redis()
+    need("redis")
+    server = RedisServer(tmp_path / "redis", is_durable=True)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
 @pytest.fixture(scope="session")
 def redis_trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisTrio]:
     """A shared cluster of three nodes."""

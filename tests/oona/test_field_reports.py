@@ -9,14 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.karn.made import report
 from tests.oona.served import Served
-from tests.servers import RedisServer, RedisTrio, Tansu, need, need_redis, redis_server, redis_trio, tansu
+from tests.servers import RedisServer, RedisTrio, Tansu, redis_server, redis_trio, tansu
 
 from esper.karn import Database, FieldReport
 from esper.oona.address import open_bus
@@ -40,19 +40,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     names = {"redis": "redis_server", "redis-cluster": "redis_trio", "kafka-tansu": "tansu"}
     server: RedisServer | RedisTrio | Tansu = request.getfixturevalue(names[request.param])
     return f"{server.url}?prefix={tmp_path.name[-60:]}."
-
-
-@pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """One that keeps what it has acknowledged, and may be killed."""
-    need_redis()
-    need("redis")
-    server = RedisServer(tmp_path / "redis", is_durable=True)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
 
 
 class Listener(threading.Thread):
@@ -155,19 +142,19 @@ def test_a_training_reports_at_its_end_and_the_next_life_sends_what_is_left(tmp_
 
 
 def test_a_server_that_is_killed_again_and_again_loses_and_doubles_nothing(
-    own_redis: RedisServer, tmp_path: Path
+    durable_redis: RedisServer, tmp_path: Path
 ) -> None:
     db, num = tmp_path / "karn.db", 60
-    url = f"{own_redis.url}?prefix=p.&timeout=1"
+    url = f"{durable_redis.url}?prefix=p.&timeout=1"
     link = link_to(url, tmp_path / "bus")
     with Listener(url, db) as listener:
         for cohort in range(num):
             link.report([report(cohort)])
             if cohort % 20 == 10:
-                own_redis.kill()
+                durable_redis.kill()
                 time.sleep(0.1)
             if cohort % 20 == 15:
-                own_redis.start()
+                durable_redis.start()
         wait_for(db, num)
         assert any("the bus fails" in note for note in listener.notes)
     assert link.stop() and link.bytes_behind == 0
@@ -201,16 +188,18 @@ main(["karn", "listen", "--bus", sys.argv[1], "--db", sys.argv[2]])
 """
 
 
-def test_a_listener_that_is_killed_between_storing_and_acknowledging(own_redis: RedisServer, tmp_path: Path) -> None:
-    db, url = tmp_path / "karn.db", f"{own_redis.url}?prefix=p."
+def test_a_listener_that_is_killed_between_storing_and_acknowledging(
+    durable_redis: RedisServer, tmp_path: Path
+) -> None:
+    db, url = tmp_path / "karn.db", f"{durable_redis.url}?prefix=p."
     link = link_to(url, tmp_path / "bus")
     link.report([report(cohort) for cohort in range(5)])
     assert link.stop()
     words = [sys.executable, "-c", DIES, url, str(db)]
     died = subprocess.run(words, env={**os.environ, **ENVIRON}, timeout=60, capture_output=True, text=True)
     assert died.returncode == -signal.SIGKILL, died.stderr
-    own_redis.kill()
-    own_redis.start()
+    durable_redis.kill()
+    durable_redis.start()
     with Database(db) as database:
         group = f"karn {database.identity}"
     assert len(filed(db)) == 5, "it has stored them"
