@@ -8,7 +8,7 @@ from tests.models import Mlp, Pair, rows
 from tests.rigs import Rig, attach, make_visible
 
 import esper
-from esper.evidence.judge import Judgement
+from esper.evidence.acceptance import Judgement
 from esper.evidence.paired import paired_difference
 from esper.kasmina.cohort import Cohort
 from esper.kasmina.gates import Gate

@@ -40,9 +40,9 @@ def test_a_useful_cohort_is_accepted_and_the_numbers_agree(trial: Trial) -> None
     judged = judge.evaluate(COHORT, [trial.site])
     assert judged.gate.passed and judged.gate.name == "evidence"
     assert judged.e_value >= judged.threshold and judged.confirm_p <= 0.05
-    assert judged.result.low > 0 and judged.result.num == judge.confirm.window
+    assert judged.result.low > 0 and judged.result.num == judge.acceptance.confirm.window
     assert 0 < judged.num_batches <= len(judge.evaluator.splits.gate)
-    assert (judge.fdr.num_tests, judge.fdr.num_rejected) == (1, 1)
+    assert (judge.acceptance.fdr.num_tests, judge.acceptance.fdr.num_rejected) == (1, 1)
     again = judge.evaluate(COHORT, [trial.site])
     assert again.threshold > judged.threshold / 2 and again.gate.passed
 
@@ -54,8 +54,8 @@ def test_a_null_cohort_is_refused_with_a_reason() -> None:
     assert not judged.gate.passed and judged.gate.reason
     assert judged.num_batches == len(judge.evaluator.splits.gate), "everything was looked at before the refusal"
     assert math.isnan(judged.confirm_p), "confirmation batches are spent on candidates for acceptance only"
-    assert judge.confirm.position == 0
-    assert (judge.fdr.num_tests, judge.fdr.num_rejected) == (1, 0)
+    assert judge.acceptance.confirm.position == 0
+    assert (judge.acceptance.fdr.num_tests, judge.acceptance.fdr.num_rejected) == (1, 0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -67,7 +67,7 @@ def test_unknown_evidence_refuses(trial: Trial, part: str, value: float) -> None
         judge = bad.judge()
         judged = judge.evaluate(COHORT, [bad.site])
         assert not judged.gate.passed
-        assert (judge.fdr.num_tests, judge.fdr.num_rejected) == (1, 0)
+        assert (judge.acceptance.fdr.num_tests, judge.acceptance.fdr.num_rejected) == (1, 0)
         assert math.isnan(judged.result.mean)
     else:  # the first batch is looked at before anything else
         with pytest.raises(AttachError, match="finite scalar"):
@@ -95,7 +95,7 @@ def test_looks_share_one_e_value(trial: Trial) -> None:
     # the branch did not change in between, so each look finds the same: weights 1/2, 1/4, 1/4
     expected = [share * whole.e_value for share in (0.5, 0.75, 1.0)]
     assert [judged.e_value for judged in looks] == pytest.approx(expected, rel=1e-3)
-    assert not any(judged.gate.passed for judged in looks) and judge.fdr.num_tests == 1
+    assert not any(judged.gate.passed for judged in looks) and judge.acceptance.fdr.num_tests == 1
     assert judge.evaluate(COHORT, [trial.site], further=True).look == 1, "the next test begins anew"
 
 
@@ -109,10 +109,10 @@ def test_without_time_for_more_a_look_counts_in_full(trial: Trial) -> None:
 def test_a_test_that_was_begun_counts_when_its_cohort_goes(trial: Trial) -> None:
     judge = _strict(trial)
     assert judge.evaluate(COHORT, [trial.site], further=True).undecided
-    assert judge.fdr.num_tests == 0
+    assert judge.acceptance.fdr.num_tests == 0
     judge.forget(COHORT)
     judge.forget(COHORT)
-    assert (judge.fdr.num_tests, judge.fdr.num_rejected) == (1, 0)
+    assert (judge.acceptance.fdr.num_tests, judge.acceptance.fdr.num_rejected) == (1, 0)
 
 
 def test_no_gain_is_not_looked_at_again() -> None:
@@ -204,13 +204,6 @@ def test_every_forward_pass_is_paid_for(trial: Trial, normed: bool, monkeypatch:
     assert evaluator.ledger.total == evaluator.ledger.spent["evidence"]
 
 
-def test_gate_batches_start_somewhere_else_each_time_and_miss_none(trial: Trial) -> None:
-    judge = trial.judge()
-    turns = [judge._gate_batches() for _ in range(3)]
-    assert len({turn[0] for turn in turns}) == 3
-    assert all(sorted(turn) == sorted(judge.evaluator.splits.gate) for turn in turns)
-
-
 def test_holding_asks_for_a_gain_that_is_worth_its_cost(trial: Trial) -> None:
     judge = trial.judge()
     result, gate = judge.hold(COHORT, [trial.site], held_out=1.0, flops_share=0.5)
@@ -220,19 +213,27 @@ def test_holding_asks_for_a_gain_that_is_worth_its_cost(trial: Trial) -> None:
     assert not judge.hold(COHORT, [trial.site], held_out=math.nan, flops_share=0.5)[1].passed
 
 
-def test_holding_looks_at_all_gate_batches_where_half_leave_it_open(
+def test_what_chose_the_control_is_not_measured_twice(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = trial.judge()
+    asked: list[tuple[int, ...]] = []
+    losses = judge.evaluator.losses
+
+    def noted(indices: tuple[int, ...]) -> list[float]:
+        asked.append(tuple(indices))
+        return losses(indices)
+
+    monkeypatch.setattr(judge.evaluator, "losses", noted)
+    judge.evaluate(COHORT, [trial.site])
+    assert asked.count(judge.calibration) == 3, "as it is, switched off, and with the layer in its place"
+
+
+def test_the_differences_behind_the_scale_are_those_of_the_chosen_control(
     trial: Trial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = trial.judge()
-    blocks = [[0.02, -0.01, 0.02, -0.01], [0.02, 0.03, 0.02, 0.03]]
-    monkeypatch.setattr(judge, "_gate_batches", lambda: tuple(range(16)))
-    monkeypatch.setattr(judge, "_differences", lambda control, indices: blocks[int(indices[0] > 0)])
-    result, gate = judge.hold(COHORT, [trial.site], held_out=1.0, flops_share=0.1)
-    assert result.num == 8 and gate.passed
-    blocks[1] = [-0.02, -0.03, -0.02, -0.03]
-    assert not judge.hold(COHORT, [trial.site], held_out=1.0, flops_share=0.1)[1].passed
-    blocks[0] = [0.02, 0.03, 0.02, 0.03]  # decided at once: the second half is not spent
-    assert judge.hold(COHORT, [trial.site], held_out=1.0, flops_share=0.1)[0].num == 4
+    control = judge._control(COHORT, [trial.site])
+    assert control.calibration == pytest.approx(judge._differences(control, judge.calibration), rel=1e-4)
+    assert min(abs(value) for value in control.calibration) > 0
 
 
 def test_min_gain_is_the_bar(trial: Trial) -> None:

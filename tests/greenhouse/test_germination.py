@@ -9,7 +9,7 @@ import torch
 
 from esper.config import EvidenceConfig
 from esper.errors import EsperError
-from esper.greenhouse.evidence import Evidence, splits_of
+from esper.evidence.acceptance import Acceptance, splits_of
 from esper.greenhouse.family import HELD_OUT_BATCHES, HostSpec, family_named
 from esper.greenhouse.germination import apply
 from esper.greenhouse.hosts import Hosts
@@ -136,10 +136,10 @@ def test_a_copy_of_the_evidence_goes_its_own_way() -> None:
     import copy
 
     config = family_named("teacher").config
-    evidence = Evidence(splits_of(config.evidence, HELD_OUT_BATCHES, 0), config.evidence)
-    evidence.evaluate(1, lambda indices: [0.01 * (1 + i % 3) for i in indices], further=True)
+    evidence = Acceptance(splits_of(config.evidence, HELD_OUT_BATCHES, 0), config.evidence)
+    evidence.evaluate(1, lambda indices: [0.01 * (1 + i % 3) for i in indices], [0.02] * 6, further=True)
     twin = copy.deepcopy(evidence)
-    looks = [e.evaluate(2, lambda indices: [0.02] * len(indices), further=False) for e in (evidence, twin)]
+    looks = [e.evaluate(2, lambda indices: [0.02] * len(indices), [0.02] * 6, further=False) for e in (evidence, twin)]
     assert looks[0].result == looks[1].result and looks[0].gate == looks[1].gate
     twin.forget(2)
     assert twin.splits is evidence.splits and twin.fdr is not evidence.fdr

@@ -215,6 +215,16 @@ def probing(
             sites[name].refresh()
 
 
+def has_statistics(model: nn.Module) -> bool:
+    """Whether there are batch norm statistics to recompute (:func:`recalibrated`)."""
+    return bool(_with_statistics(model))
+
+
+def _with_statistics(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:  # pyright: ignore[reportPrivateUsage]
+    family = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]  # what all batch norms share
+    return [m for m in model.modules() if isinstance(m, family) and m.track_running_stats]
+
+
 @contextmanager
 def recalibrated(
     model: nn.Module, sites: dict[str, Site], run: list[Callable[[], object]]
@@ -223,8 +233,7 @@ def recalibrated(
 
     Host buffers and the branches' own are restored on exit. Without batch norm nothing is run.
     """
-    family = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]  # what all batch norms share
-    norms = [m for m in model.modules() if isinstance(m, family) and m.track_running_stats]
+    norms = _with_statistics(model)
     if not norms:
         yield
         return

@@ -6,53 +6,38 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from esper.config import EvidenceConfig
+from esper.evidence.acceptance import UNJUDGED, Acceptance, Judgement
 from esper.evidence.before import HostBefore, only_folds, smaller, tensors_by_name
-from esper.evidence.control import Recorder, WithoutCohort, probing, recalibrated
-from esper.evidence.eprocess import PairedEProcess, robust_scale
+from esper.evidence.control import Recorder, WithoutCohort, has_statistics, probing, recalibrated
 from esper.evidence.evaluator import Evaluator
-from esper.evidence.fdr import OnlineFDR
 from esper.evidence.paired import PairedResult, paired_difference
 from esper.evidence.ranking import Ranking, rank
-from esper.evidence.splits import Rotation
 from esper.evidence.tokens import recorder_for, stand_in_of
 from esper.kasmina import memory
-from esper.kasmina.gates import Gate, evidence_gate, hold_gate
+from esper.kasmina.gates import Gate
 from esper.kasmina.isolation import undisturbed
 from esper.kasmina.site import Site
 
 NAN = float("nan")
-_CONFIRM_BATCHES = 16
-_UNJUDGED = Gate("evidence", True, "kept without judgement: evidence.accept is 'always'")
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What was measured. ``result`` is the paired gain (positive: the cohort helps) with its 95% interval."""
-
-    result: PairedResult
-    e_value: float
-    threshold: float
-    confirm_p: float
-    num_batches: int
-    gate: Gate
-    look: int = 1
-    """Which look at the cohort this was."""
-    undecided: bool = False
-    """The gate is not passed, but there is a gain, and a later look may prove it."""
 
 
 @dataclass(frozen=True)
 class _Control:
-    """What stands in for a cohort at its sites, and the host from before it, if that is asked as well."""
+    """What stands in for a cohort at its sites, and the host from before it, if that is asked as well.
+
+    ``calibration`` are the differences on the calibration batches, where choosing the control has measured them.
+    """
 
     probes: dict[str, WithoutCohort]
     before: HostBefore | None = None
+    calibration: list[float] | None = None
 
 
 class Judge:
@@ -68,17 +53,11 @@ class Judge:
         self.evaluator = evaluator
         self.sites = sites
         self.config = config
-        self.fdr = OnlineFDR(config.fdr)
         self.generator = torch.Generator().manual_seed(seed)
-        splits = evaluator.splits
-        self.calibration = splits.calibration
-        self._turn = 0
+        self.calibration = evaluator.splits.calibration
+        # every block of gate batches runs all calibration batches first where there are statistics to recompute
+        self.acceptance = Acceptance(evaluator.splits, config, few_blocks=has_statistics(evaluator.model))
         self._before: dict[int, HostBefore] = {}
-        self._earlier: dict[int, list[float]] = {}
-        """Weighted e-values of the looks so far at cohorts that are not decided yet."""
-        # all of a small split each time: half of a handful of batches confirms nothing
-        window = min(len(splits.confirm), max(_CONFIRM_BATCHES, len(splits.confirm) // 2))
-        self.confirm = Rotation(splits.confirm, window)
 
     def note_graft(self, cohort: int) -> None:
         """Called before a cohort enters the forward pass: keeps the host as it is, where the control needs it."""
@@ -88,116 +67,44 @@ class Judge:
     def forget(self, cohort: int) -> None:
         """Called when a cohort has ended. A test that was begun counts, also if nobody waits for its result."""
         self._before.pop(cohort, None)
-        if self._earlier.pop(cohort, None) is not None:
-            self.fdr.record(False)
+        self.acceptance.forget(cohort)
 
     def state(self) -> dict[str, Any]:
         """Tests so far, positions and draws, as a state tree; the tensors are its own, not copies."""
         names = {id(value): name for name, value in tensors_by_name(self.evaluator.model, self.sites).items()}
         return {
-            "fdr": self.fdr.state(),
-            "confirm": self.confirm.state(),
+            **self.acceptance.state(),
             "generator": self.generator.get_state(),
-            "turn": self._turn,
             "before": {cohort: before.state(names) for cohort, before in self._before.items()},
-            "earlier": {cohort: list(looks) for cohort, looks in self._earlier.items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` has told, once the sites do. It takes over the tensors."""
         tensors = tensors_by_name(self.evaluator.model, self.sites)
         self._before = {cohort: HostBefore.of(kept, tensors) for cohort, kept in state["before"].items()}
-        self.fdr.restore(state["fdr"])
-        self.confirm.restore(state["confirm"])
+        self.acceptance.restore(state)
         self.generator.set_state(state["generator"].cpu())
-        self._turn = state["turn"]
-        self._earlier = {cohort: list(looks) for cohort, looks in state["earlier"].items()}
 
     # ---------------------------------------------------------------------------------------------- the tests
 
     def evaluate(self, cohort: int, members: Sequence[str], *, further: bool = False) -> Judgement:
-        """The acceptance test: an e-process over gate batches, then one confirmation on batches of its own.
-
-        A cohort is looked at up to ``looks`` times, while it learns on in between. The e-values of its looks are added
-        with weights of 1/2, 1/4, ... whose sum is 1: their sum is an e-value however the looks depend on each other
-        (Vovk and Wang, "E-values: calibration, combination and applications", Annals of Statistics 49(3), 2021).
-
-        Parameters
-        ----------
-        further:
-            Whether there is time for another look. It must not depend on what was measured.
-        """
+        """The acceptance test, once (:meth:`esper.evidence.acceptance.Acceptance.evaluate`)."""
         if self.config.accept == "always":
-            return Judgement(paired_difference([]), NAN, NAN, NAN, 0, _UNJUDGED)
+            return Judgement(paired_difference([]), NAN, NAN, NAN, 0, UNJUDGED)
         control = self._control(cohort, members)
-        calibration = self._differences(control, self.calibration)
-        if not np.isfinite(calibration).all():
-            return self._refusal(cohort, "the loss on a calibration batch is not finite; check evaluate= and the model")
-        earlier = self._earlier.get(cohort, [])
-        look, threshold = len(earlier) + 1, self.fdr.threshold()
-        further = further and look < self.config.looks
-        weight = 2.0**-look if further else 2.0 ** (1 - look)
-        process = PairedEProcess(robust_scale(calibration), self.config.min_gain)
-        seen, capital = self._bet(control, process, needed=(threshold - sum(earlier)) / weight)
-        e_value, result, confirm_p = sum(earlier) + weight * capital, paired_difference(seen), NAN
-        crossed = capital >= (threshold - sum(earlier)) / weight
-        if crossed:
-            result = paired_difference(self._differences(control, self.confirm.take()), min_gain=self.config.min_gain)
-            confirm_p = result.p_one_sided
-        gate = evidence_gate(
-            e_value=e_value, threshold=threshold, confirm_p=confirm_p if crossed else 1.0,
-            level=self.config.confirm_level, gain=result.mean, min_gain=self.config.min_gain,
-        )  # fmt: skip
-        undecided = not gate.passed and further and not process.refused and result.mean > self.config.min_gain
-        if undecided:
-            self._earlier[cohort] = [*earlier, weight * capital]
-            reason = f"undecided after look {look} of {self.config.looks}, it learns on: {gate.reason}"
-            gate = Gate("evidence", False, reason)
-        else:
-            self._earlier.pop(cohort, None)
-            self.fdr.record(gate.passed)
-        return Judgement(result, e_value, threshold, confirm_p, len(seen), gate, look, undecided)
-
-    def _bet(self, control: _Control, process: PairedEProcess, *, needed: float) -> tuple[list[float], float]:
-        """Differences on the gate batches, and the capital where it first reaches ``needed``, or at the end."""
-        seen: list[float] = []
-        capital = 1.0
-        for block in _blocks(self._gate_batches()):
-            for difference in self._differences(control, block):
-                seen.append(difference)
-                if capital < needed:  # a test that may stop at any time stops where it crosses its line
-                    capital = process.update(difference)
-            if capital >= needed:
-                break
-        return seen, capital
+        calibration = control.calibration
+        if calibration is None:
+            calibration = self._differences(control, self.calibration)
+        return self.acceptance.evaluate(cohort, partial(self._differences, control), calibration, further=further)
 
     def hold(
         self, cohort: int, members: Sequence[str], *, held_out: float, flops_share: float
     ) -> tuple[PairedResult, Gate]:
-        """Is the gain still there after fine-tuning, and worth its cost? Half the gate batches, or all of them.
-
-        The gain must be above zero, and harm beyond ``tolerated_harm`` excluded: that the cohort helps was decided at a
-        controlled false discovery rate before, and asking for the proof twice throws proven cohorts away
-        (docs/decisions/0015). All gate batches are looked at where half of them leave it open. ``held_out`` is the loss
-        that the gain is relative to, ``flops_share`` the forward FLOPs the cohort adds.
-        """
+        """The test after fine-tuning (:meth:`esper.evidence.acceptance.Acceptance.hold`)."""
         if self.config.accept == "always":
-            return paired_difference([]), _UNJUDGED
-        control = self._control(cohort, members)
-        seen: list[float] = []
-        result = paired_difference(seen)
-        for block in _blocks(self._gate_batches()):
-            seen += self._differences(control, block)
-            result = paired_difference(seen)
-            if result.p_one_sided <= self.config.confirm_level:
-                break
-        share = 1 / abs(held_out) if held_out else NAN
-        gate = hold_gate(
-            gain=result.mean, harm=-result.low * share, tolerated_harm=self.config.tolerated_harm,
-            gain_per_cost=result.mean * share / max(flops_share, 1e-9),
-            min_gain_per_cost=self.config.min_gain_per_cost,
-        )  # fmt: skip
-        return result, gate
+            return paired_difference([]), UNJUDGED
+        differences = partial(self._differences, self._control(cohort, members))
+        return self.acceptance.hold(differences, held_out=held_out, flops_share=flops_share)
 
     def measure(self, cohort: int, members: Sequence[str], indices: Sequence[int]) -> tuple[PairedResult, float]:
         """Paired gain over any batches against the configured control, and the mean loss with the cohort."""
@@ -231,12 +138,16 @@ class Judge:
         if self.config.control == "plain" or cohort in self._before:
             return _Control(plain, self._before.get(cohort))
         projected: dict[str, WithoutCohort] = {}
+        present: list[float] = []
         for group in self._groups(members):
-            projected |= self._stand_ins(cohort, group)
+            present, probes = self._stand_ins(cohort, group)
+            projected |= probes
         if not any(probe.stands_in for probe in projected.values()):
             return _Control(plain)
-        losses = [float(np.mean(self._arm(arm, self.calibration))) for arm in (plain, projected)]
-        return _Control(projected if losses[1] < losses[0] else plain)
+        without = {name: self._arm(arm, self.calibration) for name, arm in (("off", plain), ("in", projected))}
+        better = "in" if np.mean(without["in"]) < np.mean(without["off"]) else "off"
+        differences = [off - on for off, on in zip(without[better], present, strict=True)]
+        return _Control(projected if better == "in" else plain, calibration=differences)
 
     def _groups(self, members: Sequence[str]) -> list[list[str]]:
         """Sites whose sums are held at once: all of them, unless memory is short."""
@@ -257,25 +168,13 @@ class Judge:
         free = memory.free_bytes(device)
         return math.inf if free is None else memory.SUMS_SHARE * free
 
-    def _stand_ins(self, cohort: int, members: Sequence[str]) -> dict[str, WithoutCohort]:
+    def _stand_ins(self, cohort: int, members: Sequence[str]) -> tuple[list[float], dict[str, WithoutCohort]]:
+        """Losses of the network as it is on the calibration batches, and what they have told of the cohort."""
         rows = -(-self.config.projection_rows // len(self.calibration))
         recorders = {name: recorder_for(self.sites[name], cohort, rows, self.generator) for name in members}
-        self._arm(recorders, self.calibration)
+        present = self._arm(recorders, self.calibration)
         self.evaluator.ledger.add("evidence", sum(recorder.flops for recorder in recorders.values()))
-        return {name: stand_in_of(recorders.pop(name), self.sites[name]) for name in members}
-
-    def _gate_batches(self) -> tuple[int, ...]:
-        """All gate batches, starting somewhere else each time."""
-        gate = self.evaluator.splits.gate
-        start = (self._turn * (len(gate) // 3 + 1)) % len(gate)
-        self._turn += 1
-        return gate[start:] + gate[:start]
-
-    def _refusal(self, cohort: int, reason: str) -> Judgement:
-        threshold, look = self.fdr.threshold(), len(self._earlier.get(cohort, [])) + 1
-        self._earlier.pop(cohort, None)
-        self.fdr.record(False)
-        return Judgement(paired_difference([]), NAN, threshold, NAN, 0, Gate("evidence", False, reason), look)
+        return present, {name: stand_in_of(recorders.pop(name), self.sites[name]) for name in members}
 
     def _differences(self, control: _Control, indices: Sequence[int]) -> list[float]:
         """Loss without minus loss with, batch by batch; the smaller one where two hosts are asked."""
@@ -312,8 +211,3 @@ class Judge:
 
         return [one(index) for index in self.calibration]
 
-
-def _blocks(indices: Sequence[int]) -> list[tuple[int, ...]]:
-    """Two halves: an anytime-valid test may stop after the first."""
-    middle = (len(indices) + 1) // 2
-    return [tuple(indices[:middle]), tuple(indices[middle:])] if len(indices) >= 16 else [tuple(indices)]

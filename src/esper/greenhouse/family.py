@@ -18,7 +18,7 @@ from esper.errors import ConfigError
 from esper.greenhouse import tasks
 from esper.greenhouse.tasks import Sampler
 
-HELD_OUT_BATCHES = 28
+HELD_OUT_BATCHES = 112
 """Held-out batches; of fewer no cohort could be accepted (fourteen are left for the gate)."""
 TEST_ROWS = 2048
 FIRST_HELD_OUT = 1000
@@ -36,7 +36,7 @@ def short_run(steps: int) -> Config:
             ramp_steps=20, stabilize_steps=5, stabilize_window=16, fine_tune_steps=10, cull_steps=5, warmup_steps=20,
             embargo=40, timeout=100,
         ),
-        evidence=EvidenceConfig(control="plain"),
+        evidence=EvidenceConfig(control="plain", calibration_share=0.1, held_out_batches=16),
     )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ class Family:
     rows: int = 2048
     """Rows to train on."""
     batch_rows: int = 64
-    held_out_rows: int = 128
+    held_out_rows: int = 32
     """Rows of one held-out batch: what a gate can tell apart, and what a look costs."""
     steps: int = 400
     max_width: int = 96

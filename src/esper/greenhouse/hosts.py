@@ -25,7 +25,7 @@ from torch import Tensor
 
 from esper.config import Config
 from esper.errors import ConfigError
-from esper.greenhouse.evidence import Evidence, splits_of
+from esper.evidence.acceptance import Acceptance, splits_of
 from esper.greenhouse.family import (
     HELD_OUT_BATCHES,
     Family,
@@ -109,7 +109,7 @@ class Hosts:
         splits = splits_of(config.evidence, HELD_OUT_BATCHES, config.seed)
         window = config.graft.stabilize_window
         self.lives = [
-            Life(width, [0] * sites, Evidence(splits, config.evidence), deque(maxlen=window), [0] * sites)
+            Life(width, [0] * sites, Acceptance(splits, config.evidence), deque(maxlen=window), [0] * sites)
             for width in widths
         ]
         self.lr = np.array([spec.lr for spec in self.specs])

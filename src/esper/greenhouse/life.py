@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from esper.greenhouse.evidence import Evidence
+from esper.evidence.acceptance import Acceptance
 from esper.kasmina.ledger import Ledger
 from esper.protocol import Lifecycle, Verdict
 
@@ -81,7 +81,7 @@ class Life:
 
     widths: tuple[int, ...]
     grown: list[int]
-    evidence: Evidence
+    evidence: Acceptance
     losses: deque[float]
     embargo: list[int]
     ledger: Ledger = field(default_factory=Ledger)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from esper.config import FitConfig
+from esper.evidence.acceptance import UNJUDGED
 from esper.evidence.paired import PairedResult
 from esper.evidence.shrinkage import shrink_gains
 from esper.fitting import FEWEST_STEPS
@@ -96,8 +97,12 @@ def _stabilization(hosts: Hosts, host: int, cohort: Cohort) -> None:
 
 
 def _evaluating(hosts: Hosts, host: int, cohort: Cohort) -> None:
-    evidence = hosts.lives[host].evidence
-    look = evidence.evaluate(cohort.number, _differences(hosts, host, cohort), further=_another_look_fits(hosts))
+    if hosts.config.evidence.accept == "always":
+        _move(hosts, host, cohort, Lifecycle.FINE_TUNING)
+        return
+    evidence, differences = hosts.lives[host].evidence, _differences(hosts, host, cohort)
+    calibration = differences(evidence.splits.calibration)
+    look = evidence.evaluate(cohort.number, differences, calibration, further=_another_look_fits(hosts))
     _note_gain(hosts, host, cohort, look.result)
     if look.gate.passed:
         _move(hosts, host, cohort, Lifecycle.FINE_TUNING)
@@ -121,6 +126,9 @@ def _fine_tuning(hosts: Hosts, host: int, cohort: Cohort) -> None:
 def decide_hold(hosts: Hosts, host: int, cohort: Cohort) -> None:
     """Make a fine-tuned cohort permanent if its gain still holds, remove it otherwise."""
     life = hosts.lives[host]
+    if hosts.config.evidence.accept == "always":
+        _fossilise(hosts, host, cohort, UNJUDGED.reason)
+        return
     _, gate = life.evidence.hold(
         _differences(hosts, host, cohort), held_out=life.held_out, flops_share=cohort.added_flops_share
     )
