@@ -100,10 +100,14 @@ class Judge:
     def hold(
         self, cohort: int, members: Sequence[str], *, held_out: float, flops_share: float
     ) -> tuple[PairedResult, Gate]:
-        """The test after fine-tuning (:meth:`esper.evidence.acceptance.Acceptance.hold`)."""
+        """The test after fine-tuning (:meth:`esper.evidence.acceptance.Acceptance.hold`).
+
+        Against switching off, which is what happens to a cohort that fails it: that its host could not have had the
+        same for nothing was proven before.
+        """
         if self.config.accept == "always":
             return paired_difference([]), UNJUDGED
-        differences = partial(self._differences, self._control(cohort, members))
+        differences = partial(self._differences, self._switched_off(cohort, members))
         return self.acceptance.hold(differences, held_out=held_out, flops_share=flops_share)
 
     def measure(self, cohort: int, members: Sequence[str], indices: Sequence[int]) -> tuple[PairedResult, float]:
@@ -134,20 +138,23 @@ class Judge:
 
         Where the layer could hold the branches themselves: switching off, for the present host and an earlier one.
         """
-        plain = {name: WithoutCohort(cohort) for name in members}
-        if self.config.control == "plain" or cohort in self._before:
-            return _Control(plain, self._before.get(cohort))
+        plain = self._switched_off(cohort, members)
+        if self.config.control == "plain" or plain.before is not None:
+            return plain
         projected: dict[str, WithoutCohort] = {}
         present: list[float] = []
         for group in self._groups(members):
             present, probes = self._stand_ins(cohort, group)
             projected |= probes
         if not any(probe.stands_in for probe in projected.values()):
-            return _Control(plain)
-        without = {name: self._arm(arm, self.calibration) for name, arm in (("off", plain), ("in", projected))}
+            return plain
+        without = {name: self._arm(arm, self.calibration) for name, arm in (("off", plain.probes), ("in", projected))}
         better = "in" if np.mean(without["in"]) < np.mean(without["off"]) else "off"
         differences = [off - on for off, on in zip(without[better], present, strict=True)]
-        return _Control(projected if better == "in" else plain, calibration=differences)
+        return _Control(projected if better == "in" else plain.probes, calibration=differences)
+
+    def _switched_off(self, cohort: int, members: Sequence[str]) -> _Control:
+        return _Control({name: WithoutCohort(cohort) for name in members}, self._before.get(cohort))
 
     def _groups(self, members: Sequence[str]) -> list[list[str]]:
         """Sites whose sums are held at once: all of them, unless memory is short."""
