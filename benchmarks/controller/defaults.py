@@ -38,7 +38,7 @@ FAMILY_NAMES = (
 FIRSTS = (0.05, 0.1, 0.2)
 LAST_SHARES = (0.15, 0.3, 0.6)
 """Where the run is this far nothing germinates any more; a cohort of these hosts takes about 200 steps."""
-GROWTHS = (0.5, 1.0, 2.0, 3.0, 4.0)
+GROWTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 CONFIRMED = ("teacher", "spirals", "tabular", "checkers", "waves", "shells")
 """Families that the chosen default is confirmed on, each at its own length and at five times that."""
 EVALUATED, FRESH = range(1016, 1024), tuple(range(1000, 1005))

@@ -53,9 +53,9 @@ class Field:
         shares = [num // len(families) + (row < num % len(families)) for row in range(len(families))]
         self._shares = {name: share for name, share in zip(families, shares, strict=True) if share}
         self.families = tuple(self._shares)
-        lengths = {(FAMILIES[name].steps, FAMILIES[name].config.interval) for name in self.families}
+        lengths = {FAMILIES[name].steps // FAMILIES[name].config.interval for name in self.families}
         if len(lengths) != 1:
-            raise ConfigError(f"families side by side must share steps and interval, got {sorted(lengths)}")
+            raise ConfigError(f"families side by side must have as many decision points, got {sorted(lengths)}")
         self.outcomes: tuple[Outcome, ...] = ()
         """How the episodes that ended last came out."""
         self.reset(0)
