@@ -3,7 +3,7 @@
 ::
 
     never always even even-own search search-own random bandit                 controls
-    heuristic heuristic-before heuristic-double
+    heuristic heuristic-before heuristic-until-60
     karn-NUM karn-uniform bandit-NUM                                           with NUM reports of earlier runs
     RECIPE:SEED cloned:SEED sampled:SEED karn-policy:SEED                      trained policies
     replay:SEED shuffled:SEED                                                  what a policy does, without looking
@@ -41,11 +41,11 @@ from esper.tamiyo.sight import Sight, see
 START = TamiyoConfig()
 """The heuristic as it comes, and what else follows its pace."""
 HEURISTICS = {
-    "heuristic": START, "heuristic-before": TamiyoConfig(first=0, last_share=0.6),
-    "heuristic-double": TamiyoConfig(growth=2.0),
-}  # fmt: skip
-"""Growth until 60% of a run was the default before 0021, from step 100 on. Twice as much in a cohort was level with the
-default."""
+    "heuristic": START,
+    "heuristic-before": TamiyoConfig(first=None, last_share=0.15, growth=1.0),
+    "heuristic-until-60": TamiyoConfig(first=0, last_share=0.6, growth=1.0),
+}
+"""The default as it is, that of 0021 (one cohort of once the width), and growth from the first decision until 60%."""
 CONTROLS = (
     "never", "always", "even", "even-own", "search", "search-own", "random", *HEURISTICS, "bandit",
 )  # fmt: skip

@@ -38,6 +38,8 @@ from esper.tamiyo.neural.ranges import Ranges
 from esper.tamiyo.sight import Sight
 
 KIND = "contest-policy"
+LEARNED_ON = tuple(name for name in FAMILIES if name.removesuffix("_long") in TRAINING)
+"""Families that policies are trained on: the training families, and the longer ones of their kind."""
 _FLOORS = {"operation": 0.2, "site": 0.1, "size": 0.1}
 
 
@@ -54,7 +56,7 @@ class Extent:
     """Hosts on which the best schedule is looked for, and the heuristic watched."""
     tried: int = 16
     """Schedules tried on each."""
-    checkpoint_every: int = 10
+    checkpoint_every: int = 2
 
 
 @dataclass
@@ -68,11 +70,18 @@ class Played:
     raw: list[list[Sight]]
 
 
-def draw_hosts(rng: np.random.Generator, num: int) -> list[HostSpec]:
+def learned_on() -> str:
+    """What the hosts were that a policy has learned on, for its card."""
+    lengths = " and ".join(f"{steps:,}" for steps in sorted({FAMILIES[name].steps for name in LEARNED_ON}))
+    layers = sorted({FAMILIES[name].num_sites for name in LEARNED_ON})
+    return f"runs of {lengths} steps of small fully connected networks with {layers[0]} to {layers[-1]} hidden layers"
+
+
+def draw_hosts(rng: np.random.Generator, num: int, families: Sequence[str] = LEARNED_ON) -> list[HostSpec]:
     """Training hosts: families in turn, tasks, learning rates and seeds drawn."""
     found: list[HostSpec] = []
     for row in range(num):
-        name = TRAINING[row * len(TRAINING) // num]
+        name = families[row * len(families) // num]
         tasks = [task for task in tasks_of(name) if task < FIRST_HELD_OUT]
         found.append(
             HostSpec(
@@ -84,9 +93,14 @@ def draw_hosts(rng: np.random.Generator, num: int) -> list[HostSpec]:
 
 
 def play(specs: Sequence[HostSpec], act: Any, recipe: Recipe) -> Played:
-    """Episodes of hosts, family after family; ``act(sights, observations)`` gives one action each."""
+    """Episodes of hosts, family after family; ``act(sights, observations)`` gives one action each.
+
+    Short and long hosts side by side: they have as many decision points.
+    """
     shown = lens(recipe)
     stacks = [Episodes([s for s in specs if s.family == name]) for name in dict.fromkeys(s.family for s in specs)]
+    assert len({stack.num_decisions for stack in stacks}) == 1
+    assert list(specs) == [spec for stack in stacks for spec in stack.hosts.specs]
     sights: list[list[Sight]] = []
     raw: list[list[Sight]] = []
     actions: list[list[Action]] = []
@@ -189,9 +203,6 @@ class Training:
         return advantages, advantages + values
 
     def _watch(self, specs: Sequence[HostSpec], controllers: Sequence[Controller]) -> Played:
-        ordered = dict.fromkeys(spec.family for spec in specs)
-        assert [s.family for s in specs] == [s.family for name in ordered for s in specs if s.family == name]
-
         def act(sights: list[Sight], observations: Any) -> list[Action]:
             return [
                 nearest(() if seen.stopped is not None else c.decide(seen), seen, sight.masks)
@@ -248,8 +259,9 @@ class Training:
         """The policy as it is now."""
         assert self.ranges is not None
         card = Card(
-            ranges=self.ranges, scope=SCOPE, hosts=TRAINING, seeds=(self.seed,), limits=limits,
-            data=f"{self.episodes} episodes of stacked hosts, drawn from the training tasks of {', '.join(TRAINING)}",
+            ranges=self.ranges, scope=SCOPE, hosts=LEARNED_ON, seeds=(self.seed,), limits=limits,
+            data=f"{self.episodes} episodes of stacked hosts ({learned_on()}), drawn from the training tasks of "
+            f"{', '.join(LEARNED_ON)}",
         )  # fmt: skip
         policy_file.save(folder, self.policy, card)
 
@@ -284,6 +296,7 @@ def train(
             told = training.begin()
             if training.ranges is not None:
                 training.write(place / "cloned", limits=("it imitates, and has not learned from what came of it",))
+            checkpoints.save({"training": training.state(), "begun": told}, step=0)
         else:
             training.load(loaded.tree["training"])
             told = loaded.tree["begun"]
@@ -294,7 +307,7 @@ def train(
             if training.updates % training.extent.checkpoint_every == 0:
                 checkpoints.save({"training": training.state(), "begun": told}, step=training.updates)
         checkpoints.save({"training": training.state(), "begun": told}, step=training.updates)
-    training.write(place / "policy", limits=("hosts of 400 steps, two hidden layers",))
+    training.write(place / "policy", limits=(f"trained on {learned_on()}",))
     replace_text(place / "curves.jsonl", "".join(json.dumps(line) + "\n" for line in training.lines))
     return {
         "recipe": name, "seed": seed, "updates": training.updates, "planned": training.extent.updates,

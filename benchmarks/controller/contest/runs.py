@@ -11,10 +11,11 @@ import msgspec
 import numpy as np
 from benchmarks.controller.contest.arms import START, make, names_of, plan_in
 from benchmarks.controller.contest.policies import draw_hosts
-from benchmarks.controller.schedules import NEVER, schedules, scripted, tuned_schedules
+from benchmarks.controller.schedules import NEVER, Schedule, schedules, scripted, tuned_schedules
 
 from esper.greenhouse.episodes import Outcome, outcome
 from esper.greenhouse.family import FAMILIES, HostSpec, data_of
+from esper.greenhouse.field import TRAINING
 from esper.greenhouse.frontier import FACTORS, LEARNING_RATES, frontier_of, shapes_of
 from esper.greenhouse.germination import apply
 from esper.greenhouse.hosts import Hosts
@@ -30,8 +31,8 @@ from esper.tamiyo.neural.controller import NeuralController
 TOGETHER = 8
 """Schedules played as one stack."""
 TUNING = range(6)
-EVALUATED = range(1016, 1032)
-"""Tasks that nothing was trained, tuned or looked at on: evaluated once."""
+EVALUATED = range(1032, 1048)
+"""Tasks that nothing was trained, tuned or looked at on: evaluated once. Of longer families the first half."""
 TUNING_SEED = 500
 FIRST_SEED = 1000
 
@@ -83,14 +84,19 @@ def _told(end: Outcome, kept: int, asked: int, strange: float = 0.0) -> list[flo
     return [round(end.reward, 4), round(end.loss, 6), end.flops, end.params, asked, kept, round(strange, 3)]
 
 
-def tune_schedules(family: str, kind: str, lr: float, most: int | None = None) -> list[float]:
-    """Mean reward over tuning tasks of every schedule of a kind: ``even`` (24) or ``search`` (64)."""
+def listed(kind: str, family: str, like: str | None = None) -> list[Schedule]:
+    """All schedules of a kind for a family: ``even`` (24) or ``search`` (64), those for as many sites as ``like``
+    has. Equal numbers name the same schedule in short and in long runs."""
     host = FAMILIES[family]
-    plans = (
-        tuned_schedules(host.config.interval, host.steps)
-        if kind == "even"
-        else schedules(host.config.interval, host.steps, host.num_sites)
-    )[:most]
+    if kind == "even":
+        return tuned_schedules(host.config.interval, host.steps)
+    return schedules(host.config.interval, host.steps, FAMILIES[like or family].num_sites)
+
+
+def tune_schedules(family: str, kind: str, lr: float, numbers: Sequence[int]) -> list[float]:
+    """Mean reward over tuning tasks of some schedules of a kind, by number."""
+    host, every = FAMILIES[family], listed(kind, family)
+    plans = [every[number] for number in numbers]
     found: list[float] = []
     for first in range(0, len(plans), TOGETHER):
         group = plans[first : first + TOGETHER]
@@ -110,15 +116,12 @@ def _mean(ends: Sequence[Outcome]) -> float:
     return round(float(np.mean([np.clip(end.reward, -10.0, 10.0) for end in ends])), 4)
 
 
-def tune_static(family: str) -> list[dict[str, float]]:
-    """Mean reward of fixed widths, multiples of the host's own, at each learning rate."""
+def tune_static(family: str, lr: float) -> list[dict[str, float]]:
+    """Mean reward of fixed widths, multiples of the host's own."""
     found: list[dict[str, float]] = []
     for row, factor in enumerate(FACTORS):
-        for lr in LEARNING_RATES:
-            values = [run[0] for run in _static(family, row, lr, TUNING_SEED, TUNING)]
-            found.append(
-                {"factor": factor, "row": row, "lr": lr, "reward": float(np.mean(np.clip(values, -10.0, 10.0)))}
-            )
+        values = [run[0] for run in _static(family, row, lr, TUNING_SEED, TUNING)]
+        found.append({"factor": factor, "row": row, "lr": lr, "reward": float(np.mean(np.clip(values, -10.0, 10.0)))})
     return found
 
 
@@ -147,10 +150,14 @@ def tune_arm(arm: str, family: str, folder: str) -> dict[str, Any]:
     return found
 
 
-def evaluate_stack(arm: str, family: str, seed: int, folder: str, num_tasks: int) -> list[list[float]]:
-    """All evaluated tasks with one seed."""
+def evaluate(mode: str, *case: Any) -> list[list[float]]:
+    """In a ``stack`` or under a ``real`` grower."""
+    return {"stack": evaluate_stack, "real": evaluate_real}[mode](*case)
+
+
+def evaluate_stack(arm: str, family: str, seed: int, folder: str, tasks: Sequence[int]) -> list[list[float]]:
+    """Some tasks with one seed."""
     plan = plan_in(folder)
-    tasks = list(EVALUATED)[:num_tasks]
     if arm == "static":
         chosen = plan.tuned["static"][family]
         return _static(family, chosen["row"], chosen["lr"], FIRST_SEED + seed, tasks)
@@ -182,10 +189,10 @@ def _show_others(specs: Sequence[HostSpec], controllers: Sequence[Any], folder: 
         controller._features = seen + [seen[-1]] * 40  # whoever stopped there is seen as it was
 
 
-def evaluate_real(arm: str, family: str, seed: int, folder: str, num_tasks: int) -> list[list[float]]:
-    """Some evaluated tasks with one seed, each under a grower of its own."""
+def evaluate_real(arm: str, family: str, seed: int, folder: str, tasks: Sequence[int]) -> list[list[float]]:
+    """The same, each under a grower of its own."""
     plan, found = plan_in(folder), []
-    for task in list(EVALUATED)[:num_tasks]:
+    for task in tasks:
         spec = HostSpec(family=family, task=task, seed=FIRST_SEED + seed, lr=plan.lr(arm, family))
         watched = Watched(make(arm, spec, folder))
         found.append(_real(spec, watched))
@@ -226,10 +233,10 @@ def _strange(watched: Watched) -> float:
 
 
 def gather(chunk: int, num: int) -> list[dict[str, Any]]:
-    """Reports of real runs on training hosts, growing what is drawn evenly from Karn's candidates."""
+    """Reports of real runs on (short) training hosts, growing what is drawn evenly from Karn's candidates."""
     found: list[dict[str, Any]] = []
     architect = Architect(Snapshot(), uniform=True)
-    for number, spec in enumerate(draw_hosts(np.random.default_rng([chunk, 1 << 22]), num)):
+    for number, spec in enumerate(draw_hosts(np.random.default_rng([chunk, 1 << 22]), num, TRAINING)):
         collector = Collector(f"gather-{chunk}-{number}", job=spec.family)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
