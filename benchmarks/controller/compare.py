@@ -4,8 +4,11 @@
 
 Stages: training (five and more seeds of the full recipe, fewer of each ablation), tuning (a learning rate for each arm
 and family, schedules, a static width), experience for Karn, evaluation in stacks (all arms) and under real growers
-(those that the verdict is about). Cells are kept in --work: run again, it goes on; with --deadline it stops in time and
-writes what there is. ``--workers N``: processes of one thread each.
+(those that the verdict is about). Families are short and longer ones. Cells are kept in --work: run again, it goes on;
+with --deadline it stops in time and writes what there is. ``--workers N``: processes of one thread each.
+
+``--policies 0 --ablations 0`` is controls alone. It can run beside a training in another folder: append its cells.jsonl
+to the other's, and call again there.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +28,20 @@ from benchmarks.controller.contest.arms import ADVISED, CONTROLS, HEURISTICS
 from benchmarks.controller.contest.cells import Cells
 from benchmarks.controller.contest.policies import Extent, train
 from benchmarks.controller.contest.recipes import RECIPES
-from benchmarks.controller.contest.verdict import summary
-from benchmarks.controller.schedules import Growth, Schedule, schedules, tuned_schedules
+from benchmarks.controller.contest.verdict import GROUPS, cell_name, group_of, summary
+from benchmarks.controller.schedules import Growth, Schedule
 
 from esper.files import replace_text
-from esper.greenhouse.family import FAMILIES
+from esper.greenhouse.family import DECISIONS, FAMILIES
 from esper.greenhouse.frontier import LEARNING_RATES
 
-TUNED = ("teacher", "spirals", "tabular")
-"""Training families that schedules are tuned on, and evaluated on by other tasks."""
-FAMILY_NAMES = (*TUNED, *(name for name, family in FAMILIES.items() if family.purpose == "evaluation"))
+TUNED = ("teacher", "spirals", "tabular", "teacher_long", "spirals_long", "tabular_long")
+"""Families that schedules are tuned on, and evaluated on by other tasks."""
+SHORT = ("teacher", "spirals", "tabular", "checkers", "waves", "shells")
+FAMILY_NAMES = (*SHORT, *(f"{name}_long" for name in SHORT))
 RETUNED = ("always", *HEURISTICS, "bandit", "never")
 """Controls without schedules, whose learning rate is looked for."""
-
-
-USUAL = Extent(updates=70, hosts=15, copies=6, teachers=20, tried=12)
+USUAL = Extent(updates=70, hosts=16, copies=6, teachers=16, tried=12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +51,18 @@ class Scale:
     policies: int = 6
     ablations: int = 3
     seeds: int = 5
-    stack_tasks: int = 16
-    real_tasks: int = 8
+    tasks: tuple[int, ...] = tuple(runs.EVALUATED)
+    """Evaluated ones: of short families in stacks ..."""
+    few_tasks: int = 8
+    """... and so many of them under real growers and of longer families."""
+    part: int = 4
+    """Tasks of a longer family in one cell under real growers."""
     chunks: int = 40
     chunk: int = 9
     extent: Extent = USUAL
     train_seconds: float | None = None
+    go_on: bool = False
+    """Train further what ran out of its seconds."""
     families: tuple[str, ...] = FAMILY_NAMES
     schedules: int | None = None
     """Only so many of each list; ``None``: all."""
@@ -67,9 +75,9 @@ class Scale:
 
 
 TINY = Scale(
-    policies=2, ablations=1, seeds=1, stack_tasks=2, real_tasks=1, chunks=2, chunk=3, schedules=4,
-    families=(*TUNED, "waves"),
-    extent=Extent(updates=2, hosts=5, copies=2, teachers=5, tried=2),
+    policies=2, ablations=1, seeds=1, tasks=(1016, 1017, 1018), few_tasks=2, part=1, chunks=2, chunk=3, schedules=4,
+    families=("teacher", "spirals", "tabular", "waves", "teacher_long", "spirals_long", "tabular_long", "waves_long"),
+    extent=Extent(updates=2, hosts=8, copies=2, teachers=8, tried=2),
 )  # fmt: skip
 
 
@@ -98,32 +106,33 @@ class Contest:
             )
             for name, seed in self.scale.trained
         }  # fmt: skip
-        return self.cells.fill(train, wanted)
+        known = self.cells.known
+        again = [
+            name for name in wanted
+            if self.scale.go_on and name in known and known[name]["updates"] < known[name]["planned"]
+        ]  # fmt: skip
+        self.cells.forget(measured_of(known, again))
+        return self.cells.fill(train, wanted, again=again)
 
     def tune(self) -> bool:
         """Schedules, static widths, and a learning rate for each arm and family."""
+        families = sorted(self.scale.families, key=lambda family: -FAMILIES[family].steps)  # what takes longest first
         fixed: dict[str, Sequence[Any]] = {
-            f"tune/{kind}/{family}/{lr:g}": (family, kind, lr, self.scale.schedules)
-            for kind in ("search", "even") for family in self.scale.families for lr in LEARNING_RATES
+            f"tune/{kind}/{family}/{lr:g}/{part[0]}": (family, kind, lr, part)
+            for family in families for kind in ("search", "even") for lr in LEARNING_RATES
+            for part in self._parts(kind, family)
         }  # fmt: skip
+        static = {f"tune/static/{family}/{lr:g}": (family, lr) for family in families for lr in LEARNING_RATES}
         done = self.cells.fill(runs.tune_schedules, fixed)
-        done &= self.cells.fill(
-            runs.tune_static, {f"tune/static/{family}": (family,) for family in self.scale.families}
-        )
-        if not done:
+        if not self.cells.fill(runs.tune_static, static) or not done:
             return False
-        plan = self._tuned_schedules()
-        self._write(plan)
         arms = [*RETUNED, *self.arms_of("policy"), *self.learned("cloned"), *self.ablations()]
+        self._write(self._plan(arms))
         if not self.cells.fill(runs.tune_arm, {
-            f"tune/arm/{arm}/{family}": (arm, family, str(self.work)) for arm in arms for family in self.scale.families
+            f"tune/arm/{arm}/{family}": (arm, family, str(self.work)) for family in families for arm in arms
         }):  # fmt: skip
             return False
-        for arm in arms:
-            plan["lr"][arm] = {
-                family: float(_best(self.cells.known[f"tune/arm/{arm}/{family}"]["lr"]))
-                for family in self.scale.families
-            }
+        plan = self._plan(arms)
         plan["rate"] = self._rate(plan)
         plan["lr"]["random"] = plan["lr"]["heuristic"]
         for arm in self.arms_of("policy"):
@@ -132,44 +141,55 @@ class Contest:
         self._write(plan)
         return True
 
+    def _parts(self, kind: str, family: str) -> list[list[int]]:
+        """Numbers of schedules that are played together, few enough to be done soon."""
+        numbers = list(range(len(runs.listed(kind, family))))[: self.scale.schedules]
+        return [numbers[first : first + runs.TOGETHER] for first in range(0, len(numbers), runs.TOGETHER)]
+
+    def _plan(self, arms: Sequence[str]) -> dict[str, Any]:
+        """What the finished cells of tuning say: schedules, widths, and learning rates of those arms that have all."""
+        plan = self._tuned_schedules()
+        for arm in arms:
+            tuned = {family: self.cells.known.get(f"tune/arm/{arm}/{family}") for family in self.scale.families}
+            if None not in tuned.values():
+                plan["lr"][arm] = {family: float(_best(found["lr"])) for family, found in tuned.items() if found}
+        return plan
+
     def _tuned_schedules(self) -> dict[str, Any]:
         """The best schedules: over all training families (``even``, ``search``), and of each family by itself."""
-        known = self.cells.known
+        known, families = self.cells.known, self.scale.families
         plan: dict[str, Any] = {"lr": {}, "schedules": {}, "static": {}}
         for kind in ("even", "search"):
             table = {
-                (family, lr): np.array(known[f"tune/{kind}/{family}/{lr:g}"])
-                for family in self.scale.families for lr in LEARNING_RATES
+                (family, lr): np.concatenate([
+                    known[f"tune/{kind}/{family}/{lr:g}/{part[0]}"] for part in self._parts(kind, family)
+                ])
+                for family in families for lr in LEARNING_RATES
             }  # fmt: skip
-            bests = {
-                family: np.max([table[family, lr] for lr in LEARNING_RATES], axis=0) for family in self.scale.families
-            }
+            bests = {family: np.max([table[family, lr] for lr in LEARNING_RATES], axis=0) for family in families}
             # sites differ between families: of the searched list only what all families have can be shared
             shared = int(np.mean([bests[family] for family in TUNED], axis=0).argmax())
-            plan["schedules"][kind] = _growths(_list(kind, "teacher")[shared])
-            own = {family: int(bests[family].argmax()) for family in self.scale.families}
-            plan["schedules"][f"{kind}-own"] = {f: _growths(_list(kind, f)[number]) for f, number in own.items()}
-            for name, chosen in ((kind, dict.fromkeys(self.scale.families, shared)), (f"{kind}-own", own)):
+            own = {family: int(bests[family].argmax()) for family in families}
+            for name, chosen, like in ((kind, dict.fromkeys(families, shared), TUNED[0]), (f"{kind}-own", own, None)):
+                plan["schedules"][name] = {f: _growths(runs.listed(kind, f, like)[chosen[f]]) for f in families}
                 plan["lr"][name] = {
-                    f: float(max(LEARNING_RATES, key=lambda lr: table[f, lr][chosen[f]])) for f in self.scale.families
+                    f: float(max(LEARNING_RATES, key=lambda lr: table[f, lr][chosen[f]])) for f in families
                 }
-        for (
-            family
-        ) in self.scale.families:  # a list for other sites has other schedules: the shared one was not tried there
-            if FAMILIES[family].num_sites != FAMILIES["teacher"].num_sites:
+        for family in families:  # a list for other sites has other schedules: the shared one was not tried there
+            if FAMILIES[family].num_sites != FAMILIES[TUNED[0]].num_sites:
                 plan["lr"]["search"][family] = plan["lr"]["even"][family]
-        for family in self.scale.families:
-            plan["static"][family] = max(known[f"tune/static/{family}"], key=lambda found: found["reward"])
+            widths = [found for lr in LEARNING_RATES for found in known[f"tune/static/{family}/{lr:g}"]]
+            plan["static"][family] = max(widths, key=lambda found: found["reward"])
         return plan
 
     def _rate(self, plan: dict[str, Any]) -> float:
-        """Germinations of the heuristic a decision, on tuning tasks of the training families."""
+        """Germinations of the heuristic a decision, on tuning tasks of the families that schedules are tuned on."""
         asked = [
             len(run)
             for family in TUNED
             for run in self.cells.known[f"tune/arm/heuristic/{family}"]["asked"][str(plan["lr"]["heuristic"][family])]
         ]
-        return float(np.mean(asked)) / 19
+        return float(np.mean(asked)) / (DECISIONS - 1)
 
     def _mean_schedule(self, plan: dict[str, Any], arm: str, family: str) -> list[dict[str, Any]]:
         """What a policy usually does on a family: its commonest times, sites and sizes."""
@@ -203,45 +223,55 @@ class Contest:
         if not self.cells.fill(runs.gather, {f"gather/{n}": (n, scale.chunk) for n in range(scale.chunks)}):
             return False
         reports = [report for n in range(scale.chunks) for report in self.cells.known[f"gather/{n}"]]
-        if not (self.work / "reports.json").exists():
-            replace_text(self.work / "reports.json", json.dumps(reports))
+        replace_text(self.work / "reports.json", json.dumps(reports))
         policies, karn = self.arms_of("policy"), [*ADVISED, *self.learned("karn-policy")]
         stacked = ["static", *CONTROLS, *policies]
         replays = self.learned("replay")
         others = [*self.learned("cloned"), *replays, *self.learned("shuffled"), *self.ablations()]
         others += self.learned("sampled")
         some, all_of = range(min(2, scale.seeds)), range(scale.seeds)
-        done = [
-            self._evaluate(mode, arms, seeds)
-            for mode, arms, seeds in (
-                ("stack", stacked, some), ("real", [*CONTROLS, *policies], some), ("stack", others, some),
-                ("real", karn, some), ("real", [*CONTROLS, *policies], all_of), ("stack", [*stacked, *others], all_of),
-                ("real", [*karn, *replays], all_of),
-            )
-        ]  # fmt: skip
-        return all(done)
+        wanted: dict[str, Sequence[Any]] = {}
+        for mode, arms, groups, seeds in (
+            ("stack", stacked, GROUPS, some), ("real", [*CONTROLS, *policies], GROUPS, some),
+            ("stack", others, GROUPS, some), ("real", karn, GROUPS[:1], some),
+            ("real", [*CONTROLS, *policies], GROUPS, all_of), ("stack", [*stacked, *others], GROUPS, all_of),
+            ("real", [*karn, *replays], GROUPS[:1], all_of),
+        ):  # fmt: skip
+            for group in groups:
+                wanted |= self._cases(mode, arms, group, seeds)
+        return self.cells.fill(runs.evaluate, wanted)
 
-    def _evaluate(self, mode: str, arms: Sequence[str], seeds: Sequence[int]) -> bool:
-        is_stack = mode == "stack"
-        num_tasks = self.scale.stack_tasks if is_stack else self.scale.real_tasks
-        return self.cells.fill(runs.evaluate_stack if is_stack else runs.evaluate_real, {
-            f"{mode}/{arm}/{family}/{seed}": (arm, family, seed, str(self.work), num_tasks)
-            for seed in seeds for arm in arms for family in self.scale.families
-        })  # fmt: skip
+    def _cases(self, mode: str, arms: Sequence[str], group: str, seeds: Sequence[int]) -> dict[str, Sequence[Any]]:
+        """Cells of an evaluation on the short or the longer families."""
+        is_long = group == "longer"
+        tasks = self.scale.tasks if mode == "stack" and not is_long else self.scale.tasks[: self.scale.few_tasks]
+        size = self.scale.part if mode == "real" and is_long else len(tasks)
+        parts = [tasks[first : first + size] for first in range(0, len(tasks), size)]
+        return {
+            cell_name(mode, arm, family, seed, row, len(parts)): (mode, arm, family, seed, str(self.work), part)
+            for seed in seeds for arm in arms for family in self.scale.families if group_of(family) == group
+            for row, part in enumerate(parts, 1)
+        }  # fmt: skip
 
     def _write(self, plan: dict[str, Any]) -> None:
         replace_text(self.plan_path, json.dumps(plan, indent=1) + "\n")
 
 
+OF_A_POLICY = ("policy", "sampled", "shuffled", "replay", "karn-policy")
+"""Arms that a policy of the full recipe is asked in."""
+
+
+def measured_of(cells: Collection[str], trainings: Collection[str]) -> list[str]:
+    """Cells that say how the policies of some trainings do."""
+    arms: set[str] = set()
+    for training in trainings:
+        _, name, seed = training.split("/")
+        arms |= {f"{head}:{seed}" for head in (OF_A_POLICY if name == "policy" else (name,))}
+    return [cell for cell in cells if arms & set(cell.split("/"))]
+
+
 def _best(rewards: dict[str, float]) -> str:
     return max(rewards, key=lambda lr: rewards[lr])
-
-
-def _list(kind: str, family: str) -> list[Schedule]:
-    found = FAMILIES[family]
-    if kind == "even":
-        return tuned_schedules(found.config.interval, found.steps)
-    return schedules(found.config.interval, found.steps, found.num_sites)
 
 
 def _growths(schedule: Schedule) -> list[dict[str, Any]]:
@@ -255,16 +285,23 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes of one thread each; 0: this one alone")
     parser.add_argument("--deadline", type=float, help="seconds after which to stop and write what there is")
     parser.add_argument("--train-seconds", type=float, help="most seconds of one training")
-    parser.add_argument("--policies", type=int, default=Scale.policies, help="trainings of the full recipe")
-    parser.add_argument("--ablations", type=int, default=Scale.ablations, help="trainings of each other recipe")
+    parser.add_argument(
+        "--go-on",
+        action="store_true",
+        help="train further what ran out of --train-seconds; what was measured of those policies is measured anew",
+    )
+    parser.add_argument("--policies", type=int, help="trainings of the full recipe")
+    parser.add_argument("--ablations", type=int, help="trainings of each other recipe")
     parser.add_argument("--tiny", action="store_true", help="a few cells, to see that everything works")
     parser.add_argument("--only-summary", action="store_true", help="of what is there")
     given = parser.parse_args()
     until = time.monotonic() + (given.deadline or 1e9)
-    base = asdict(TINY if given.tiny else Scale()) | {"train_seconds": given.train_seconds}
-    if not given.tiny:
-        base |= {"policies": given.policies, "ablations": given.ablations}
-    scale = Scale(**{**base, "extent": (TINY if given.tiny else Scale()).extent})
+    scale = TINY if given.tiny else Scale()
+    scale = replace(
+        scale, train_seconds=given.train_seconds, go_on=given.go_on,
+        policies=scale.policies if given.policies is None else given.policies,
+        ablations=scale.ablations if given.ablations is None else given.ablations,
+    )  # fmt: skip
     contest = Contest(given.work, scale, workers=given.workers, until=until)
     if not given.only_summary:
         contest.run()

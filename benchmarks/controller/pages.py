@@ -1,6 +1,6 @@
 """Write the tables of docs/control_headroom.md, docs/greenhouse.md and docs/control.md from the measured files.
 
-python benchmarks/controller/pages.py
+python -m benchmarks.controller.pages
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
+from benchmarks.controller.contest.verdict import GROUPS, group_of
 
 from esper.greenhouse.family import FAMILIES
 
@@ -93,7 +95,7 @@ ARMS = {
     "always": "always", "even": "even schedule", "even-own": "even, tuned on the family",
     "search": "best of 64 schedules",
     "search-own": "best of 64, tuned on the family", "random": "random, same rate", "heuristic": "heuristic",
-    "heuristic-before": "heuristic until 60% of a run", "heuristic-double": "heuristic, twice as much a cohort",
+    "heuristic-before": "heuristic of decision 0021", "heuristic-until-60": "heuristic until 60% of a run",
     "bandit": "bandit", "bandit-1000": "bandit, taught", "karn-uniform": "heuristic, even draws of designs",
     "karn-50": "heuristic with Karn, 50 reports", "karn-200": "with Karn, 200", "karn-1000": "with Karn, 1,000",
     "critic": "critic instead of siblings", "no-start": "no start", "heuristic-start": "start from the heuristic alone",
@@ -104,29 +106,36 @@ ARMS = {
 
 
 def contest_tables(measured: dict[str, Any]) -> str:
-    """Rewards by arm and family, in stacks and under real growers, and the policy against all others."""
+    """Rewards by arm and family, in stacks and under real growers, and the policy against all others: short families
+    in one table, longer ones in another."""
     parts = [f"`{measured['command']}` ({sum(measured['cpu_s'].values()) / 3600:.1f} CPU hours in all)."]
     for mode, title in (("real", "Under real growers"), ("stack", "In stacks")):
-        if mode in measured:
-            parts += [f"**{title}**, mean reward ± standard error over tasks:", contest_table(measured[mode])]
+        there = {family for rows in measured.get(mode, {}).get("arms", {}).values() for family in rows}
+        for group in GROUPS:
+            families = [family for family in FAMILIES if family in there and group_of(family) == group]
+            if families:
+                lengths = " or ".join(f"{steps:,}" for steps in sorted({FAMILIES[name].steps for name in families}))
+                parts += [
+                    f"**{title}**, runs of {lengths} steps, mean reward ± standard error over tasks:",
+                    contest_table(measured[mode], families, group),
+                ]
     return "\n\n".join(parts)
 
 
-def contest_table(found: dict[str, Any]) -> str:
-    """One row an arm."""
+def contest_table(found: dict[str, Any], families: list[str], group: str) -> str:
+    """One row an arm that was on all of the families."""
     against = found["differences"].get("policy", {})
-    families = sorted(next(iter(found["arms"].values())), key=list(FAMILIES).index)
     lines = [
         f"| | {' | '.join(families)} | MFLOP | kept | policy minus it |",
         "|---|" + "---|" * (len(families) + 3),
     ]
     for name, shown_as in ARMS.items():
-        rows = found["arms"].get(name)
-        if rows is None or set(rows) != set(families):
+        rows = {family: row for family, row in found["arms"].get(name, {}).items() if family in families}
+        if len(rows) < len(families):
             continue
         cells = [f"{rows[f]['reward']:+.2f} ± {rows[f]['standard_error']:.2f}" for f in families]
         mflop, kept = (sum(row[key] for row in rows.values()) / len(rows) for key in ("mflop", "kept"))
-        over = against.get(name, {}).get("overall")
+        over = against.get(name, {}).get(group)
         told = "" if over is None else f"{over['value']:+.2f} ({over['low']:+.2f} to {over['high']:+.2f})"
         lines.append(f"| {shown_as} | {' | '.join(cells)} | {mflop:.0f} | {kept:.1f} | {told} |")
     return "\n".join(lines)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from benchmarks.controller.contest.cells import Cells
+from benchmarks.controller.contest.policies import LEARNED_ON, learned_on
 
-from esper.greenhouse.family import FAMILIES
 from esper.tamiyo.neural import policy_file
 
 MOST_WORSE = 0.5
@@ -44,12 +45,12 @@ def decision(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def best_policy(cells: dict[str, Any]) -> str:
-    """The training that did best on tuning tasks of the training families."""
+    """The training that did best on tuning tasks of the families that it was trained on."""
     scores: dict[str, list[float]] = {}
     for name, value in cells.items():
         if name.startswith("tune/arm/policy:"):
             _, _, arm, family = name.split("/")
-            if FAMILIES[family].purpose == "training":
+            if family in LEARNED_ON:
                 scores.setdefault(arm.partition(":")[2], []).append(max(value["lr"].values()))
     return max(scores, key=lambda seed: sum(scores[seed]) / len(scores[seed]))
 
@@ -62,16 +63,14 @@ def main() -> None:
     given = parser.parse_args()
     found = json.loads(given.summary.read_text(encoding="utf-8"))
     told = decision(found)
-    lines = (given.work / "cells.jsonl").read_text(encoding="utf-8").splitlines()
-    cells = {line["cell"]: line["value"] for line in map(json.loads, lines)}
-    seed = best_policy(cells)
+    seed = best_policy(Cells(given.work / "cells.jsonl", workers=0, until=0.0).known)
     print(json.dumps({"seed": seed, **told}, indent=1))
     if not (given.write and told["may_ship"]):
         return
     policy, card = policy_file.load(given.work / "policies" / f"policy-{seed}" / "policy")
     rewards = found["real"]["arms"]["policy"]
     limits = (
-        "trained on runs of 400 steps of small fully connected networks with one to three hidden layers",
+        f"trained on {learned_on()}",
         "a run without total_steps, with a ceiling, or outside the ranges above is left to the heuristic",
         *(f"not shown to be better than {name}" for name in told["win"]["not_above"]),
     )

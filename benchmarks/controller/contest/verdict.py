@@ -2,7 +2,8 @@
 
 Differences are paired by task and seed. Intervals: trained policies, then tasks, then seeds within tasks are drawn
 anew (hierarchical bootstrap); the statistic over all families is the interquartile mean, on one family the mean of
-differences held within ten deviations. p-values against several controls are Holm's.
+differences held within ten deviations. Every run counts alike, so families with more tasks or seeds count more. Beside
+all families, ``short`` and ``longer`` ones are told by themselves. p-values against several controls are Holm's.
 """
 
 from __future__ import annotations
@@ -16,25 +17,54 @@ from typing import Any
 import numpy as np
 from benchmarks.controller.contest.arms import ADVISED, CONTROLS
 
+from esper.greenhouse.family import FAMILIES
+
 COLUMNS = ("reward", "loss", "flops", "params", "asked", "kept", "fallback")
 MOST = 10.0
 DRAWS = 1000
 LEARNED = ("policy", "cloned", "sampled", "karn-policy", "replay", "shuffled")
-FEW = ["never", "heuristic", "heuristic-before", "even", "karn-uniform"]
+FEW = ["never", "heuristic", "heuristic-before", "heuristic-until-60", "even", "karn-uniform"]
 """What arms other than the policy are held against."""
 Table = dict[str, dict[str, np.ndarray]]
 """By group and family: ``(P, S, T, columns)``."""
 
 
-def table(cells: dict[str, Any], mode: str) -> Table:
-    """What was evaluated; of seeds only those that every policy of a group has."""
-    found: dict[str, dict[str, dict[str, dict[int, Any]]]] = {}
+GROUPS = ("short", "longer")
+
+
+def group_of(family: str) -> str:
+    """``short`` or ``longer``: how long its hosts train."""
+    return "longer" if FAMILIES[family].purpose == "longer" else "short"
+
+
+def cell_name(mode: str, arm: str, family: str, seed: int, part: int, parts: int) -> str:
+    """Of an evaluation with one seed: of all tasks, or of one of several parts of them, counted from 1."""
+    return f"{mode}/{arm}/{family}/{seed}" + (f"/{part}of{parts}" if parts > 1 else "")
+
+
+def whole(cells: dict[str, Any], mode: str) -> dict[tuple[str, str, int], list[Any]]:
+    """Runs by arm, family and seed, where all parts are there."""
+    parts: dict[tuple[str, str, int], dict[int, list[Any]]] = {}
+    wanted: dict[tuple[str, str, int], int] = {}
     for name, value in cells.items():
         if not name.startswith(f"{mode}/"):
             continue
-        _, arm, family, seed = name.split("/")
-        group = arm.partition(":")[0]
-        found.setdefault(group, {}).setdefault(family, {}).setdefault(arm, {})[int(seed)] = value
+        _, arm, family, seed, *rest = name.split("/")
+        part, num = map(int, rest[0].split("of")) if rest else (1, 1)
+        key = (arm, family, int(seed))
+        parts.setdefault(key, {})[part], wanted[key] = value, num
+    return {
+        key: [run for part in sorted(found) for run in found[part]]
+        for key, found in parts.items()
+        if len(found) == wanted[key]
+    }
+
+
+def table(cells: dict[str, Any], mode: str) -> Table:
+    """What was evaluated; of seeds only those that every policy of a group has."""
+    found: dict[str, dict[str, dict[str, dict[int, Any]]]] = {}
+    for (arm, family, seed), runs in whole(cells, mode).items():
+        found.setdefault(arm.partition(":")[0], {}).setdefault(family, {}).setdefault(arm, {})[seed] = runs
     made: Table = {}
     for group, families in found.items():
         for family, arms in families.items():
@@ -107,15 +137,19 @@ def holm(p: dict[str, float]) -> dict[str, float]:
 
 
 def against(known: Table, one: str, others: list[str]) -> dict[str, Any]:
-    """One arm against others: overall, and family by family."""
+    """One arm against others: over all families that both have, over the short and the longer ones of them, and
+    family by family."""
     found: dict[str, Any] = {}
     for other in others:
         parts = {f: differences(known, one, other, f) for f in known.get(one, {})}
         there = {family: part for family, part in parts.items() if part is not None}
         if not there or other == one:
             continue
+        groups = {group: [part for f, part in there.items() if group_of(f) == group] for group in GROUPS}
         found[other] = {
             "overall": interval(list(there.values()), iqm),
+            "num_families": len(there),
+            **{group: interval(some, iqm) for group, some in groups.items() if some},
             "families": {f: interval([part], mean) for f, part in there.items()},
         }
     adjusted = holm({name: entry["overall"]["p"] for name, entry in found.items()})
