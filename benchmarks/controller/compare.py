@@ -75,9 +75,9 @@ class Scale:
 
 
 TINY = Scale(
-    policies=2, ablations=1, seeds=1, tasks=(1016, 1017, 1018), few_tasks=2, part=1, chunks=2, chunk=3, schedules=4,
-    families=("teacher", "spirals", "tabular", "waves", "teacher_long", "spirals_long", "tabular_long", "waves_long"),
-    extent=Extent(updates=2, hosts=8, copies=2, teachers=8, tried=2),
+    policies=2, ablations=0, seeds=1, tasks=(1016, 1017, 1018), few_tasks=2, part=1, chunks=2, chunk=3, schedules=4,
+    families=("teacher", "waves", "teacher_long", "waves_long"),
+    extent=Extent(updates=2, hosts=4, copies=2, teachers=4, tried=2),
 )  # fmt: skip
 
 
@@ -141,6 +141,10 @@ class Contest:
         self._write(plan)
         return True
 
+    @property
+    def _tuned(self) -> list[str]:
+        return [family for family in TUNED if family in self.scale.families]
+
     def _parts(self, kind: str, family: str) -> list[list[int]]:
         """Numbers of schedules that are played together, few enough to be done soon."""
         numbers = list(range(len(runs.listed(kind, family))))[: self.scale.schedules]
@@ -168,7 +172,7 @@ class Contest:
             }  # fmt: skip
             bests = {family: np.max([table[family, lr] for lr in LEARNING_RATES], axis=0) for family in families}
             # sites differ between families: of the searched list only what all families have can be shared
-            shared = int(np.mean([bests[family] for family in TUNED], axis=0).argmax())
+            shared = int(np.mean([bests[family] for family in self._tuned], axis=0).argmax())
             own = {family: int(bests[family].argmax()) for family in families}
             for name, chosen, like in ((kind, dict.fromkeys(families, shared), TUNED[0]), (f"{kind}-own", own, None)):
                 plan["schedules"][name] = {f: _growths(runs.listed(kind, f, like)[chosen[f]]) for f in families}
@@ -186,7 +190,7 @@ class Contest:
         """Germinations of the heuristic a decision, on tuning tasks of the families that schedules are tuned on."""
         asked = [
             len(run)
-            for family in TUNED
+            for family in self._tuned
             for run in self.cells.known[f"tune/arm/heuristic/{family}"]["asked"][str(plan["lr"]["heuristic"][family])]
         ]
         return float(np.mean(asked)) / (DECISIONS - 1)
