@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from benchmarks.controller import compare, effort
+from benchmarks.controller import compare, effort, pages, ship
 from benchmarks.controller.contest import arms, policies, recipes, runs, verdict
 from benchmarks.controller.contest.cells import Cells
 
 from esper.greenhouse.episodes import SCOPE, Episodes
 from esper.greenhouse.family import FAMILIES, HostSpec
-from esper.greenhouse.frontier import frontier_of, tasks_of
+from esper.greenhouse.frontier import LEARNING_RATES, frontier_of, tasks_of
+from esper.protocol import Observation
+from esper.tamiyo.actions import WAIT, Action
 from esper.tamiyo.features import GLOBAL_COLUMNS
 from esper.tamiyo.neural import policy_file
+from esper.tamiyo.sight import Sight
 
 pytestmark = pytest.mark.component
 
@@ -45,6 +52,21 @@ def test_cells_are_done_once_and_a_line_that_was_cut_off_is_done_again(tmp_path:
     assert again.known == {"a": 2}
     assert not Cells(path, workers=0, until=time.monotonic()).fill(doubled, {"b": (2,)})  # no time left
     assert again.fill(doubled, {"a": (-1,), "b": (2,)}) and again.known["b"] == 4  # "a" is not done again
+
+
+def test_a_cell_is_done_once_more_where_that_is_asked_and_forgotten_for_good(tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    cells = Cells(path, workers=0, until=math.inf)
+    assert cells.fill(doubled, {"a": (1,), "b": (2,)}) and cells.fill(doubled, {"a": (5,), "b": (7,)}, again=["a"])
+    cells.forget(["b"])
+    assert cells.known == {"a": 10} == Cells(path, workers=0, until=math.inf).known  # the later line counts
+    assert set(cells.seconds) == {"a", "b"}  # what it took is not forgotten
+    path.write_text(path.read_text(encoding="utf-8") + '{"cell": "c", "val', encoding="utf-8")  # killed
+    after = Cells(path, workers=0, until=math.inf)
+    assert after.fill(doubled, {"c": (3,)})
+    assert Cells(path, workers=0, until=math.inf).known == {"a": 10, "c": 6}
+    late = Cells(path, workers=0, until=time.monotonic())
+    assert not late.fill(doubled, {"a": (1,)}, again=["a"]) and late.known["a"] == 10
 
 
 def test_a_cell_that_fails_in_a_worker_leaves_the_others_alone(
@@ -92,16 +114,47 @@ def test_a_training_that_was_cut_short_goes_on_to_the_same_policy(tmp_path: Path
     assert card.sha256 == other.sha256 and all(map(torch.equal, one.parameters(), two.parameters()))
     cloned, _ = policy_file.load(tmp_path / "whole" / "cloned")
     assert not all(map(torch.equal, one.parameters(), cloned.parameters()))
-    assert set(card.hosts) == {n for n, family in FAMILIES.items() if family.purpose == "training"}
-    assert card.ranges.num_sites == (1, 3) and "episodes of stacked hosts" in card.data
+    assert card.hosts == policies.LEARNED_ON and card.ranges.num_sites == (1, 3)
+    assert "runs of 400 and 2,000 steps" in card.data and "runs of 400 and 2,000 steps" in card.limits[0]
+
+
+def test_policies_learn_on_short_and_longer_hosts_of_training_families_side_by_side() -> None:
+    short = [name for name, family in FAMILIES.items() if family.purpose == "training"]
+    assert policies.LEARNED_ON == (*short, "teacher_long", "spirals_long", "tabular_long")
+    specs = policies.draw_hosts(np.random.default_rng(0), compare.USUAL.hosts)
+    assert [spec.family for spec in specs] == [name for name in policies.LEARNED_ON for _ in range(2)]
+    assert all(spec.task < 1000 for spec in specs)
+    some = [spec for spec in specs if spec.family in ("flat", "spirals_long")]
+    steps: list[list[int]] = []
+
+    def wait(sights: list[Sight], observations: list[Observation]) -> list[Action]:
+        steps.append([seen.step for seen in observations])
+        return [WAIT] * len(sights)
+
+    played = policies.play(some, wait, recipes.FULL)
+    assert steps == [[20 * n, 20 * n, 100 * n, 100 * n] for n in range(1, 20)]
+    assert len(played.returns) == 4 and np.isfinite(played.rewards).all()
+
+
+def test_what_is_imitated_on_longer_hosts_is_spread_over_their_whole_run() -> None:
+    steps = {
+        name: [g.step for plan in runs.listed("search", name) for g in plan] for name in ("tabular", "tabular_long")
+    }
+    assert [5 * step for step in steps["tabular"]] == steps["tabular_long"]  # equal numbers, the same schedule
+    three, two = (runs.listed("search", "waves_long", like) for like in (None, "teacher"))
+    assert max(g.site for plan in three for g in plan) == 2 and max(g.site for plan in two for g in plan) == 1
+    training = policies.Training(recipes.FULL, policies.Extent(tried=2), 0, "small")
+    played, chosen = training._best_branches([HostSpec(family="spirals_long", task=0, seed=1, lr=2e-2)])
+    assert len(chosen) == 1 and len(played.returns) == 2 and len(played.sights) == 19
 
 
 def test_a_critic_learns_what_siblings_do_without(tmp_path: Path) -> None:
-    training = policies.Training(recipes.RECIPES["critic"], policies.Extent(**SMALL), 0, "small")
+    few = policies.Extent(**SMALL | {"hosts": 2})
+    training = policies.Training(recipes.RECIPES["critic"], few, 0, "small")
     before = training.policy.value.weight.clone()
     training.update()
     assert not torch.equal(before, training.policy.value.weight)
-    siblings = policies.Training(recipes.RECIPES["no-start"], policies.Extent(**SMALL), 0, "small")
+    siblings = policies.Training(recipes.RECIPES["no-start"], few, 0, "small")
     siblings.update()
     assert not siblings.policy.value.weight.any() and siblings.begin() is None
 
@@ -137,11 +190,102 @@ def test_arms_act_as_their_names_say(tmp_path: Path) -> None:
 
 
 def test_evaluated_tasks_are_fresh_and_known() -> None:
+    scale = compare.Scale()
     for family in compare.FAMILY_NAMES:
         known = set(tasks_of(family))
-        assert set(runs.EVALUATED) <= known and set(runs.TUNING) <= known
-    assert not set(runs.EVALUATED) & {*range(1016)}  # what the headroom was measured on is not
+        num = scale.few_tasks if verdict.group_of(family) == "longer" else len(scale.tasks)
+        assert set(scale.tasks[:num]) <= known and set(runs.TUNING) <= known
+    assert min(scale.tasks) >= 1032  # what was evaluated before, and what the headroom was measured on, is not
     assert {name for name, _ in compare.Scale().trained} == set(recipes.RECIPES)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The contest as a whole
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what a contest does; nothing is trained or played."""
+    names: list[str] = []
+
+    def doing(name: str, found: Callable[..., Any]) -> Callable[..., Any]:
+        def work(*args: Any) -> Any:
+            names.append("/".join([name, *(str(part) for part in args[:4])]))
+            return found(*args)
+
+        return work
+
+    rates = {str(lr): lr for lr in LEARNING_RATES}
+    told = {"planned": 70, "episodes": 0, "begun": None, "lines": []}
+    trained: Counter[tuple[str, int]] = Counter()
+
+    def train(name: str, seed: int, *rest: Any) -> dict[str, Any]:
+        trained[name, seed] += 1
+        return told | {"updates": min(70, (50 - 10 * seed) * trained[name, seed])}
+
+    monkeypatch.setattr(compare, "train", doing("train", train))
+    monkeypatch.setattr(runs, "tune_schedules", doing("schedules", lambda f, k, lr, numbers: [lr * n for n in numbers]))
+    monkeypatch.setattr(runs, "tune_static", doing("static", lambda f, lr: [{"row": 0, "lr": lr, "reward": lr}]))
+    asked = {lr: [[[20, -1, 1.0]]] for lr in rates}
+    monkeypatch.setattr(runs, "tune_arm", doing("arm", lambda *_: {"lr": rates, "asked": asked}))
+    monkeypatch.setattr(runs, "gather", doing("gather", lambda *_: [{"report": 1}]))
+    monkeypatch.setattr(runs, "evaluate", doing("", lambda *case: [[0.1, 0.5, 1e6, 9, 1, 1, 0] for _ in case[-1]]))
+    return names
+
+
+def contest_in(folder: Path, until: float = math.inf, **settings: Any) -> compare.Contest:
+    contest = compare.Contest(folder, replace(compare.Scale(), **settings), workers=0, until=until)
+    contest.run()
+    return contest
+
+
+def test_controls_and_policies_in_two_folders_are_one_contest_when_their_cells_are_joined(
+    tmp_path: Path, done: list[str]
+) -> None:
+    alone = contest_in(tmp_path / "controls", policies=0, ablations=0, seeds=2)
+    found = verdict.summary(alone.cells.known, alone.cells.seconds, alone.plan_path)
+    assert set(found["real"]["arms"]["never"]) == set(compare.FAMILY_NAMES) and "policy" not in found["real"]["arms"]
+    trained = compare.Contest(
+        tmp_path / "policies", compare.Scale(policies=2, ablations=1, seeds=2), workers=0, until=math.inf
+    )
+    assert trained.train()
+    with (tmp_path / "policies" / "cells.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write((tmp_path / "controls" / "cells.jsonl").read_text(encoding="utf-8"))
+    done.clear()
+    whole = contest_in(tmp_path / "policies", policies=2, ablations=1, seeds=2)
+    again = {"train", "schedules", "static", "gather"} | {
+        f"/{m}/{arm}" for m in ("real", "stack") for arm in arms.CONTROLS
+    }
+    assert done and not [name for name in done if any(name.startswith(f"{head}/") for head in again)]
+    plan = json.loads(whole.plan_path.read_text(encoding="utf-8"))
+    assert {"heuristic", "policy:1", "cloned:0", "random", "critic:0"} <= set(plan["lr"])
+    assert set(plan["schedules"]["replay:1"]) == set(compare.FAMILY_NAMES)
+    assert plan["schedules"]["even"]["waves_long"][0]["step"] == 5 * plan["schedules"]["even"]["waves"][0]["step"]
+    found = verdict.summary(whole.cells.known, whole.cells.seconds, whole.plan_path)
+    real, stack = found["real"]["arms"], found["stack"]["arms"]
+    assert real["policy"]["waves_long"]["tasks"] == real["policy"]["waves"]["tasks"] == 8  # two cells of four, and one
+    assert (stack["replay"]["waves"]["tasks"], stack["replay"]["waves_long"]["tasks"]) == (16, 8)
+    assert set(real["karn-200"]) == set(real["replay"]) == set(compare.SHORT)  # the others are on all
+    done.clear()
+    contest_in(tmp_path / "policies", policies=2, ablations=1, seeds=2)
+    assert done == []
+
+
+def test_what_ran_out_of_its_seconds_is_trained_further_and_measured_anew(tmp_path: Path, done: list[str]) -> None:
+    settings = {"policies": 2, "ablations": 0, "seeds": 1}
+    first = contest_in(tmp_path, **settings)
+    assert [first.cells.known[f"train/policy/{seed}"]["updates"] for seed in (0, 1)] == [50, 40]
+    done.clear()
+    contest_in(tmp_path, **settings)
+    assert done == []  # as it is, without being asked
+    further = contest_in(tmp_path, **settings, go_on=True)
+    assert [name.split("/")[:3] for name in done[:2]] == [["train", "policy", "0"], ["train", "policy", "1"]]
+    assert [further.cells.known[f"train/policy/{seed}"]["updates"] for seed in (0, 1)] == [70, 70]
+    touched = {name.split("/")[2 if name.startswith("/") else 1] for name in done[2:]}
+    assert touched == {f"{head}:{seed}" for head in compare.OF_A_POLICY for seed in (0, 1)}  # not controls, nor clones
+    done.clear()
+    contest_in(tmp_path, **settings, go_on=True)
+    assert done == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -168,6 +312,45 @@ def test_differences_are_paired_and_a_win_has_to_be_over_all() -> None:
     told = verdict.win(found)
     assert told["not_above"] == ["heuristic"] and not told["above_all"] and told["worse_by_half"] == []
     assert verdict.arms(known)["policy"]["tabular"]["by_policy"] == pytest.approx([1.0, 1.2], abs=0.1)
+
+
+def test_short_and_longer_families_are_told_apart_and_together() -> None:
+    cells: dict[str, Any] = {}
+    for arm, short, longer in (("policy:0", 1.0, -1.0), ("never", 0.0, 0.0), ("karn-50", 0.5, None)):
+        for family, mean in (("tabular", short), ("tabular_long", longer)):
+            if mean is not None:
+                cells |= {
+                    f"real/{arm}/{family}/{seed}" + (f"/{part}of2" if family == "tabular_long" else ""):
+                    [[mean + 0.01 * (part * seed + t), 0.5, 1e6, 100, 1, 1, 0] for t in range(4)]
+                    for seed in range(3) for part in (1, 2)
+                }  # fmt: skip
+    found = verdict.against(verdict.table(cells, "real"), "policy", ["never", "karn-50"])
+    never, karn = found["never"], found["karn-50"]
+    assert never["short"]["low"] == pytest.approx(1.0) and never["longer"]["high"] == pytest.approx(-1.0)
+    assert never["num_families"] == 2 and -1 < never["overall"]["value"] < 1
+    assert karn["num_families"] == 1 and "longer" not in karn and karn["overall"]["value"] == karn["short"]["value"]
+    assert verdict.table(cells, "real")["policy"]["tabular_long"].shape == (1, 3, 8, len(verdict.COLUMNS))
+    del cells["real/policy:0/tabular_long/2/2of2"]
+    assert verdict.table(cells, "real")["policy"]["tabular_long"].shape[1] == 2  # half a seed is none
+    measured = {"command": "x", "cpu_s": {}, "real": {
+        "arms": verdict.arms(verdict.table(cells, "real")), "differences": {"policy": found},
+    }}  # fmt: skip
+    _, first, short, second, longer = pages.contest_tables(measured).split("\n\n")
+    assert "runs of 400 steps" in first and "runs of 2,000 steps" in second
+    assert "| heuristic with Karn, 50 reports |" in short and "Karn" not in longer
+    assert "+1.00 (+1.00 to +1.00)" in short and "-1.00 (-1.00 to -1.00)" in longer
+
+
+def test_the_policy_that_may_ship_is_chosen_on_what_it_was_trained_on() -> None:
+    def tuned(teacher: float, long: float, other: float) -> list[tuple[str, float]]:
+        return [("teacher", teacher), ("teacher_long", long), ("waves_long", other)]
+
+    cells = {
+        f"tune/arm/policy:{seed}/{family}": {"lr": {"0.01": value - 1, "0.02": value}}
+        for seed, values in enumerate((tuned(1.0, 1.0, 0.0), tuned(0.0, 3.0, 0.0), tuned(0.0, 0.0, 9.0)))
+        for family, value in values
+    }
+    assert ship.best_policy(cells) == "1"
 
 
 def test_holm_and_the_middle_half() -> None:

@@ -134,7 +134,9 @@ def test_a_summary_of_hosts() -> None:
 @pytest.mark.integration
 def test_pages_show_what_was_measured() -> None:
     for path, text in pages.pages().items():
-        assert path.read_text(encoding="utf-8") == text, f"run python -m benchmarks.controller.pages: {path.name} is behind"
+        assert path.read_text(encoding="utf-8") == text, (
+            f"run python -m benchmarks.controller.pages: {path.name} is behind"
+        )
 
 
 def test_intervals() -> None:
