@@ -35,22 +35,21 @@ SEEDS = (500, 501)
 FAMILY_NAMES = (
     "teacher", "spirals", "tabular", "deep", "flat", "teacher_long", "spirals_long", "tabular_long",
 )  # fmt: skip
-FIRSTS = (0.05, 0.1, 0.2)
-LAST_SHARES = (0.15, 0.3, 0.6)
+FIRSTS = (0.05, 0.1)
+LAST_SHARES = (0.15, 0.6)
 """Where the run is this far nothing germinates any more; a cohort of these hosts takes about 200 steps."""
-GROWTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
+GROWTHS = (0.25, 0.5, 1.0, 2.0)
 CONFIRMED = ("teacher", "spirals", "tabular", "checkers", "waves", "shells")
 """Families that the chosen default is confirmed on, each at its own length and at five times that."""
 EVALUATED, FRESH = range(1016, 1024), tuple(range(1000, 1005))
 Setting = dict[str, Any]
-BEFORE: dict[str, Setting] = {
-    "until now": {"first_step": 100, "last_share": 0.6}, "until now, from 0": {"first_step": 0, "last_share": 0.6},
-}  # fmt: skip
+BEFORE: dict[str, Setting] = {"until now": {"first": 0.1, "last_share": 0.15, "growth": 1.0}}
+"""The default of decision 0021."""
 
 
 def settings() -> dict[str, Setting]:
     """All settings by name; ``first`` is a share of the run."""
-    found: dict[str, Setting] = {"never": {}, **BEFORE}
+    found: dict[str, Setting] = {"never": {}}
     for first in FIRSTS:
         for last in LAST_SHARES:
             if last > first:
@@ -131,9 +130,7 @@ def summary(known: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-ARMS: dict[str, Setting] = {
-    "never": {}, "default": {"growth": 1.0}, "default, twice as much": {"growth": 2.0}, **BEFORE
-}  # fmt: skip
+ARMS: dict[str, Setting] = {"never": {}, "default": {"growth": TamiyoConfig().growth}, **BEFORE}
 
 
 def confirm(cells: Cells) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from benchmarks.controller.schedules import Schedule, controller, schedules
 
 from esper.greenhouse.family import FAMILIES, HostSpec, all_kept
 from esper.greenhouse.hosts import Hosts
-from esper.greenhouse.real import RealHost, judged_as_ever
+from esper.greenhouse.real import RealHost
 
 BAR = 0.8
 QUANTITIES = ("reward", "loss", "flops")
@@ -38,7 +38,7 @@ QUANTITIES = ("reward", "loss", "flops")
 
 def real(spec: HostSpec, plan: Schedule, draw: int = 0, *, keep_all: bool = False) -> dict[str, float]:
     """One schedule under a grower; ``draw`` changes what the grower draws, and nothing else."""
-    config = replace(judged_as_ever(FAMILIES[spec.family].config), seed=draw)
+    config = replace(FAMILIES[spec.family].config, seed=draw)
     if keep_all:
         config = all_kept(config)
     end = RealHost(spec, controller(plan, Hosts([spec]), 0), config).run()

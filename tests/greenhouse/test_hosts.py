@@ -136,7 +136,8 @@ def test_the_ledger_agrees_with_a_count_of_flops() -> None:
     life, family = hosts.lives[0], hosts.family
     counted = 20 * _training_flops(MLP(family.inputs, life.widths, family.outputs), family.batch_rows)
     assert life.ledger.spent["host"] == pytest.approx(counted, rel=0.02)
-    evaluation = _forward_flops(MLP(family.inputs, life.widths, family.outputs), 4 * family.held_out_rows)
+    rows = hosts.config.evidence.held_out_batches * family.held_out_rows
+    evaluation = _forward_flops(MLP(family.inputs, life.widths, family.outputs), rows)
     assert life.ledger.spent["evidence"] == pytest.approx(evaluation, rel=0.02)
     while not life.grown[0]:
         if not life.cohorts:
@@ -210,7 +211,7 @@ def test_units_that_leave_leave_nothing() -> None:
     hosts.advance(20)
     own = hosts.params(0)
     assert germinate(hosts, 0, "0-2", "2-4") is None and hosts.params(0) > own
-    hosts.advance(40)
+    hosts.advance(20)
     finish(hosts)
     assert hosts.lives[0].verdicts[-1].state is Lifecycle.ROLLED_BACK and hosts.params(0) == own
     for group in hosts.network.groups:

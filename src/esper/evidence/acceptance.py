@@ -22,6 +22,9 @@ from esper.kasmina.gates import Gate, evidence_gate, hold_gate
 
 NAN = float("nan")
 _CONFIRM_BATCHES = 16
+"""Most batches of a confirmation where there are not twice as many, ..."""
+_FEWEST_TO_CONFIRM = 8
+"""... and fewest, where the gate was as quickly sure."""
 _HOPELESS = 0.9
 """A one-sided p-value from which more batches are not worth their cost: the gain would have to turn round."""
 UNJUDGED = Gate("evidence", True, "kept without judgement: evidence.accept is 'always'")
@@ -128,7 +131,9 @@ class Acceptance:
         e_value, result, confirm_p = sum(earlier) + weight * capital, paired_difference(seen), NAN
         crossed = capital >= needed
         if crossed:
-            result = paired_difference(differences(self.confirm.take()), min_gain=config.min_gain)
+            # as many as the gate has needed: what is clear there is clear here
+            batches = self.confirm.take(max(_FEWEST_TO_CONFIRM, len(seen)))
+            result = paired_difference(differences(batches), min_gain=config.min_gain)
             confirm_p = result.p_one_sided
         gate = evidence_gate(
             e_value=e_value, threshold=threshold, confirm_p=confirm_p if crossed else 1.0,

@@ -11,7 +11,7 @@ Cohorts whose branches would all fold into their host's weights have another con
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -82,12 +82,8 @@ class Recorder:
 
     @property
     def flops(self) -> float:
-        """FLOPs of the regression that follows: products over the rows, an eigenvalue problem (9 n^3, Golub & Van Loan
-        8.3), and the solution in its basis."""
-        if not self.sums:
-            return 0.0
-        features, added = self.sums[0].numel(), self.sums[1].numel()
-        return 2.0 * self.rows * features * (features + added) + 9.0 * features**3 + 4.0 * features**2 * added
+        """FLOPs of the regression that follows (:func:`ridge_flops`)."""
+        return ridge_flops(self.rows, self.sums[0].numel(), self.sums[1].numel()) if self.sums else 0.0
 
     def leave(self, site: Site, x: Tensor, layer_input: Tensor, y: Tensor, training: bool) -> Tensor:
         without = site.compose(x, y, site.grafted - {self.cohort}, training=training)
@@ -102,13 +98,18 @@ class Recorder:
         return out
 
     def _add(self, phi: Tensor, delta: Tensor) -> None:
-        sums = [phi.sum(0), delta.sum(0), phi.T @ phi, phi.T @ delta, delta.square().sum()]
+        sums = sums_of(phi, delta)
         self.rows += phi.shape[0]
         if not self.sums:
             self.sums = sums
             return
         for total, part in zip(self.sums, sums, strict=True):
             total.add_(part)
+
+
+def sums_of(phi: Tensor, delta: Tensor) -> list[Tensor]:
+    """What :func:`ridge` needs of features ``(B, F)`` and what is added to them ``(B, O)``, both float64."""
+    return [phi.sum(0), delta.sum(0), phi.T @ phi, phi.T @ delta, delta.square().sum()]
 
 
 _LINEAR = (SiteKind.LINEAR_LAYER, SiteKind.CONV_LAYER)
@@ -171,8 +172,16 @@ def fit_stand_in(recorder: Recorder, site: Site) -> WithoutCohort:
     """
     if recorder.rows < 2 or not all(bool(torch.isfinite(total).all()) for total in recorder.sums):
         return WithoutCohort(recorder.cohort)
-    rows = recorder.rows
-    phi_sum, delta_sum, gram, cross, energy = recorder.sums
+    weight, bias = ridge(recorder.rows, recorder.sums)
+    weight, conv = weight.float(), site.geometry.tail_conv
+    if conv is not None:
+        weight = weight.view(weight.shape[0], -1, *conv.kernel)
+    return WithoutCohort(recorder.cohort, weight.contiguous(), bias.float())
+
+
+def ridge(rows: int, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Weight ``(O, F)`` and bias ``(O,)``, float64, from finite sums over ``rows`` rows (:attr:`Recorder.sums`)."""
+    phi_sum, delta_sum, gram, cross, energy = sums
     phi_mean, delta_mean = phi_sum / rows, delta_sum / rows
     gram = gram - rows * torch.outer(phi_mean, phi_mean)
     cross = cross - rows * torch.outer(phi_mean, delta_mean)
@@ -181,11 +190,12 @@ def fit_stand_in(recorder: Recorder, site: Site) -> WithoutCohort:
     rotated = vectors.T @ cross
     penalty = _cross_validated(values, rotated, energy - rows * delta_mean.square().sum(), rows)
     solution = vectors @ (rotated / (values + penalty)[:, None])
-    weight = solution.T.float()
-    conv = site.geometry.tail_conv
-    if conv is not None:
-        weight = weight.view(weight.shape[0], -1, *conv.kernel)
-    return WithoutCohort(recorder.cohort, weight.contiguous(), (delta_mean - phi_mean @ solution).float())
+    return solution.T, delta_mean - phi_mean @ solution
+
+
+def ridge_flops(rows: int, features: int, added: int) -> float:
+    """Products over the rows, an eigenvalue problem (9 n^3, Golub & Van Loan 8.3), and the solution in its basis."""
+    return 2.0 * rows * features * (features + added) + 9.0 * features**3 + 4.0 * features**2 * added
 
 
 def _cross_validated(values: Tensor, rotated: Tensor, energy: Tensor, rows: int) -> Tensor:

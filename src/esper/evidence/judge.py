@@ -217,4 +217,3 @@ class Judge:
             return run
 
         return [one(index) for index in self.calibration]
-

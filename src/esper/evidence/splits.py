@@ -130,11 +130,11 @@ class Rotation:
         """Whether consecutive windows share no batch."""
         return 2 * self.window <= len(self._indices)
 
-    def take(self) -> tuple[int, ...]:
-        """Return the next window of batch indices and move on."""
-        size = len(self._indices)
-        taken = tuple(self._indices[(self.position + offset) % size] for offset in range(self.window))
-        self.position = (self.position + self.window) % size
+    def take(self, most: int | None = None) -> tuple[int, ...]:
+        """Return the next window of batch indices, or the first ``most`` of it, and move on."""
+        size, num = len(self._indices), self.window if most is None else min(most, self.window)
+        taken = tuple(self._indices[(self.position + offset) % size] for offset in range(num))
+        self.position = (self.position + num) % size
         return taken
 
     def state(self) -> dict[str, int]:

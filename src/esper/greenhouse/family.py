@@ -39,7 +39,7 @@ def short_run(steps: int) -> Config:
             ramp_steps=20, stabilize_steps=5, stabilize_window=16, fine_tune_steps=10, cull_steps=5, warmup_steps=20,
             embargo=40, timeout=100,
         ),
-        evidence=EvidenceConfig(control="plain", calibration_share=0.1, held_out_batches=16),
+        evidence=EvidenceConfig(calibration_share=0.1, held_out_batches=8),
     )  # fmt: skip
 
 

@@ -310,15 +310,26 @@ class Hosts:
         values = self.batch_losses(hosts)[:, batches].mean(1).tolist()
         for number, value in zip(hosts, values, strict=True):
             life = self.lives[number]
-            life.ledger.add("evidence", len(batches) * self.flops(number, self.family.held_out_rows))
+            self.count_evaluations(number, len(batches))
             life.held_out = value
             if math.isnan(life.held_out_initial):
                 life.held_out_initial = value
 
-    def batch_losses(self, hosts: Sequence[int], alphas: Sequence[Tensor] | None = None) -> Tensor:
-        """``(n, HELD_OUT_BATCHES)`` losses of some hosts, at their present alphas or others; counts nothing."""
-        rows = self._evaluated(hosts, self._held_out, alphas)
+    def batch_losses(
+        self, hosts: Sequence[int], alphas: Sequence[Tensor] | None = None, weights: Weights | None = None
+    ) -> Tensor:
+        """``(n, HELD_OUT_BATCHES)`` losses of some hosts, as they are or at other alphas or weights; counts nothing."""
+        rows = self._evaluated(hosts, self._held_out, alphas, weights)
         return rows.view(len(hosts), HELD_OUT_BATCHES, self.family.held_out_rows).mean(2).double()
+
+    def held_out_rows(self, host: int, batches: Sequence[int]) -> Tensor:
+        """Inputs of some held-out batches, one after the other ``(B, I)``."""
+        x = self._held_out[0][self._task_row[host]]
+        return x.view(HELD_OUT_BATCHES, self.family.held_out_rows, -1)[list(batches)].flatten(0, 1)
+
+    def count_evaluations(self, host: int, batches: int) -> None:
+        """Book forward passes over so many held-out batches."""
+        self.lives[host].ledger.add("evidence", batches * self.flops(host, self.family.held_out_rows))
 
     def test_losses(self) -> Tensor:
         """``(N,)`` losses on rows that nothing else has touched; read it once, at the end."""
@@ -328,9 +339,15 @@ class Hosts:
         """``(N,)`` losses over all held-out rows: what learning rates are chosen by."""
         return self.batch_losses(range(len(self))).mean(1)
 
-    def _evaluated(self, hosts: Sequence[int], data: tuple[Tensor, Tensor], alphas: Sequence[Tensor] | None) -> Tensor:
+    def _evaluated(
+        self,
+        hosts: Sequence[int],
+        data: tuple[Tensor, Tensor],
+        alphas: Sequence[Tensor] | None,
+        weights: Weights | None = None,
+    ) -> Tensor:
         index = torch.as_tensor(list(hosts))
-        weights: Weights = [(w[index], b[index]) for w, b in self.network.weights]
+        weights = [(w[index], b[index]) for w, b in self.network.weights] if weights is None else weights
         rows = self._task_row[index]
         chosen = [alpha[index] for alpha in self.network.alphas] if alphas is None else alphas
         return losses(forward(weights, data[0][rows], chosen).before[-1], data[1][rows], per_row=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper.config import Config, EvidenceConfig
+from esper.config import Config
 from esper.greenhouse.episodes import Outcome
 from esper.greenhouse.family import HELD_OUT_BATCHES, HostSpec, batch_order, data_of, family_named, weights_stream
 from esper.greenhouse.frontier import frontier_of
@@ -50,11 +50,6 @@ def make_model(spec: HostSpec, dtype: torch.dtype = torch.float32) -> nn.Sequent
     return nn.Sequential(*layers[:-1])
 
 
-def judged_as_ever(config: Config) -> Config:
-    """A family's settings with the grower's default control instead of the plain one that stacks have."""
-    return replace(config, evidence=replace(config.evidence, control=EvidenceConfig().control))
-
-
 class RealHost:
     """One host under a grower.
 
@@ -63,7 +58,7 @@ class RealHost:
     controller:
         What decides; it belongs to this run.
     config:
-        ``None``: the family's, with the grower's default control.
+        ``None``: the family's.
     on_event:
         Gets every event of the grower.
     """
@@ -80,7 +75,7 @@ class RealHost:
         self.spec, self.family = spec, family_named(spec.family)
         self.steps = spec.steps or self.family.steps
         if config is None:
-            config = replace(judged_as_ever(self.family.config), total_steps=self.steps)
+            config = replace(self.family.config, total_steps=self.steps)
         self.model = make_model(spec, dtype)
         data = data_of(self.family, spec.task)
         self._train, self._test = _typed(data.train, dtype), _typed(data.test, dtype)

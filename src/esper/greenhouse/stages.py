@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +15,7 @@ from esper.evidence.acceptance import UNJUDGED
 from esper.evidence.paired import PairedResult
 from esper.evidence.shrinkage import shrink_gains
 from esper.fitting import FEWEST_STEPS
+from esper.greenhouse.control import compared, switched_off
 from esper.greenhouse.family import units_stream
 from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.isolated import drawn, fit, fit_rows
@@ -100,9 +101,9 @@ def _evaluating(hosts: Hosts, host: int, cohort: Cohort) -> None:
     if hosts.config.evidence.accept == "always":
         _move(hosts, host, cohort, Lifecycle.FINE_TUNING)
         return
-    evidence, differences = hosts.lives[host].evidence, _differences(hosts, host, cohort)
-    calibration = differences(evidence.splits.calibration)
-    look = evidence.evaluate(cohort.number, differences, calibration, further=_another_look_fits(hosts))
+    differences, calibration = compared(hosts, host, cohort)
+    further = _another_look_fits(hosts)
+    look = hosts.lives[host].evidence.evaluate(cohort.number, differences, calibration, further=further)
     _note_gain(hosts, host, cohort, look.result)
     if look.gate.passed:
         _move(hosts, host, cohort, Lifecycle.FINE_TUNING)
@@ -130,7 +131,7 @@ def decide_hold(hosts: Hosts, host: int, cohort: Cohort) -> None:
         _fossilise(hosts, host, cohort, UNJUDGED.reason)
         return
     _, gate = life.evidence.hold(
-        _differences(hosts, host, cohort), held_out=life.held_out, flops_share=cohort.added_flops_share
+        switched_off(hosts, host, cohort), held_out=life.held_out, flops_share=cohort.added_flops_share
     )
     if gate.passed:
         _fossilise(hosts, host, cohort, gate.reason)
@@ -281,7 +282,7 @@ def _choose_scale(hosts: Hosts, host: int, cohort: Cohort) -> None:
         for site, seed in cohort.seeds.items():
             hosts.network.set_alpha(host, site, seed.places, alpha)
         values.append(float(hosts.batch_losses([host])[0, calibration].mean()))
-    _count_evaluations(hosts, host, len(tried) * len(calibration))
+    hosts.count_evaluations(host, len(tried) * len(calibration))
     best, least = 0.0, values[0]
     for scale, loss in zip(tried[1:], values[1:], strict=True):
         if math.isfinite(loss) and loss < least:
@@ -289,25 +290,6 @@ def _choose_scale(hosts: Hosts, host: int, cohort: Cohort) -> None:
     for site, seed in cohort.seeds.items():
         hosts.network.scale_output(host, site, seed.places, best)
     _set_alpha(hosts, host, cohort, 1.0 if best == 0.0 else cohort.alpha)
-
-
-def _differences(hosts: Hosts, host: int, cohort: Cohort) -> Callable[[Sequence[int]], list[float]]:
-    """Held-out losses without minus with the cohort: all batches at once, counted as they are asked for."""
-    present = [alpha[[host]] for alpha in hosts.network.alphas]
-    without = [alpha.clone() for alpha in present]
-    for site, seed in cohort.seeds.items():
-        without[site][0, seed.places] = 0.0
-    gaps = (hosts.batch_losses([host], without) - hosts.batch_losses([host], present))[0].tolist()
-
-    def differences(indices: Sequence[int]) -> list[float]:
-        _count_evaluations(hosts, host, 2 * len(indices))
-        return [gaps[index] for index in indices]
-
-    return differences
-
-
-def _count_evaluations(hosts: Hosts, host: int, batches: int) -> None:
-    hosts.lives[host].ledger.add("evidence", batches * hosts.flops(host, hosts.family.held_out_rows))
 
 
 def _note_gain(hosts: Hosts, host: int, cohort: Cohort, result: PairedResult) -> None:
