@@ -308,7 +308,7 @@ class TamiyoConfig:
     """Steps before the first germination; ``None``: a tenth of ``total_steps``, at most 100 (100 without them)."""
     spacing: int = 0
     """Fewest steps between germinations: spreading growth over the run saves FLOPs while the network is small."""
-    growth: float = 1.0
+    growth: float = 0.5
     """Units a cohort adds to a span, as a multiple of the host's inner width."""
     compound: bool = False
     """Take ``growth`` as a multiple of the present inner width, grown units included."""

@@ -25,7 +25,7 @@ _MAX_REFUSALS = 3
 _MIN_SHARE = 0.1
 """After the first cohort, a smaller share of the asked size than this is not worth another one."""
 
-_MOST_FIRST, _FIRST_SHARE = 100, 0.1
+_MOST_FIRST, _FIRST_SHARE = 100, 0.05
 """Steps before the first germination where the configuration does not say: so many, and at most this share of a run."""
 _LAST_FIRST_SHARE = 0.6
 """As long as nothing was kept growth is tried until here: an unlucky test, or a late first one, should not end it."""
