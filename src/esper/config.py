@@ -300,12 +300,12 @@ class TamiyoConfig:
     controller: str = "heuristic"
     """Name of a registered controller."""
     policy: str | None = None
-    """Folder of the policy that the controller ``neural`` follows; ``None``: the one that comes with the package, or,
-    as long as none does, the heuristic decides."""
+    """Folder of the policy that the controller ``neural`` follows; ``None``: the one that comes with the package."""
     temper: str = "balanced"
     """conservative, balanced, aggressive or exploratory."""
     first: int | None = None
-    """Steps before the first germination; ``None``: a tenth of ``total_steps``, at most 100 (100 without them)."""
+    """Steps before the first germination; ``None``: a twentieth of ``total_steps``, at most 100 (100
+    without them)."""
     spacing: int = 0
     """Fewest steps between germinations: spreading growth over the run saves FLOPs while the network is small."""
     growth: float = 0.5

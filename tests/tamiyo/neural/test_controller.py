@@ -17,13 +17,15 @@ from tests.tamiyo.observations import make
 
 import esper
 from esper.config import TamiyoConfig
-from esper.errors import ConfigError
+from esper.errors import ConfigError, StateError
+from esper.greenhouse.family import HostSpec
+from esper.greenhouse.real import RealHost
 from esper.protocol import SITE_FEATURES, Observation, Warned
 from esper.tamiyo import HeuristicController, Noting, make_controller
 from esper.tamiyo.actions import Scope, commands, masks
 from esper.tamiyo.features import LIMIT, FeatureReader
 from esper.tamiyo.neural import policy_file
-from esper.tamiyo.neural.controller import NO_POLICY, NeuralController
+from esper.tamiyo.neural.controller import NeuralController
 from esper.tamiyo.neural.policy import Policy
 from esper.tamiyo.neural.policy_file import Card
 from esper.tamiyo.neural.ranges import Ranges
@@ -56,16 +58,6 @@ def train(
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
     policy_file.save(folder, policy, card)
     return TamiyoConfig(controller="neural", policy=str(folder))
-
-
-def test_without_a_policy_the_heuristic_decides_and_it_says_so_once(
-    observe: Observe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(policy_file, "SHIPPED", tmp_path)
-    subject = make_controller("neural", TamiyoConfig())
-    assert isinstance(subject, NeuralController) and isinstance(subject, Noting)
-    assert subject.decide(observe()) == HeuristicController(TamiyoConfig()).decide(observe())
-    assert subject.notes() == (NO_POLICY,) and subject.notes() == ()
 
 
 def test_decides_within_the_masks_of_its_scope(tmp_path: Path) -> None:
@@ -138,7 +130,8 @@ def test_the_policy_of_the_package_is_followed_where_none_is_named(
     tmp_path: Path, observe: Observe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(policy_file, "SHIPPED", tmp_path / "shipped")
-    assert policy_file.shipped() is None and NeuralController(TamiyoConfig()).policy is None
+    with pytest.raises(StateError):
+        NeuralController(TamiyoConfig())
     seen = [observe(spans=num, train_loss=1.0, step=step) for num in (2, 4) for step in (100, 120)]
     own, named = train(tmp_path / "shipped", seen), train(tmp_path / "other", seen, seed=1)
     subject = NeuralController(TamiyoConfig(controller="neural"))
@@ -147,10 +140,19 @@ def test_the_policy_of_the_package_is_followed_where_none_is_named(
 
 
 def test_what_ships_is_small_whole_and_says_what_it_is() -> None:
-    for folder in filter(None, [policy_file.shipped()]):
-        _, card = policy_file.load(folder)
-        assert sum(path.stat().st_size for path in folder.iterdir()) < 1_000_000
-        assert card.data and card.hosts and card.seeds and card.scores and card.limits
+    folder = policy_file.SHIPPED
+    _, card = policy_file.load(folder)
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 1_000_000
+    assert card.data and card.hosts and card.seeds and card.limits
+    assert {"teacher", "waves_long, minus the heuristic", "teacher_long, minus no growth"} <= set(card.scores)
+
+
+def test_what_ships_grows_a_host_like_those_it_was_trained_on() -> None:
+    subject = make_controller("neural", TamiyoConfig())
+    assert isinstance(subject, NeuralController) and isinstance(subject, Noting)
+    end = RealHost(HostSpec(family="spirals", task=0, seed=0, lr=4e-2), subject).run()
+    assert subject.state()["decisions"] == 19 and subject.notes() == ()
+    assert end.params > RealHost(HostSpec(family="spirals", task=0, seed=0, lr=4e-2, steps=20), subject).run().params
 
 
 def test_ranges(observe: Observe) -> None:
@@ -164,13 +166,13 @@ def test_ranges(observe: Observe) -> None:
     assert ranges.stranger(silent) == "loss_drop.missing"
 
 
-def test_notes_reach_the_user_and_the_log_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(policy_file, "SHIPPED", tmp_path)
+def test_notes_reach_the_user_and_the_log_once() -> None:
+    """A run that does not say how long it is is none that the policy knows."""
     rig = attach(Pair(), controller=NeuralController(TamiyoConfig(first=10**6)))
-    with pytest.warns(RuntimeWarning, match="the neural controller needs a policy, got none") as caught:
-        rig.train(15)
+    with pytest.warns(RuntimeWarning, match="progress.missing lies outside") as caught:
+        rig.train(45)
     assert len(caught) == 1
-    assert [event.message for event in rig.events if isinstance(event, Warned)] == [NO_POLICY]
+    assert len([event for event in rig.events if isinstance(event, Warned)]) == 1
 
 
 def test_grows_a_model_without_touching_global_state(tmp_path: Path) -> None:

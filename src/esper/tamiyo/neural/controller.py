@@ -16,14 +16,8 @@ from esper.tamiyo.heuristic import HeuristicController
 from esper.tamiyo.neural import policy_file
 from esper.tamiyo.neural.batch import Batch
 from esper.tamiyo.neural.policy import Policy
-from esper.tamiyo.neural.policy_file import Card
 from esper.tamiyo.neural.threads import one_thread
 from esper.tamiyo.sight import Sight, see
-
-NO_POLICY = (
-    "the neural controller needs a policy, got none: the heuristic decides instead; name the folder of one with "
-    "TamiyoConfig(policy=...), or train one with: esper controller train"
-)
 
 _STATE_KEYS = ("policy", "decisions", "reader", "heuristic")
 
@@ -31,15 +25,15 @@ _STATE_KEYS = ("policy", "decisions", "reader", "heuristic")
 class NeuralController:
     """Follows a trained policy; hands over to the heuristic where the policy has no experience.
 
-    Without a policy, and at every decision point where a feature lies outside what the policy was trained on, the
-    heuristic decides, and :meth:`notes` says so. It takes the likeliest action by default: the same run twice should
+    At every decision point where a feature lies outside what the policy was trained on, the heuristic decides, and
+    :meth:`notes` says so. It takes the likeliest action by default: the same run twice should
     grow the same network, and a draw only pays where somebody learns from it.
 
     Parameters
     ----------
     config:
-        ``config.policy`` names the policy's folder (``None``: the one that comes with the package, if one does); all of
-        it is the heuristic's too.
+        ``config.policy`` names the policy's folder (``None``: the one that comes with the package); all of it is the
+        heuristic's too.
     seed:
         Starts the generator that ``sampled`` draws from; the heuristic's as well.
     sampled:
@@ -52,24 +46,16 @@ class NeuralController:
     """
 
     def __init__(self, config: TamiyoConfig, *, seed: int = 0, sampled: bool = False) -> None:
-        self.policy: Policy | None = None
-        self.card: Card | None = None
+        self.policy, self.card = policy_file.load(config.policy or policy_file.SHIPPED)
         self.sampled = sampled
         self._seed = seed
         self._reader = FeatureReader()
         self._heuristic = HeuristicController(config, seed=seed)
         self._decisions = 0
         self._notes: list[str] = []
-        folder = config.policy or policy_file.shipped()
-        if folder is None:
-            self._notes.append(NO_POLICY)
-        else:
-            self.policy, self.card = policy_file.load(folder)
 
     def decide(self, observation: Observation) -> tuple[Command, ...]:
         """Return the commands of one action: none, one ``Germinate``, one ``Cull`` or one ``Stop``."""
-        if self.policy is None or self.card is None:
-            return self._heuristic.decide(observation)
         sight = see(self._reader, observation, self.card.scope)
         stranger = self.card.ranges.stranger(sight.features)
         if stranger is not None:
@@ -91,7 +77,7 @@ class NeuralController:
     def state(self) -> dict[str, Any]:
         """Return counters and what is remembered of the run; the policy itself by its hash."""
         return {
-            "policy": None if self.card is None else self.card.sha256,
+            "policy": self.card.sha256,
             "decisions": self._decisions,
             "reader": self._reader.state(),
             "heuristic": self._heuristic.state(),
@@ -104,7 +90,7 @@ class NeuralController:
                 f"a neural controller's state must have the keys {sorted(_STATE_KEYS)}, got {sorted(state)}; load it "
                 "into the controller that saved it"
             )
-        own = None if self.card is None else self.card.sha256
+        own = self.card.sha256
         if state["policy"] != own:
             raise ConfigError(
                 f"a run goes on with the policy it began with ({state['policy']}), got {own}; set tamiyo.policy to it"

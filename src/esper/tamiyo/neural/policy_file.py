@@ -27,7 +27,7 @@ VERSION = 1
 TENSORS, CARD = "policy.safetensors", "card.json"
 
 SHIPPED = Path(__file__).parent / "shipped"
-"""Where the policy is that comes with the package, if one does."""
+"""The policy that comes with the package (``benchmarks/controller/ship.py``)."""
 
 _MOST_CARD_BYTES = 1 << 20
 _MOST_HEADER_BYTES = 1 << 20
@@ -81,11 +81,6 @@ def save(folder: str | Path, policy: Policy, card: Card) -> Card:
     except OSError as error:
         raise StateError(f"a policy needs a folder it can be written to, got {str(path)!r} ({error})") from error
     return card
-
-
-def shipped() -> Path | None:
-    """The folder of the policy that comes with the package; ``None``: none has earned it."""
-    return SHIPPED if (SHIPPED / CARD).is_file() else None
 
 
 def load(folder: str | Path) -> tuple[Policy, Card]:
