@@ -88,8 +88,8 @@ def test_with_nothing_known_everything_is_tried(look: Callable[..., Observation]
         for command in commands:
             assert isinstance(command, Germinate)
             tried.update((plan.start, plan.width) for plan in command.seeds)
-    assert len(tried) == 6, "two starts at half, once and twice the host's 32"
-    assert {width for _, width in tried} == {16, 32, 64} and sites[2] > 10 and sites[1] + sites[0] > 0
+    assert len(tried) == 6, "two starts at a quarter, half and once the host's 32"
+    assert {width for _, width in tried} == {8, 16, 32} and sites[2] > 10 and sites[1] + sites[0] > 0
 
 
 def test_what_is_not_worth_its_price_waits(look: Callable[..., Observation]) -> None:
@@ -170,7 +170,7 @@ def test_a_refused_cohort_teaches_nothing_and_halves_the_next(look: Callable[...
 
 
 def test_pace_budget_and_end_are_the_heuristics(look: Callable[..., Observation]) -> None:
-    assert bandit().decide(look(step=90)) == ()
+    assert bandit().decide(look(step=40)) == ()
     assert bandit().decide(look(stopped="by hand")) == ()
     assert bandit().decide(look(eligible=np.zeros(2, dtype=np.bool_))) == ()
     (late,) = bandit().decide(look(step=700))

@@ -50,10 +50,10 @@ def stop(subject: HeuristicController, observation: Observation) -> str:
 def test_even_growth_over_all_spans(observe: Observe) -> None:
     command = germinate(controller(), observe(spans=4, layers=2))
     assert [plan.site for plan in command.seeds] == [f"blocks.{row}" for row in range(4)]
-    assert {plan.width for plan in command.seeds} == {32}
+    assert {plan.width for plan in command.seeds} == {16}
     assert all(plan.chunks == () for plan in command.seeds)
     assert all(plan.blueprint is plan.start is plan.strategy is None for plan in command.seeds)
-    assert command.reason == "even growth over 4 sites: +32 units each"
+    assert command.reason == "even growth over 4 sites: +16 units each"
 
 
 def test_only_eligible_spans(observe: Observe) -> None:
@@ -63,8 +63,8 @@ def test_only_eligible_spans(observe: Observe) -> None:
 
 def test_layers_when_there_is_no_span(observe: Observe) -> None:
     command = germinate(controller(), observe(spans=0, layers=1))
-    assert [(plan.blueprint, plan.width) for plan in command.seeds] == [(None, 8)]
-    assert command.reason == "even growth over 1 site: +8 ranks each"
+    assert [(plan.blueprint, plan.width) for plan in command.seeds] == [(None, 4)]
+    assert command.reason == "even growth over 1 site: +4 ranks each"
 
 
 def test_layers_only_when_no_span_is_about_to_come_free(observe: Observe, view: View) -> None:
@@ -78,15 +78,15 @@ def test_waits_when_nothing_is_eligible(observe: Observe) -> None:
     assert controller().decide(observe(eligible=np.zeros(4, dtype=np.bool_))) == ()
 
 
-@pytest.mark.parametrize(("step", "germinates"), [(0, False), (99, False), (100, True), (600, True)])
+@pytest.mark.parametrize(("step", "germinates"), [(0, False), (49, False), (50, True), (600, True)])
 def test_first_and_last(observe: Observe, step: int, germinates: bool) -> None:
     assert bool(controller().decide(observe(step=step))) == germinates
 
 
 @pytest.mark.parametrize(
-    ("total_steps", "first"), [(400, 40), (1000, 100), (100_000, 100), (None, 100), (4, 0), (1, 0)]
+    ("total_steps", "first"), [(400, 20), (1000, 50), (100_000, 100), (None, 100), (4, 0), (1, 0)]
 )
-def test_a_run_begins_to_grow_after_a_tenth_of_it(observe: Observe, total_steps: int | None, first: int) -> None:
+def test_a_run_begins_to_grow_after_a_twentieth_of_it(observe: Observe, total_steps: int | None, first: int) -> None:
     for step in range(max(0, first - 2), first):
         assert controller().decide(observe(step=step, total_steps=total_steps)) == ()
         assert controller().waits(step, total_steps=total_steps, num_ended=0)
@@ -136,9 +136,9 @@ def test_waits_while_the_measure_of_verdicts_is_unknown(observe: Observe, verdic
 @pytest.mark.parametrize(
     ("temper", "width", "patience", "threshold"),
     [
-        ("conservative", 16, 1, 0.04),
-        ("balanced", 32, 2, 0.02),
-        ("aggressive", 48, 3, 0.01),
+        ("conservative", 8, 1, 0.04),
+        ("balanced", 16, 2, 0.02),
+        ("aggressive", 24, 3, 0.01),
         ("exploratory", None, 2, 0.02),
     ],
 )
@@ -181,8 +181,8 @@ def test_budget_reached(observe: Observe) -> None:
 def test_leftovers_of_the_budget_are_no_second_cohort(observe: Observe, verdict: Build) -> None:
     # Room for 8 of 128 units: worth it only as the first cohort.
     ceiling = 20_000 + 8 * 129
-    assert [plan.width for plan in germinate(controller(), observe(budget_params=ceiling)).seeds] == [4, 4]
-    assert stop(controller(), observe(budget_params=ceiling, verdicts=(verdict(),))).startswith("budget reached")
+    assert [plan.width for plan in germinate(controller(growth=1.0), observe(budget_params=ceiling)).seeds] == [4, 4]
+    assert stop(controller(growth=1.0), observe(budget_params=ceiling, verdicts=(verdict(),))).startswith("budget reached")
 
 
 def test_unknown_present_cost_waits(observe: Observe) -> None:
@@ -191,13 +191,13 @@ def test_unknown_present_cost_waits(observe: Observe) -> None:
 
 def test_refused_germinations_shrink_and_then_stop(observe: Observe) -> None:
     subject = controller()
-    assert [germinate(subject, observe()).seeds[0].width for _ in range(3)] == [32, 16, 8]
+    assert [germinate(subject, observe()).seeds[0].width for _ in range(3)] == [16, 8, 4]
     assert stop(subject, observe()) == "germination refused 3 times in a row; the refused events name the gate"
 
 
 def test_a_refused_first_cohort_is_asked_for_again_late_in_the_run(observe: Observe, verdict: Build) -> None:
     subject = controller()
-    assert [germinate(subject, observe(step=step)).seeds[0].width for step in (140, 200, 599)] == [32, 16, 8]
+    assert [germinate(subject, observe(step=step)).seeds[0].width for step in (140, 200, 599)] == [16, 8, 4]
     assert stop(subject, observe(step=600)).startswith("germination refused 3 times")
     subject = controller()
     germinate(subject, observe(step=140))
@@ -210,7 +210,7 @@ def test_an_accepted_germination_forgets_refusals(observe: Observe, view: View, 
     germinate(subject, observe())
     germinate(subject, observe())
     assert subject.decide(observe(alive=(view(Lifecycle.TRAINING),))) == ()
-    assert germinate(subject, observe(verdicts=(verdict(),))).seeds[0].width == 32
+    assert germinate(subject, observe(verdicts=(verdict(),))).seeds[0].width == 16
 
 
 def test_exploration_varies_and_repeats(observe: Observe, view: View) -> None:
@@ -347,7 +347,7 @@ def test_whatever_it_sees_it_asks_for_something_legal(
         assert isinstance(command, Germinate) and command.seeds
         rows = [observation.site_names.index(plan.site) for plan in command.seeds]
         assert observation.eligible[rows].all() and len(set(rows)) == len(rows)
-        assert 100 <= step <= 600 and not set(states) & set(IN_THE_WAY)
+        assert 50 <= step <= 600 and not set(states) & set(IN_THE_WAY)
         assert all(plan.width is not None and plan.width >= 4 for plan in command.seeds)
         if room_params is not None:
             units = [129 if plan.blueprint is None else 128 for plan in command.seeds]
