@@ -141,6 +141,50 @@ def contest_table(found: dict[str, Any], families: list[str], group: str) -> str
     return "\n".join(lines)
 
 
+def karn_table(measured: dict[str, Any]) -> str:
+    """What designs by Karn make of the heuristic and of the bandit, against arms without."""
+    found = measured["real"]["differences"]
+    others = ("never", "heuristic", "even", "even-own", "search-own", "karn-uniform")
+    lines = [
+        "Reward under real growers, overall difference and 95% interval (short families unless it says otherwise):",
+        "",
+        f"| | {' | '.join(ARMS[name] for name in others)} |",
+        "|---|" + "---|" * len(others),
+    ]
+    for name in ("karn-uniform", "karn-50", "karn-200", "karn-1000", "bandit-1000"):
+        if name in found:
+            cells = [_over(found[name].get(other, {}).get("short")) for other in others]
+            lines.append(f"| {ARMS[name]} | {' | '.join(cells)} |")
+            longer = [_over(found[name].get(other, {}).get("longer")) for other in others]
+            if any(longer):
+                lines.append(f"| {ARMS[name]}, longer families | {' | '.join(longer)} |")
+    return "\n".join(lines)
+
+
+def _over(entry: dict[str, float] | None) -> str:
+    return "" if entry is None else f"{entry['value']:+.2f} ({entry['low']:+.2f} to {entry['high']:+.2f})"
+
+
+def shipped_text(measured: dict[str, Any]) -> str:
+    """What the policy that comes with the package does, family by family."""
+    training, found = measured["training"], measured["differences"]
+    lines = [
+        f"`{measured['command']}`: training {measured['seed']} of the full recipe, {training['updates']} of "
+        f"{training['planned']} updates, {training['episodes']:,} episodes, {training['seconds'] / 60:.0f} minutes of "
+        "one core. Under real growers:",
+        "",
+        "| | reward | minus the heuristic | minus never | minus the even schedule |",
+        "|---|---|---|---|---|",
+    ]
+    against = ("heuristic", "never", "even")
+    lines.append(f"| all | | {' | '.join(_over(found[other]['overall']) for other in against)} |")
+    for family in FAMILIES:
+        if family in measured["rewards"]:
+            cells = " | ".join(_over(found[other]["families"][family]) for other in against)
+            lines.append(f"| {family} | {measured['rewards'][family]['reward']:+.2f} | {cells} |")
+    return "\n".join(lines)
+
+
 def effort_text(measured: dict[str, Any]) -> str:
     """What finding a good width costs."""
     reached = ", ".join(f"{name} {share}" for name, share in measured["reached"].items())
@@ -235,16 +279,21 @@ def replaced(page: str, name: str, text: str) -> str:
     return page[: page.index(begin) + len(begin)] + f"\n{text}\n" + page[page.index(end) :]
 
 
+SOURCES = {"karn": "contest"}
+"""Measured files that have another name than the text."""
+
+
 def pages() -> dict[Path, str]:
     """What the pages should hold."""
     found: dict[Path, str] = {}
     for page, name, make in (
         ("control_headroom", "headroom", headroom_table), ("control_headroom", "headroom_32", headroom_table),
         ("greenhouse", "parity", parity_text),
-        ("control", "contest", contest_tables), ("control", "effort", effort_text),
+        ("control", "contest", contest_tables), ("control", "karn", karn_table),
+        ("control", "shipped", shipped_text), ("control", "effort", effort_text),
         ("control", "foresight", foresight_text), ("control", "defaults", defaults_text),
     ):  # fmt: skip
-        path, source = ROOT / "docs" / f"{page}.md", RESULTS / f"controller_{name}.json"
+        path, source = ROOT / "docs" / f"{page}.md", RESULTS / f"controller_{SOURCES.get(name, name)}.json"
         text = make(json.loads(source.read_text(encoding="utf-8"))) if source.exists() else "Not measured yet."
         found[path] = replaced(found.get(path) or path.read_text(encoding="utf-8"), name, text)
     return found

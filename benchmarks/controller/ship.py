@@ -5,7 +5,8 @@
 The policy is chosen by its rewards on tuning tasks, never on what it is reported on; what is reported is that one
 policy under real growers. It may ship (``--controller neural``) if no family shows it to be worse than the heuristic,
 which decides where there is no policy, and it may become the default if besides it is better than the heuristic over
-all and no family shows it to be worse than growing nothing.
+all and no family shows it to be worse than growing nothing. With it goes the experience of Karn that was compared
+(``esper karn import shipped``).
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ from benchmarks.controller.contest.policies import LEARNED_ON, learned_on
 from benchmarks.controller.contest.verdict import against, arms, table, win
 
 from esper.files import replace_text
+from esper.karn import FieldReport, Snapshot
+from esper.karn.snapshot import SHIPPED
 from esper.tamiyo.neural import policy_file
 
+MOST_REPORTS = 1000
+"""As many as ``karn-1000`` has in the comparison."""
 MOST_WORSE = 0.5
 """Seed deviations below another arm on a family that count as worse whatever the interval says."""
 
@@ -101,6 +106,8 @@ def main() -> None:
     scores |= {f"{family}, minus the heuristic": row["value"] for family, row in _by_family(found, "heuristic")}
     scores |= {f"{family}, minus no growth": row["value"] for family, row in _by_family(found, "never")}
     policy_file.save(policy_file.SHIPPED, policy, msgspec.structs.replace(card, scores=scores, limits=limits))
+    text = (given.work / "reports.json").read_text(encoding="utf-8")
+    Snapshot(reports=msgspec.json.decode(text, type=tuple[FieldReport, ...])[:MOST_REPORTS]).write(SHIPPED)
 
 
 def _by_family(found: dict[str, Any], other: str) -> list[tuple[str, dict[str, float]]]:

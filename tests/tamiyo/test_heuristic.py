@@ -83,9 +83,7 @@ def test_first_and_last(observe: Observe, step: int, germinates: bool) -> None:
     assert bool(controller().decide(observe(step=step))) == germinates
 
 
-@pytest.mark.parametrize(
-    ("total_steps", "first"), [(400, 20), (1000, 50), (100_000, 100), (None, 100), (4, 0), (1, 0)]
-)
+@pytest.mark.parametrize(("total_steps", "first"), [(400, 20), (1000, 50), (100_000, 100), (None, 100), (4, 0), (1, 0)])
 def test_a_run_begins_to_grow_after_a_twentieth_of_it(observe: Observe, total_steps: int | None, first: int) -> None:
     for step in range(max(0, first - 2), first):
         assert controller().decide(observe(step=step, total_steps=total_steps)) == ()
@@ -181,8 +179,9 @@ def test_budget_reached(observe: Observe) -> None:
 def test_leftovers_of_the_budget_are_no_second_cohort(observe: Observe, verdict: Build) -> None:
     # Room for 8 of 128 units: worth it only as the first cohort.
     ceiling = 20_000 + 8 * 129
-    assert [plan.width for plan in germinate(controller(growth=1.0), observe(budget_params=ceiling)).seeds] == [4, 4]
-    assert stop(controller(growth=1.0), observe(budget_params=ceiling, verdicts=(verdict(),))).startswith("budget reached")
+    first, second = (controller(growth=1.0) for _ in range(2))
+    assert [plan.width for plan in germinate(first, observe(budget_params=ceiling)).seeds] == [4, 4]
+    assert stop(second, observe(budget_params=ceiling, verdicts=(verdict(),))).startswith("budget reached")
 
 
 def test_unknown_present_cost_waits(observe: Observe) -> None:

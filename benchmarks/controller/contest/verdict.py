@@ -23,7 +23,10 @@ COLUMNS = ("reward", "loss", "flops", "params", "asked", "kept", "fallback")
 MOST = 10.0
 DRAWS = 1000
 LEARNED = ("policy", "cloned", "sampled", "karn-policy", "replay", "shuffled")
-FEW = ["never", "heuristic", "heuristic-before", "heuristic-until-60", "even", "karn-uniform"]
+FEW = [
+    "never", "heuristic", "heuristic-before", "heuristic-until-60", "even", "even-own", "search-own", "bandit",
+    "karn-uniform",
+]  # fmt: skip
 """What arms other than the policy are held against."""
 Table = dict[str, dict[str, np.ndarray]]
 """By group and family: ``(P, S, T, columns)``."""

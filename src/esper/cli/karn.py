@@ -26,7 +26,8 @@ class Karn:
     """Look into what has grown so far, and carry it from place to place.
 
     list: designs, the best first. show NAME: one design, where it comes from and what became of it. export FILE: all
-    of it as one JSON file. import PATH: a run directory or such a file. breed: make new designs and test them.
+    of it as one JSON file. import PATH: a run directory or such a file; import shipped: the experience with small
+    fully connected networks that comes with Esper. breed: make new designs and test them.
 
     listen: file what the runs on a message bus report (esper run --bus URL), from as many machines as there are, until
     Ctrl-C, --seconds or --count: esper karn listen --bus redis://HOST --db runs/karn.db. Each report is stored once,
@@ -59,7 +60,7 @@ class Karn:
         """Do what the word says."""
         if self.word not in WORDS:
             raise unknown_name("word", self.word, WORDS)
-        needs = {"show": "NAME", "export": "FILE", "import": "RUN_DIR"}.get(self.word)
+        needs = {"show": "NAME", "export": "FILE", "import": "PATH"}.get(self.word)
         if (needs is None) != (self.target is None):
             wanted = f"say: esper karn {self.word} {needs}" if needs else f"say only: esper karn {self.word}"
             raise UsageError(f"{self.word} takes {needs or 'nothing more'}, got {self.target or 'nothing'!r}; {wanted}")
@@ -185,6 +186,10 @@ def _export(command: Karn, database: Database) -> Outcome:
 
 def _import(command: Karn, database: Database) -> Outcome:
     path = Path(command.target or "")
+    if command.target == "shipped" and not path.exists():
+        from esper.karn.snapshot import SHIPPED
+
+        path = SHIPPED
     if path.is_file() and path.name != "events.jsonl":
         from esper.karn import read_snapshot
 

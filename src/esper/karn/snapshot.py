@@ -15,6 +15,9 @@ from esper.karn.report import REPORT_VERSION, FieldReport
 
 SNAPSHOT_VERSION = 1
 
+SHIPPED = Path(__file__).parent / "shipped.json"
+"""Experience that comes with Esper: cohorts on small fully connected hosts (``benchmarks/controller/ship.py``)."""
+
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Reports by id and designs by name; also the form in which they are exported."""

@@ -160,8 +160,8 @@ class Member:
         if consumer is not None:
             # While the group is making up its mind librdkafka's close can wait for ever, and the group then waits for a
             # member that is not there: hence the answer is awaited first, and the limit.
-            end = time.monotonic() + self._timeout_s
-            while self._has_entered and not self._is_placed and not self._has_lost_touch and time.monotonic() < end:
+            end, is_entering = time.monotonic() + self._timeout_s, self._has_entered and not self._is_placed
+            while is_entering and not self._is_placed and not self._has_lost_touch and time.monotonic() < end:
                 consumer.poll(_SLICE_S)
             consumer.poll(0)
             closing = threading.Thread(target=consumer.close, daemon=True)
