@@ -65,7 +65,9 @@ def attach(num_sites: int, chunks: int) -> esper.Grower:
     torch.manual_seed(0)
     model = ManySpans(num_sites, chunks)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    config = esper.Config(sites=esper.SitesConfig(chunks=chunks), tamiyo=esper.TamiyoConfig(growth=1.0, seeds_per_site=chunks))
+    config = esper.Config(
+        sites=esper.SitesConfig(chunks=chunks), tamiyo=esper.TamiyoConfig(growth=1.0, seeds_per_site=chunks)
+    )
     held_out = [torch.randn(4, 2) for _ in range(16)]
     grower = esper.Grower(model, optimizer, loss=loss, evaluate=held_out, config=config)
     value = loss(model, torch.randn(4, 2))
