@@ -68,7 +68,8 @@ def life(host: Host, *, recompute: bool | None = None) -> Config:
     )  # fmt: skip
     return Config(
         sites=host.sites, graft=graft, capture=CaptureConfig(), fit=FitConfig(), interval=5,
-        tamiyo=TamiyoConfig(first=5, growth=1.0, spacing=1 << 20), evidence=EvidenceConfig(accept="always"), total_steps=None,
+        tamiyo=TamiyoConfig(first=5, growth=1.0, spacing=1 << 20), evidence=EvidenceConfig(accept="always"),
+        total_steps=None,
     )  # fmt: skip
 
 
