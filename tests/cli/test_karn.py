@@ -135,8 +135,9 @@ def test_the_help_names_every_word() -> None:
 
 
 def test_what_comes_with_the_package_can_be_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = run(capsys, "import", "shipped", "--db", "new.db")
-    assert told == "imported   1000 of 1000 reports are new in new.db\n"
-    with Database(Path("new.db")) as database:
+    new = tmp_path / "new.db"
+    told = run(capsys, "import", "shipped", "--db", str(new))
+    assert told == f"imported   1000 of 1000 reports are new in {new}\n"
+    with Database(new) as database:
         kept = [report.kept for report in database.reports()]
     assert len(kept) == 1000 and 0.4 < sum(kept) / 1000 < 0.9

@@ -85,6 +85,16 @@ def test_a_calibration_that_is_not_finite_refuses() -> None:
     assert (test.fdr.num_tests, test.fdr.num_rejected) == (1, 0)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 6, 27])
+def test_nothing_that_was_seen_and_is_not_finite_is_passed_over(value: float, place: int) -> None:
+    test, batches = Acceptance(SPLITS, EvidenceConfig(), few_blocks=True), noisy(1.0)
+    first = next(Acceptance(SPLITS, EvidenceConfig(), few_blocks=True)._blocks(SPLITS.gate, first=7))
+    batches.values[first[place]] = value  # the line is crossed at the seventh
+    found = test.evaluate(1, batches, CALIBRATION, further=True)
+    assert not found.gate.passed and not found.undecided and math.isnan(found.confirm_p)
+
+
 @settings(max_examples=60, deadline=None)
 @given(mean=st.floats(-0.05, 0.05), seed=st.integers(0, 10_000), few=st.booleans())
 def test_blocks_decide_as_one_pass_over_all_batches_would(mean: float, seed: int, few: bool) -> None:
@@ -138,3 +148,17 @@ def test_what_was_decided_comes_back_from_its_state() -> None:
     twin.restore(test.state())
     later = [one.evaluate(1, noisy(0.01, 1), CALIBRATION, further=True) for one in (test, twin)]
     assert later[0] == later[1] and later[0].look == 2
+
+
+@pytest.mark.parametrize("num", [112, 200])
+def test_held_out_data_in_an_order_are_judged_as_a_whole(num: int) -> None:
+    """What helps the first classes and harms more of the others is harm, whichever the first batches are."""
+    accepted = 0
+    for seed in range(40):
+        rng, splits = np.random.default_rng(seed), splits_of(EvidenceConfig(), num, seed)
+        batches = Batches(np.where(np.arange(num) < 0.4 * num, 0.05, -0.05) + rng.normal(0, 0.02, num))
+        test = Acceptance(splits, EvidenceConfig())
+        calibration = [batches.values[index] for index in splits.calibration]
+        for cohort in range(3):  # each from another place
+            accepted += test.evaluate(cohort, batches, calibration, further=False).gate.passed
+    assert accepted == 0

@@ -19,6 +19,7 @@ from esper.evidence import judge as judge_module
 from esper.evidence.control import Recorder, WithoutCohort
 from esper.evidence.evaluator import Evaluator
 from esper.evidence.judge import Judge
+from esper.evidence.splits import spread
 from esper.evidence.tokens import stand_in_of
 from esper.kasmina.site import Site
 
@@ -76,7 +77,7 @@ def test_unknown_evidence_refuses(trial: Trial, part: str, value: float) -> None
 
 def test_one_nan_among_the_gate_batches_refuses_too(trial: Trial) -> None:
     gate = trial.judge().evaluator.splits.gate
-    judge = _poisoned(trial, gate[5:6], math.nan).judge()
+    judge = _poisoned(trial, spread(gate)[5:6], math.nan).judge()
     assert not judge.evaluate(COHORT, [trial.site]).gate.passed
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from esper.errors import AttachError, EvidenceError
 from esper.evidence.eprocess import fewest_differences
 from esper.evidence.fdr import OnlineFDR
-from esper.evidence.splits import Rotation, split_batches
+from esper.evidence.splits import Rotation, split_batches, spread
 
 pytestmark = pytest.mark.unit
 
@@ -132,3 +132,15 @@ def test_rotation_restores() -> None:
 def test_bad_rotations(indices: list[int], window: int | None, message: str) -> None:
     with pytest.raises(EvidenceError, match=message):
         Rotation(indices, window)
+
+
+@given(st.integers(2, 300), st.integers(0, 300))
+def test_every_stretch_of_a_spread_order_is_from_all_over(num: int, start: int) -> None:
+    order = spread(range(num))
+    assert sorted(order) == list(range(num))
+    few = min(num, 8)
+    stretch = [order[(start + step) % num] for step in range(few)]
+    assert max(stretch) - min(stretch) >= num // 2
+    if num >= 32:
+        halves = sum(index < num / 2 for index in stretch)
+        assert 2 <= halves <= 6 and 2 <= sum(index % 2 for index in stretch) <= 6

@@ -15,6 +15,7 @@ from esper.errors import BusError
 from esper.oona import kafka
 from esper.oona.address import Address, Credentials, open_bus
 from esper.oona.kafka import KafkaBus, _settings
+from esper.oona.kafka_member import Member
 from esper.oona.topics import Topic
 
 pytestmark = pytest.mark.component
@@ -112,3 +113,26 @@ async def test_a_member_that_leaves_while_it_is_taken_in_holds_nobody_up() -> No
         await bus.close()
     finally:
         server.kill()
+
+
+class Unanswered:
+    """A consumer whose brokers are out of reach."""
+
+    def __init__(self) -> None:
+        self.num_polls, self.is_closed = 0, False
+
+    def poll(self, _: float) -> None:
+        self.num_polls += 1
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_an_answer_is_not_waited_for_where_no_broker_is_left_to_give_it(is_lost: bool) -> None:
+    member = Member({}, {}, group="g", redeliver_s=1.0, timeout_s=0.05, prepare=len, say=BusError)  # type: ignore[arg-type]
+    consumer = Unanswered()
+    member._consumer = consumer  # type: ignore[assignment]
+    member._has_entered, member._has_lost_touch = True, is_lost
+    member.close()
+    assert consumer.is_closed and (consumer.num_polls == 1) == is_lost

@@ -7,6 +7,7 @@ Held-out batches are asked for in blocks, and no more of them than the answer ne
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -17,7 +18,7 @@ from esper.config import EvidenceConfig
 from esper.evidence.eprocess import PairedEProcess, fewest_differences, robust_scale
 from esper.evidence.fdr import OnlineFDR
 from esper.evidence.paired import PairedResult, paired_difference
-from esper.evidence.splits import MIN_PART, Rotation, Splits, split_batches
+from esper.evidence.splits import MIN_PART, Rotation, Splits, split_batches, spread
 from esper.kasmina.gates import Gate, evidence_gate, hold_gate
 
 NAN = float("nan")
@@ -73,7 +74,7 @@ class Acceptance:
         self.fdr = OnlineFDR(config.fdr)
         # all of a small split each time: half of a handful of batches confirms nothing
         window = min(len(splits.confirm), max(_CONFIRM_BATCHES, len(splits.confirm) // 2))
-        self.confirm = Rotation(splits.confirm, window)
+        self.confirm = Rotation(spread(splits.confirm), window)
         self._turn = 0
         self._earlier: dict[int, list[float]] = {}
         """Weighted e-values of the looks so far at cohorts that are not decided yet."""
@@ -129,7 +130,7 @@ class Acceptance:
         needed = (threshold - sum(earlier)) / weight
         seen, capital = self._bet(differences, process, needed=needed)
         e_value, result, confirm_p = sum(earlier) + weight * capital, paired_difference(seen), NAN
-        crossed = capital >= needed
+        crossed = capital >= needed and not process.refused
         if crossed:
             # as many as the gate has needed: what is clear there is clear here
             batches = self.confirm.take(max(_FEWEST_TO_CONFIRM, len(seen)))
@@ -185,17 +186,21 @@ class Acceptance:
         for block in self._blocks(self.splits.gate, first=fewest_differences(needed)):
             for difference in differences(block):
                 seen.append(difference)
-                if capital < needed:
+                if capital < needed or not math.isfinite(difference):  # what is seen and unknown refuses, also late
                     capital = process.update(difference)
             if capital >= needed or paired_difference(seen, min_gain=process.min_gain).p_one_sided >= _HOPELESS:
                 break
         return seen, capital
 
     def _blocks(self, gate: Sequence[int], *, first: int) -> Generator[tuple[int, ...]]:
-        """All gate batches, starting somewhere else each time: ``first`` of them, then as many as before each time."""
+        """All gate batches, starting somewhere else each time: ``first`` of them, then as many as before each time.
+
+        Each block is from all over the gate.
+        """
         start = (self._turn * (len(gate) // 3 + 1)) % len(gate)
         self._turn += 1
-        batches = (*gate[start:], *gate[:start])
+        order = spread(gate)
+        batches = (*order[start:], *order[:start])
         if self.few_blocks:
             first = max(first, (len(batches) + 1) // 2)
         done = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ MIN_BATCHES = 8
 """Fewest held-out batches of all, whatever is judged with them."""
 MIN_PART = 2
 """Fewest batches a part may have."""
+_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,19 @@ def _fewest(calibration_share: float, confirm_share: float, min_gate: int) -> in
 def _draw_stratified(pool: npt.NDArray[np.int64], num: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
     edges = np.linspace(0, pool.size, num + 1).round().astype(np.int64)
     return pool[rng.integers(edges[:-1], edges[1:])]
+
+
+def spread(batches: Sequence[int]) -> tuple[int, ...]:
+    """Return all of them in an order of which every stretch, however short, comes from all over the given one.
+
+    Held-out data often lie in an order (of classes, of time): a test that stops after a few batches must not have seen
+    one end of it alone. Steps of a golden ratio do that, and fall in with no period.
+    """
+    num = len(batches)
+    stride = max(1, round(num * _GOLDEN))
+    while math.gcd(stride, num) > 1:
+        stride += 1
+    return tuple(batches[step * stride % num] for step in range(num))
 
 
 class Rotation:

@@ -156,11 +156,12 @@ class Member:
     def close(self) -> None:
         """Leave the group."""
         consumer, self._consumer = self._consumer, None
+        is_entering = self._has_entered and not self._is_placed and not self._has_lost_touch
         self._forget_all()
         if consumer is not None:
             # While the group is making up its mind librdkafka's close can wait for ever, and the group then waits for a
             # member that is not there: hence the answer is awaited first, and the limit.
-            end, is_entering = time.monotonic() + self._timeout_s, self._has_entered and not self._is_placed
+            end = time.monotonic() + self._timeout_s
             while is_entering and not self._is_placed and not self._has_lost_touch and time.monotonic() < end:
                 consumer.poll(_SLICE_S)
             consumer.poll(0)
