@@ -26,6 +26,8 @@ _CONFIRM_BATCHES = 16
 """Most batches of a confirmation where there are not twice as many, ..."""
 _FEWEST_TO_CONFIRM = 8
 """... and fewest, where the gate was as quickly sure."""
+_FEWEST_TO_HOLD = 12
+"""Batches behind a hold test: of six one in twenty proven gains would look hopeless by chance."""
 _HOPELESS = 0.9
 """A one-sided p-value from which more batches are not worth their cost: the gain would have to turn round."""
 UNJUDGED = Gate("evidence", True, "kept without judgement: evidence.accept is 'always'")
@@ -160,7 +162,7 @@ class Acceptance:
         """
         seen: list[float] = []
         result = paired_difference(seen)
-        blocks = list(self._blocks(self.splits.gate, first=fewest_differences(1.0 / self.config.confirm_level)))
+        blocks = list(self._blocks(self.splits.gate, first=_FEWEST_TO_HOLD))
         for block in blocks:
             seen += differences(block)
             result = paired_difference(seen)
