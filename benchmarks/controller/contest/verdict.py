@@ -24,8 +24,8 @@ MOST = 10.0
 DRAWS = 1000
 LEARNED = ("policy", "cloned", "sampled", "karn-policy", "replay", "shuffled")
 FEW = [
-    "never", "heuristic", "heuristic-before", "heuristic-until-60", "even", "even-own", "search-own", "bandit",
-    "karn-uniform",
+    "never", "always", "random", "heuristic", "heuristic-before", "heuristic-until-60", "even", "even-own", "search",
+    "search-own", "bandit", "karn-uniform",
 ]  # fmt: skip
 """What arms other than the policy are held against."""
 Table = dict[str, dict[str, np.ndarray]]
@@ -216,7 +216,7 @@ def summary(cells: dict[str, Any], seconds: dict[str, float], plan_path: Path) -
         if not known:
             continue
         others = [name for name in known if name != "policy"]
-        chosen = [name for name in ("policy", "karn-policy", "heuristic", "bandit", *ADVISED) if name in known]
+        chosen = [name for name in ("policy", "karn-policy", "heuristic", "even", "bandit", *ADVISED) if name in known]
         found[mode] = {
             "arms": arms(known),
             "differences": {
