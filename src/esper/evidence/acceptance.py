@@ -52,10 +52,14 @@ class Judgement:
     """The gate is not passed, but there is a gain, and a later look may prove it."""
 
 
+def fewest_to_judge(config: EvidenceConfig) -> int:
+    """Gate batches below which the first cohort could not be accepted at all."""
+    return fewest_differences(OnlineFDR(config.fdr).threshold()) if config.accept == "evidence" else MIN_PART
+
+
 def splits_of(config: EvidenceConfig, num_batches: int, seed: int) -> Splits:
     """The three parts of so many held-out batches, as a grower with these settings draws them."""
-    fewest = fewest_differences(OnlineFDR(config.fdr).threshold()) if config.accept == "evidence" else MIN_PART
-    return split_batches(num_batches, config.calibration_share, config.confirm_share, seed, fewest)
+    return split_batches(num_batches, config.calibration_share, config.confirm_share, seed, fewest_to_judge(config))
 
 
 class Acceptance:

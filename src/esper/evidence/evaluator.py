@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from esper.config import EvidenceConfig
 from esper.errors import AttachError, EsperError
-from esper.evidence.eprocess import fewest_differences
-from esper.evidence.fdr import OnlineFDR
+from esper.evidence.acceptance import fewest_to_judge
 from esper.evidence.splits import MIN_PART, Splits, split_batches
 from esper.kasmina.isolation import preserved_rng, undisturbed
 from esper.kasmina.ledger import Ledger
@@ -84,7 +83,6 @@ class Evaluator:
         cls, model: nn.Module, loss: Loss, batches: Iterable[Any], config: EvidenceConfig, *, seed: int
     ) -> Evaluator:
         """With ``config``'s shares, and so many batches that the first cohort can be accepted at all."""
-        judged = config.accept == "evidence"
         return cls(
             model,
             loss,
@@ -92,7 +90,7 @@ class Evaluator:
             calibration_share=config.calibration_share,
             confirm_share=config.confirm_share,
             seed=seed,
-            min_gate=fewest_differences(OnlineFDR(config.fdr).threshold()) if judged else MIN_PART,
+            min_gate=fewest_to_judge(config),
         )
 
     def over(self, model: nn.Module, fresh: Sequence[Any]) -> Evaluator:

@@ -26,16 +26,16 @@ def compared(hosts: Hosts, host: int, cohort: Cohort) -> tuple[Differences, list
     ``projected``: the better (on calibration batches) of switching off and letting the host's layers stand in.
     """
     calibration = list(hosts.lives[host].evidence.splits.calibration)
-    off = switched_off(hosts, host, cohort)
-    if hosts.config.evidence.control == "plain":
-        return off, off(calibration)
     present, alphas = hosts.batch_losses([host])[0], _without(hosts, host, cohort)
-    stand_in = _stand_in(hosts, host, cohort, calibration)
+    off = hosts.batch_losses([host], alphas)[0]
+    is_plain = hosts.config.evidence.control == "plain"
+    stand_in = None if is_plain else _stand_in(hosts, host, cohort, calibration)
     if stand_in is None:
-        return off, off(calibration)
-    without = [hosts.batch_losses([host], alphas, weights)[0] for weights in (None, stand_in)]
+        differences = _between(hosts, host, off, present)
+        return differences, differences(calibration)
+    stood_in = hosts.batch_losses([host], alphas, stand_in)[0]
     hosts.count_evaluations(host, 3 * len(calibration))
-    chosen = without[int(without[1][calibration].mean() < without[0][calibration].mean())]
+    chosen = stood_in if stood_in[calibration].mean() < off[calibration].mean() else off
     return _between(hosts, host, chosen, present), (chosen - present)[calibration].tolist()
 
 
