@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from benchmarks.controller.contest import runs
-from benchmarks.controller.contest.arms import ADVISED, CONTROLS, HEURISTICS
+from benchmarks.controller.contest.arms import ADVISED, ADVISED_LONGER, CONTROLS, HEURISTICS
 from benchmarks.controller.contest.cells import Cells
 from benchmarks.controller.contest.policies import Extent, train
 from benchmarks.controller.contest.recipes import RECIPES
@@ -236,10 +236,11 @@ class Contest:
         some, all_of = range(min(2, scale.seeds)), range(scale.seeds)
         wanted: dict[str, Sequence[Any]] = {}
         for mode, arms, groups, seeds in (
-            ("stack", stacked, GROUPS, some), ("real", [*CONTROLS, *policies], GROUPS, some),
-            ("stack", others, GROUPS, some), ("real", karn, GROUPS[:1], some),
-            ("real", [*CONTROLS, *policies], GROUPS, all_of), ("stack", [*stacked, *others], GROUPS, all_of),
-            ("real", [*karn, *replays], GROUPS[:1], all_of),
+            ("real", [*CONTROLS, *policies], GROUPS, some), ("real", karn, GROUPS[:1], some),
+            ("real", ADVISED_LONGER, GROUPS[1:], some), ("real", [*CONTROLS, *policies], GROUPS, all_of),
+            ("real", karn, GROUPS[:1], all_of), ("real", ADVISED_LONGER, GROUPS[1:], all_of),
+            ("stack", stacked, GROUPS, some), ("stack", others, GROUPS, some), ("real", replays, GROUPS[:1], all_of),
+            ("stack", [*stacked, *others], GROUPS, all_of),
         ):  # fmt: skip
             for group in groups:
                 wanted |= self._cases(mode, arms, group, seeds)

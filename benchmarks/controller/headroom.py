@@ -213,7 +213,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     cells = Cells(given.cells or given.out.with_suffix(".cells.json"))
-    names = given.family or [name for name, family in FAMILIES.items() if family.purpose != "probe"]
+    names = given.family or [name for name, family in FAMILIES.items() if family.purpose not in ("probe", "pace")]
     result: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
     for name in names:
         key = f"{name}, all kept" if given.keep_all else name

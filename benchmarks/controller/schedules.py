@@ -11,7 +11,7 @@ from esper.greenhouse.hosts import Hosts
 from esper.protocol import SeedPlan
 from esper.tamiyo.schedule import ScheduleController, ScheduleEntry
 
-STARTS = ("random_zero", "negative_gradient")
+STARTS = ("random_zero", "negative_gradient", "tiny")
 LEAST = 4
 """Fewest units of a seed, as in the allocation of controllers."""
 
@@ -35,16 +35,15 @@ def even_schedules(interval: int, steps: int) -> list[Schedule]:
     found: list[Schedule] = []
     for (first, num), size in product(((1, 1), (1, 2), (1, 3), (4, 1), (4, 2), (8, 1)), (1.0, 2.0)):
         spacing = max(4, int(0.6 * steps / interval - first) // max(1, num))
-        start = STARTS[len(found) % 2]
+        start = STARTS[len(found) % len(STARTS)]
         found.append(tuple(Growth(interval * (first + spacing * n), -1, size, start) for n in range(num)))
     return found
 
 
 def tuned_schedules(interval: int, steps: int) -> list[Schedule]:
-    """The even schedules, each with either start: what the best even one is chosen from."""
+    """The even schedules, each with every start: what the best even one is chosen from."""
     found = even_schedules(interval, steps)
-    other = {STARTS[0]: STARTS[1], STARTS[1]: STARTS[0]}
-    return found + [tuple(replace(growth, start=other[growth.start]) for growth in schedule) for schedule in found]
+    return [tuple(replace(growth, start=start) for growth in schedule) for start in STARTS for schedule in found]
 
 
 def schedules(interval: int, steps: int, sites: int, num: int = 64) -> list[Schedule]:

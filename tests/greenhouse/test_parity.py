@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from esper.greenhouse.episodes import Episodes
 from esper.greenhouse.family import HostSpec, all_kept, family_named
 from esper.greenhouse.germination import apply
 from esper.greenhouse.hosts import Hosts
-from esper.greenhouse.isolated import drawn, fit
+from esper.greenhouse.isolated import Units, drawn, fit, tiny
 from esper.greenhouse.life import Capture
 from esper.greenhouse.observing import observe
 from esper.greenhouse.real import RealHost, evaluate
@@ -24,6 +24,7 @@ from esper.greenhouse.stages import finish
 from esper.kasmina.bank import Bank
 from esper.kasmina.capture import Rows
 from esper.kasmina.starts import STARTS
+from esper.kasmina.starts.start import HostUnits
 from esper.protocol import Command, Cull, Germinate, Observation, SeedPlan
 
 pytestmark = pytest.mark.integration
@@ -31,13 +32,19 @@ pytestmark = pytest.mark.integration
 COHORTS = {40: (("0-2", 8), ("2-4", 8)), 140: (("2-4", 6),), 220: (("0-2", 5), ("2-4", 4)), 300: (("0-2", 4),)}
 
 
-def script(observation: Observation) -> Sequence[Command]:
-    plans = COHORTS.get(observation.step)
-    if plans is not None:
-        seeds = tuple(SeedPlan(site=site, width=width, start="random_zero") for site, width in plans)
-        return [Germinate(seeds=seeds)]
-    is_due = observation.step == 320 and observation.alive
-    return [Cull(cohort=observation.alive[0].cohort, reason="scripted")] if is_due else []
+def script(start: str) -> Callable[[Observation], Sequence[Command]]:
+    """Four cohorts of a start, and a cull. Of ``tiny`` the first alone: beside grown units its pseudo-inverse turns the
+    last bits of float32 into thousandths."""
+    cohorts = {40: COHORTS[40]} if start == "tiny" else COHORTS
+
+    def ask(observation: Observation) -> Sequence[Command]:
+        plans = cohorts.get(observation.step)
+        if plans is not None:
+            return [Germinate(seeds=tuple(SeedPlan(site=site, width=width, start=start) for site, width in plans))]
+        is_due = start != "tiny" and observation.step == 320 and observation.alive
+        return [Cull(cohort=observation.alive[0].cohort, reason="scripted")] if is_due else []
+
+    return ask
 
 
 def play(real: Twin, dtype: torch.dtype) -> tuple[Hosts, list[float], list[Observation]]:
@@ -56,12 +63,18 @@ def play(real: Twin, dtype: torch.dtype) -> tuple[Hosts, list[float], list[Obser
     return hosts, losses, seen
 
 
-@pytest.mark.parametrize(("family", "keeps_all"), [("teacher", False), ("spirals", False), ("teacher", True)])
-def test_lockstep(family: str, keeps_all: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "start", "keeps_all"),
+    [
+        ("teacher", "random_zero", False), ("spirals", "random_zero", False), ("teacher", "random_zero", True),
+        ("teacher", "tiny", False), ("spirals", "tiny", False), ("teacher", "tiny", True),
+    ],
+)  # fmt: skip
+def test_lockstep(family: str, start: str, keeps_all: bool) -> None:
     """float64: losses, gates, verdicts and costs agree over a whole run; where all is kept, annexes grow twice."""
     spec = HostSpec(family=family, task=2, seed=1, lr=1e-2)
     config = without_snapshots(family_named(family).config)
-    real = Twin(spec, all_kept(config) if keeps_all else config, script, torch.float64)
+    real = Twin(spec, all_kept(config) if keeps_all else config, script(start), torch.float64)
     end = real.run()
     hosts, losses, seen = play(real, torch.float64)
     # grown units are float32 in a grower: what is left of rounding grows with the steps
@@ -116,6 +129,37 @@ def test_a_fit_is_the_growers_fit() -> None:
     assert found.t_statistic == pytest.approx(wanted.t_statistic, rel=1e-3)
     for name, value in zip(("w1", "b1", "w2"), (units.w1, units.b1, units.w2), strict=True):
         torch.testing.assert_close(bank.params[name].detach()[0], value, rtol=1e-3, atol=1e-5)
+
+
+def test_tiny_units_are_the_growers() -> None:
+    """The same, beside units that have grown before."""
+    torch.manual_seed(5)
+    span = nn.Sequential(nn.Linear(10, 7), nn.ReLU(), nn.Linear(7, 3))
+    geometry = attached(span, torch.randn(64, 10)).plans["0-2"].geometry
+    banks = [
+        Bank("bottleneck", geometry, units=units, reads=10, columns=None, generator=torch.Generator().manual_seed(n),
+             device=torch.device("cpu"))
+        for n, units in enumerate((3, 4))
+    ]  # fmt: skip
+    seed, annex = ([bank.params[name].detach()[0].clone() for name in ("w1", "b1", "w2")] for bank in banks)
+    x = [torch.randn(64, 10) for _ in range(4)]
+    y, g = [span(rows).detach() for rows in x], [torch.tanh(rows[:, :3] * rows[:, 3:6]) * 3 for rows in x]
+    scaled = torch.cat([part / part.square().mean().sqrt() for part in g])
+    number = torch.arange(4).repeat_interleave(64)
+    rows = Rows(torch.cat(x), torch.cat(y), scaled, torch.arange(256), number)
+    config = family_named("teacher").config.fit
+    wanted = STARTS["tiny"].prepare(
+        banks[0], rows, config, torch.Generator(), HostUnits.of(span[0], None, span[2], banks[1])
+    )
+    units, head = Units(*seed), span[0]
+    assert isinstance(head, nn.Linear)
+    host = Units(torch.cat([head.weight.detach(), annex[0]]), torch.cat([head.bias.detach(), annex[1]]), annex[2])
+    found = tiny(units, Capture(x, y, g), host, config, hidden_flops=2.0 * (7 + 4) * 10)
+    assert found.flops == wanted.flops
+    assert found.explained == pytest.approx(wanted.explained, rel=1e-4)
+    assert found.t_statistic == pytest.approx(wanted.t_statistic, rel=1e-4)
+    for name, value in zip(("w1", "b1", "w2"), (units.w1, units.b1, units.w2), strict=True):
+        torch.testing.assert_close(banks[0].params[name].detach()[0], value, rtol=1e-4, atol=1e-6)
 
 
 def test_a_real_host_by_itself() -> None:

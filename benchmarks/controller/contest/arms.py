@@ -3,7 +3,7 @@
 ::
 
     never always even even-own search search-own random bandit                 controls
-    heuristic heuristic-before heuristic-until-60
+    heuristic heuristic-before
     karn-NUM karn-uniform bandit-NUM                                           with NUM reports of earlier runs
     RECIPE:SEED cloned:SEED sampled:SEED karn-policy:SEED                      trained policies
     replay:SEED shuffled:SEED                                                  what a policy does, without looking
@@ -29,7 +29,7 @@ from esper.greenhouse.episodes import SCOPE
 from esper.greenhouse.family import FAMILIES, HostSpec, data_of
 from esper.karn import AdvisedController, Architect, FieldReport, Snapshot
 from esper.karn.experience import rows
-from esper.protocol import Command, Observation
+from esper.protocol import Command, Germinate, Observation
 from esper.tamiyo import BanditController, Controller, HeuristicController
 from esper.tamiyo.actions import WAIT, Action, Operation, commands, draw
 from esper.tamiyo.features import FeatureReader, Features
@@ -40,16 +40,14 @@ from esper.tamiyo.sight import Sight, see
 
 START = TamiyoConfig()
 """The heuristic as it comes, and what else follows its pace."""
-HEURISTICS = {
-    "heuristic": START,
-    "heuristic-before": TamiyoConfig(first=None, last_share=0.15, growth=1.0),
-    "heuristic-until-60": TamiyoConfig(first=0, last_share=0.6, growth=1.0),
-}
-"""The default as it is, that of 0021 (one cohort of once the width), and growth from the first decision until 60%."""
+HEURISTICS = ("heuristic", "heuristic-before")
+"""The default as it is, and that of 0023 (from a twentieth of the run on, random units)."""
 CONTROLS = (
     "never", "always", "even", "even-own", "search", "search-own", "random", *HEURISTICS, "bandit",
 )  # fmt: skip
 ADVISED = ("karn-uniform", "karn-50", "karn-200", "karn-1000", "bandit-1000")
+ADVISED_LONGER = ("karn-uniform", "karn-1000", "bandit-1000")
+"""Those that play longer runs as well."""
 LR_OF = {
     "karn-uniform": "heuristic", "karn-50": "heuristic", "karn-200": "heuristic", "karn-1000": "heuristic",
     "bandit-1000": "bandit", "karn-policy": "policy", "replay": "policy", "shuffled": "policy", "sampled": "policy",
@@ -118,6 +116,28 @@ class _Plain:
 
     def load(self, state: dict[str, Any]) -> None:
         del state
+
+
+class Starting:
+    """A controller whose seeds all have one start."""
+
+    def __init__(self, inner: Controller, start: str) -> None:
+        self._inner, self._start = inner, start
+
+    def decide(self, observation: Observation) -> tuple[Command, ...]:
+        return tuple(self._started(command) for command in self._inner.decide(observation))
+
+    def _started(self, command: Command) -> Command:
+        if not isinstance(command, Germinate):
+            return command
+        seeds = tuple(msgspec.structs.replace(plan, start=self._start) for plan in command.seeds)
+        return msgspec.structs.replace(command, seeds=seeds)
+
+    def state(self) -> dict[str, Any]:
+        return self._inner.state()
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._inner.load(state)
 
 
 class Always(_Plain):
@@ -207,6 +227,11 @@ def make(arm: str, spec: HostSpec, folder: str) -> Controller:
     )
 
 
+def _before(spec: HostSpec) -> Controller:
+    first = min(100, round(0.05 * FAMILIES[spec.family].steps))
+    return Starting(HeuristicController(TamiyoConfig(first=first, growth=0.5, last_share=0.15)), "random_zero")
+
+
 def _following(path: Path) -> TamiyoConfig:
     return TamiyoConfig(first=0, controller="neural", policy=str(path))
 
@@ -222,7 +247,8 @@ def _schedule(name: str) -> Callable[[Plan, HostSpec], Controller]:
 _SIMPLE: dict[str, Callable[[Plan, HostSpec], Controller]] = {
     "never": lambda plan, spec: scripted(NEVER, (), ()),
     "always": lambda plan, spec: Always(),
-    **{name: lambda plan, spec, config=config: HeuristicController(config) for name, config in HEURISTICS.items()},
+    "heuristic": lambda plan, spec: HeuristicController(START),
+    "heuristic-before": lambda plan, spec: _before(spec),
     "bandit": lambda plan, spec: BanditController(START, seed=spec.seed),
     **{name: _schedule(name) for name in ("even", "even-own", "search", "search-own")},
 }

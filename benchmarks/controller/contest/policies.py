@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from benchmarks.controller.contest.recipes import RECIPES, Recipe, earned, lens
 from benchmarks.controller.schedules import NEVER, Schedule, schedules, scripted
 
-from esper.config import TamiyoConfig
+from esper.config import Config, TamiyoConfig
 from esper.files import replace_text
 from esper.greenhouse.episodes import SCOPE, Episodes
 from esper.greenhouse.family import FAMILIES, FIRST_HELD_OUT, HostSpec, data_of
@@ -40,6 +40,8 @@ from esper.tamiyo.sight import Sight
 KIND = "contest-policy"
 LEARNED_ON = tuple(name for name in FAMILIES if name.removesuffix("_long") in TRAINING)
 """Families that policies are trained on: the training families, and the longer ones of their kind."""
+PRICES = (0.002, 0.005, 0.01, 0.02, 0.05)
+"""Smallest gains per cost (``min_gain_per_cost``) that hosts of a training are run at: users differ in them."""
 _FLOORS = {"operation": 0.2, "site": 0.1, "size": 0.1}
 
 
@@ -92,13 +94,17 @@ def draw_hosts(rng: np.random.Generator, num: int, families: Sequence[str] = LEA
     return found
 
 
-def play(specs: Sequence[HostSpec], act: Any, recipe: Recipe) -> Played:
-    """Episodes of hosts, family after family; ``act(sights, observations)`` gives one action each.
+def play(specs: Sequence[HostSpec], act: Any, recipe: Recipe, *, rng: np.random.Generator | None = None) -> Played:
+    """Episodes of hosts, family after family; ``act(sights, observations)`` gives one action each. With ``rng`` every
+    family's hosts see a price that is drawn.
 
     Short and long hosts side by side: they have as many decision points.
     """
     shown = lens(recipe)
-    stacks = [Episodes([s for s in specs if s.family == name]) for name in dict.fromkeys(s.family for s in specs)]
+    stacks = [
+        Episodes([s for s in specs if s.family == name], None if rng is None else _priced(name, float(rng.choice(PRICES))))
+        for name in dict.fromkeys(s.family for s in specs)
+    ]
     assert len({stack.num_decisions for stack in stacks}) == 1
     assert list(specs) == [spec for stack in stacks for spec in stack.hosts.specs]
     sights: list[list[Sight]] = []
@@ -117,6 +123,11 @@ def play(specs: Sequence[HostSpec], act: Any, recipe: Recipe) -> Played:
     ends = [end for stack in stacks for end in stack.outcomes]
     returns = [earned(recipe, end, frontier_of(spec.family, spec.task)) for end, spec in zip(ends, specs, strict=True)]
     return Played(sights, actions, np.array(returns), np.array([end.reward for end in ends]), raw)
+
+
+def _priced(family: str, price: float) -> Config:
+    config = FAMILIES[family].config
+    return replace(config, tamiyo=replace(config.tamiyo, min_gain_per_cost=price))
 
 
 class Training:
@@ -167,7 +178,7 @@ class Training:
                 decided.append(self.policy(self.policy.collate(sights), generator=self.generator))
             return [Action(*row) for row in decided[-1].actions.tolist()]
 
-        played = play(specs, act, self.recipe)
+        played = play(specs, act, self.recipe, rng=rng)
         self._widen(played)
         values = np.stack([found.value.double().numpy() for found in decided])
         advantages, returns = self._credit(played, values, copies)

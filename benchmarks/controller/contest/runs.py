@@ -15,7 +15,6 @@ from benchmarks.controller.schedules import NEVER, Schedule, schedules, scripted
 
 from esper.greenhouse.episodes import Outcome, outcome
 from esper.greenhouse.family import FAMILIES, HostSpec, data_of
-from esper.greenhouse.field import TRAINING
 from esper.greenhouse.frontier import FACTORS, LEARNING_RATES, frontier_of, shapes_of
 from esper.greenhouse.germination import apply
 from esper.greenhouse.hosts import Hosts
@@ -31,7 +30,7 @@ from esper.tamiyo.neural.controller import NeuralController
 TOGETHER = 8
 """Schedules played as one stack."""
 TUNING = range(6)
-EVALUATED = range(1032, 1048)
+EVALUATED = range(1048, 1064)
 """Tasks that nothing was trained, tuned or looked at on: evaluated once. Of longer families the first half."""
 TUNING_SEED = 500
 FIRST_SEED = 1000
@@ -60,9 +59,13 @@ class Watched:
         return found
 
 
-def run_stack(specs: Sequence[HostSpec], controllers: Sequence[Any]) -> tuple[list[Outcome], list[int], Hosts]:
-    """Hosts of a family under a controller each; also how many cohorts were kept."""
-    hosts = Hosts(specs, replace(FAMILIES[specs[0].family].config, total_steps=FAMILIES[specs[0].family].steps))
+def run_stack(
+    specs: Sequence[HostSpec], controllers: Sequence[Any], *, start: str | None = None
+) -> tuple[list[Outcome], list[int], Hosts]:
+    """Hosts of a family under a controller each; also how many cohorts were kept. ``start``: where no plan names one."""
+    config = FAMILIES[specs[0].family].config
+    config = replace(config, total_steps=FAMILIES[specs[0].family].steps, fit=replace(config.fit, start=start))
+    hosts = Hosts(specs, config)
     while not hosts.done:
         hosts.advance(hosts.config.interval)
         for number, controller in enumerate(controllers):
@@ -233,10 +236,11 @@ def _strange(watched: Watched) -> float:
 
 
 def gather(chunk: int, num: int) -> list[dict[str, Any]]:
-    """Reports of real runs on (short) training hosts, growing what is drawn evenly from Karn's candidates."""
+    """Reports of real runs on training hosts, short and longer ones, growing what is drawn evenly from Karn's
+    candidates."""
     found: list[dict[str, Any]] = []
     architect = Architect(Snapshot(), uniform=True)
-    for number, spec in enumerate(draw_hosts(np.random.default_rng([chunk, 1 << 22]), num, TRAINING)):
+    for number, spec in enumerate(draw_hosts(np.random.default_rng([chunk, 1 << 22]), num)):
         collector = Collector(f"gather-{chunk}-{number}", job=spec.family)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -24,7 +24,7 @@ MOST = 10.0
 DRAWS = 1000
 LEARNED = ("policy", "cloned", "sampled", "karn-policy", "replay", "shuffled")
 FEW = [
-    "never", "always", "random", "heuristic", "heuristic-before", "heuristic-until-60", "even", "even-own", "search",
+    "never", "always", "random", "heuristic", "heuristic-before", "even", "even-own", "search",
     "search-own", "bandit", "karn-uniform",
 ]  # fmt: skip
 """What arms other than the policy are held against."""

@@ -53,8 +53,8 @@ class Family:
     """Hosts of one kind.
 
     ``widths`` are hidden widths a host may start from, drawn for each layer by itself; ``purpose`` is ``training``,
-    ``evaluation`` (never trained on), ``longer`` (one of either kind, five times as long) or ``probe`` (planted
-    answers, for tests).
+    ``evaluation`` (never trained on), ``longer`` (one of either kind, five times as long), ``pace`` (training ones of
+    other lengths, to choose when growth should begin) or ``probe`` (planted answers, for tests).
     """
 
     name: str
@@ -128,6 +128,13 @@ FAMILIES.update(
             FAMILIES[name], name=f"{name}_long", purpose="longer", steps=LONGER * FAMILIES[name].steps, rows=8192
         )
         for name in ("teacher", "spirals", "tabular", "checkers", "waves", "shells")
+    }
+)
+FAMILIES.update(
+    {
+        f"{name}_{steps}": replace(FAMILIES[name], name=f"{name}_{steps}", purpose="pace", steps=steps, rows=rows)
+        for steps, rows in ((1000, 4096), (5000, 20480))
+        for name in ("teacher", "spirals", "tabular")
     }
 )
 """All families by name."""

@@ -6,11 +6,11 @@ from esper.errors import EsperError
 from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.life import Capture, Cohort, Seed
 from esper.greenhouse.stages import end
-from esper.kasmina.defaults import default_start
+from esper.kasmina.defaults import default_start, has_too_few
 from esper.kasmina.lifecycle import is_active
 from esper.protocol import Cancel, Command, Cull, Germinate, Lifecycle, SeedPlan, SiteKind, Stop
 
-STARTS = ("negative_gradient", "random_zero")
+STARTS = ("negative_gradient", "random_zero", "tiny")
 BLUEPRINT = "bottleneck"
 STRATEGY = "fixed_ramp"
 
@@ -74,9 +74,9 @@ def _create(hosts: Hosts, host: int, sites: list[int], command: Germinate) -> No
     seeds: dict[int, Seed] = {}
     for site, plan in zip(sites, command.seeds, strict=True):
         places = hosts.network.seat(host, site, _units(hosts, host, site, plan))
-        seed = Seed(places, _start(hosts, plan), hosts.inputs_of(host, site), hosts.outputs_of(host, site))
+        seed = Seed(places, _start(hosts, host, site, plan), hosts.inputs_of(host, site), hosts.outputs_of(host, site))
         seeds[site] = seed
-        if seed.start == "negative_gradient":
+        if seed.start != "random_zero":
             life.captures[site] = Capture()
     for seed in seeds.values():
         seed.flops_share = batch * seed.flops_per_row / before
@@ -89,13 +89,28 @@ def _create(hosts: Hosts, host: int, sites: list[int], command: Germinate) -> No
 
 
 def _units(hosts: Hosts, host: int, site: int, plan: SeedPlan) -> int:
+    """As many as asked for, at most as many as the start has directions for."""
+    asked = _asked(hosts, host, site, plan)
+    return min(asked, _directions(hosts, host, site)) if _start(hosts, host, site, plan) == "tiny" else asked
+
+
+def _asked(hosts: Hosts, host: int, site: int, plan: SeedPlan) -> int:
     return hosts.lives[host].widths[site] if plan.width is None else plan.width
 
 
-def _start(hosts: Hosts, plan: SeedPlan) -> str:
+def _directions(hosts: Hosts, host: int, site: int) -> int:
+    """Units that ``tiny`` can make."""
+    return min(hosts.outputs_of(host, site), hosts.inputs_of(host, site) + 1)
+
+
+def _start(hosts: Hosts, host: int, site: int, plan: SeedPlan) -> str:
     rows = hosts.family.batch_rows * hosts.config.capture.batches
     asked = plan.start or hosts.config.fit.start
-    return asked or default_start(SiteKind.LINEAR_SPAN, adaptive=True, expected_rows=rows)
+    if asked is not None:
+        return asked
+    start = default_start(SiteKind.LINEAR_SPAN, adaptive=True, expected_rows=rows)
+    too_few = has_too_few(_directions(hosts, host, site), _asked(hosts, host, site, plan))
+    return "random_zero" if start == "tiny" and too_few else start
 
 
 def _site(hosts: Hosts, plan: SeedPlan) -> int:

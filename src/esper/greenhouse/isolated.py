@@ -1,4 +1,4 @@
-"""The isolated fit of a seed's units to the negative gradient, without autograd; the rule of ``starts``."""
+"""First weights of a seed's units from captured rows, without autograd; the rules of :mod:`esper.kasmina.starts`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from esper.config import FitConfig
 from esper.greenhouse.life import Capture
 from esper.kasmina.incubator import clustered_t
+from esper.kasmina.starts.tiny import inverse_root, optimal_units
 
 
 @dataclass
@@ -74,6 +76,45 @@ def fit(units: Units, capture: Capture, config: FitConfig, *, steps: int, genera
     x, target = torch.cat(train.x), -torch.cat(train.g)
     rows = fit_rows(train, config)
     _adam(units, x, target, torch.randint(x.shape[0], (steps, rows), generator=generator), config.lr)
+    explained, t_statistic, checking = _check_and_size(units, held, config)
+    return Report(explained, t_statistic, 3.0 * steps * rows * _row_flops(units) + checking)
+
+
+def tiny(units: Units, capture: Capture, host: Units, config: FitConfig, *, hidden_flops: float) -> Report:
+    """The units that follow what the host's own layer cannot (``starts.tiny``), written in place, checked and sized.
+
+    ``host`` holds the site's present hidden units, grown ones included; ``hidden_flops`` is what they cost a row.
+    """
+    train, held = split(capture)
+    if not train.x:
+        return Report(math.nan, math.nan, 0.0)
+    x, g = torch.cat(train.x).float(), torch.cat(train.g).float()
+    h = torch.addmm(host.b1.float(), x, host.w1.float().t()).relu_()
+    flat = F.pad(h, (0, 1), value=1.0).double()
+    root = inverse_root(flat.t() @ flat)
+    weight = -g.t().double() @ flat @ root @ root
+    wanted = -g - (flat @ weight.t()).float()
+    read = F.pad(x, (0, 1), value=1.0)
+    moment = read.t().double() @ read.double() / x.shape[0]
+    write, inward = optimal_units((wanted.t() @ read).double()[None] / x.shape[0], moment, units.b1.numel())
+    num = write.shape[2]
+    units.w2.zero_()
+    units.w2[:, :num] = write[0]
+    chosen = write[0].any(0)
+    units.w1[:num] = torch.where(chosen[:, None], inward[0, :, :-1].to(units.w1.dtype), units.w1[:num])
+    units.b1[:num] = torch.where(chosen, inward[0, :, -1].to(units.b1.dtype), units.b1[:num])
+    explained, t_statistic, checking = _check_and_size(units, held, config)
+    columns, wide, deep = g.shape[1], flat.shape[1], read.shape[1]
+    a_row = 2.0 * hidden_flops + 2.0 * wide * (wide + 2 * columns) + 2.0 * deep * (deep + columns)
+    return Report(explained, t_statistic, x.shape[0] * a_row + checking)
+
+
+def _row_flops(units: Units) -> float:
+    return 2.0 * units.w1.shape[0] * (units.w1.shape[1] + units.w2.shape[0])
+
+
+def _check_and_size(units: Units, held: Capture, config: FitConfig) -> tuple[float, float, float]:
+    """Share of the target explained on rows of other batches, t, and what that cost; the output gets its size."""
     x_held, y_held, wanted = torch.cat(held.x), torch.cat(held.y), -torch.cat(held.g)
     out = units(x_held)
     products = (out * wanted).sum(1)
@@ -82,9 +123,7 @@ def fit(units: Units, capture: Capture, config: FitConfig, *, steps: int, genera
     size = float(out.square().mean().sqrt())
     if size > 0 and math.isfinite(size):
         units.w2 *= config.base_scale * float(y_held[:512].square().mean().sqrt()) / size
-    a_row = 2.0 * units.w1.shape[0] * (x.shape[1] + target.shape[1])
-    flops = 3.0 * steps * rows * a_row + x_held.shape[0] * a_row
-    return Report(explained, clustered_t(products, torch.arange(x_held.shape[0])), flops)
+    return explained, clustered_t(products, torch.arange(x_held.shape[0])), x_held.shape[0] * _row_flops(units)
 
 
 def _adam(units: Units, x: Tensor, target: Tensor, draws: Tensor, lr: float) -> None:

@@ -130,6 +130,14 @@ class Network:
         weights[site][1][host][places] = units.b1.to(self.dtype)
         weights[site + 1][0][host][columns[:, None], places[None, :]] = units.w2.to(self.dtype)
 
+    def units_of(self, host: int, site: int) -> Units:
+        """A site's present hidden units, grown ones included and seeds not, as they read the layer before."""
+        weight, bias = self.weights[site]
+        groups = self.groups[site][host]
+        places = torch.cat([torch.nonzero(groups == kind)[:, 0] for kind in (HOST, annex(site))])
+        w1 = weight[host][places[:, None], self.read_places(host, site)[None, :]]
+        return Units(w1, bias[host][places], self.weights[site + 1][0][host][:, places])
+
     def scale_output(self, host: int, site: int, places: Tensor, factor: float) -> None:
         """Multiply what units write."""
         self.weights[site + 1][0][host][:, places] *= factor

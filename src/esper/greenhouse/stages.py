@@ -18,7 +18,7 @@ from esper.fitting import FEWEST_STEPS
 from esper.greenhouse.control import compared, switched_off
 from esper.greenhouse.family import units_stream
 from esper.greenhouse.hosts import Hosts
-from esper.greenhouse.isolated import drawn, fit, fit_rows
+from esper.greenhouse.isolated import Report, Units, drawn, fit, fit_rows, tiny
 from esper.greenhouse.layout import live
 from esper.greenhouse.life import Capture, Cohort, Seed
 from esper.kasmina.gates import stability_gate
@@ -236,16 +236,27 @@ def _prepare(hosts: Hosts, host: int, cohort: Cohort, site: int, seed: Seed, cap
         units = drawn(seed.units, seed.reads, seed.columns, _stds(hosts, host, site), stream)
     units = units.to(hosts.dtype)
     seed.preserves_function = True
-    config = None if capture is None else _affordable(hosts, host, cohort, seed, capture)
-    if capture is not None and config is not None:
-        capture.x = [F.pad(x, (0, seed.reads - x.shape[1])) for x in capture.x]
-        report = fit(units, capture, config, steps=config.steps, generator=stream)
+    report = None if capture is None else _fitted(hosts, host, cohort, site, units, capture, stream)
+    if report is not None:
         hosts.lives[host].ledger.add("fit", report.flops)
         seed.explained, seed.t_statistic = report.explained, report.t_statistic
-        seed.preserves_function = not report.t_statistic >= config.min_t
+        seed.preserves_function = not report.t_statistic >= hosts.config.fit.min_t
     if seed.preserves_function:
         units.w2.zero_()
     hosts.network.write(host, site, seed.places, units)
+
+
+def _fitted(
+    hosts: Hosts, host: int, cohort: Cohort, site: int, units: Units, capture: Capture, stream: torch.Generator
+) -> Report | None:
+    """Make the seed's units from what was captured; ``None`` where that is not affordable."""
+    seed = cohort.seeds[site]
+    capture.x = [F.pad(x, (0, seed.reads - x.shape[1])) for x in capture.x]
+    if seed.start == "tiny":
+        hidden = hosts.hidden_flops(host, site)
+        return tiny(units, capture, hosts.network.units_of(host, site), hosts.config.fit, hidden_flops=hidden)
+    config = _affordable(hosts, host, cohort, seed, capture)
+    return None if config is None else fit(units, capture, config, steps=config.steps, generator=stream)
 
 
 def _affordable(hosts: Hosts, host: int, cohort: Cohort, seed: Seed, capture: Capture) -> FitConfig | None:

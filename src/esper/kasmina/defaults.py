@@ -13,6 +13,15 @@ safe: a fit that does not hold on other batches is not used.
 """
 
 
+MOST_TIMES_ITS_RANK = 4
+"""A default start may have directions for a quarter of the units that were asked for; of less it is not the choice."""
+
+
+def has_too_few(directions: int, units: int) -> bool:
+    """Whether a start with so many directions is no default for so many units."""
+    return units > MOST_TIMES_ITS_RANK * directions
+
+
 def default_blueprint(kind: SiteKind) -> str:
     if kind is SiteKind.LINEAR_SPAN:
         return "bottleneck"
@@ -26,12 +35,14 @@ def default_blueprint(kind: SiteKind) -> str:
 
 
 def default_start(kind: SiteKind, *, adaptive: bool, expected_rows: int) -> str:
-    """``negative_gradient`` on Linear spans (gated or not) under an adaptive optimizer with enough rows; else
-    ``random_zero``.
+    """On Linear spans under an adaptive optimizer ``negative_gradient`` with enough rows for a fit, else ``tiny``, which
+    is solved for and needs few; ``random_zero`` elsewhere.
 
     On convolution spans under SGD a random function-preserving start beat every fit that was tried, on a transformer
     under AdamW the fit won.
     """
-    if kind in (SiteKind.LINEAR_SPAN, SiteKind.LINEAR_GATED_SPAN) and adaptive and expected_rows >= ROWS_FOR_A_FIT:
+    if not adaptive or kind not in (SiteKind.LINEAR_SPAN, SiteKind.LINEAR_GATED_SPAN):
+        return "random_zero"
+    if expected_rows >= ROWS_FOR_A_FIT:
         return "negative_gradient"
-    return "random_zero"
+    return "tiny" if kind is SiteKind.LINEAR_SPAN else "random_zero"

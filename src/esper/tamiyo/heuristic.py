@@ -25,8 +25,10 @@ _MAX_REFUSALS = 3
 _MIN_SHARE = 0.1
 """After the first cohort, a smaller share of the asked size than this is not worth another one."""
 
-_MOST_FIRST, _FIRST_SHARE = 100, 0.05
-"""Steps before the first germination where the configuration does not say: so many, and at most this share of a run."""
+_FIRST = 100
+"""Steps before the first germination where neither the configuration nor the length of the run says."""
+_EARLIEST, _LATEST, _STEPS_LEFT = 0.1, 0.4, 1200
+"""Else as late as leaves new units so many steps to learn, between these shares of the run (decision 0024)."""
 _LAST_FIRST_SHARE = 0.6
 """As long as nothing was kept growth is tried until here: an unlucky test, or a late first one, should not end it."""
 
@@ -185,7 +187,9 @@ class HeuristicController:
     def _first_step(self, total_steps: int | None) -> int:
         if self._first is not None:
             return self._first
-        return _MOST_FIRST if total_steps is None else min(_MOST_FIRST, round(_FIRST_SHARE * total_steps))
+        if total_steps is None:
+            return _FIRST
+        return round(max(_EARLIEST * total_steps, min(_LATEST * total_steps, total_steps - _STEPS_LEFT)))
 
     def _late_share(self, kept: bool) -> float:
         return self._last_share if kept else max(self._last_share, _LAST_FIRST_SHARE)

@@ -92,16 +92,26 @@ def _set_units(bank: Bank, rows: Rows, wanted: Tensor) -> float:
         crossed = correlate(inputs, wanted[part], geometry).double() / rows.positions
         correlation = crossed if correlation is None else correlation + crossed
     assert moment is not None and correlation is not None
-    root = _inverse_root(moment)
-    left, values, right = torch.linalg.svd(by_slot(correlation, bank) @ root, full_matrices=False)
-    num = min(bank.units, values.shape[1])
-    values = values[:, :num]
-    chosen = values > _RELATIVE_RANK * values[:, :1]
-    strength = values.sqrt()
-    write_units(bank, (left[:, :, :num] * strength[:, None, :]).float(), chosen)
-    _write_inputs(bank, (right[:, :num] @ root * strength[:, :, None]).float(), chosen)
+    write, inward = optimal_units(by_slot(correlation, bank), moment, bank.units)
+    write_units(bank, write, write.any(dim=1))
+    _write_inputs(bank, inward, write.any(dim=1))
     head = moment.shape[0]
     return 2.0 * rows.positions * head * (head + geometry.out_features * taps(geometry)[1])
+
+
+def optimal_units(correlation: Tensor, moment: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    """Out-weights ``(S, K, R)`` and in-weights ``(S, R, J)``, float32, of the best R <= ``units`` units a seed.
+
+    ``correlation (S, K, J)`` is that of the wanted change with what a unit reads, ``moment (J, J)`` the second moment
+    of the latter, both float64. Directions that the rows do not carry write zeros.
+    """
+    root = inverse_root(moment)
+    left, values, right = torch.linalg.svd(correlation @ root, full_matrices=False)
+    num = min(units, values.shape[1])
+    values = values[:, :num]
+    chosen, strength = values > _RELATIVE_RANK * values[:, :1], values.sqrt()
+    write = (left[:, :, :num] * strength[:, None, :] * chosen[:, None, :]).float()
+    return write, (right[:, :num] @ root * strength[:, :, None]).float()
 
 
 def _write_inputs(bank: Bank, directions: Tensor, chosen: Tensor) -> None:
@@ -115,7 +125,7 @@ def _write_inputs(bank: Bank, directions: Tensor, chosen: Tensor) -> None:
         bank.params["b1"][:, :num] = torch.where(chosen, directions[:, :, size], bank.params["b1"][:, :num])
 
 
-def _inverse_root(moment: Tensor) -> Tensor:
+def inverse_root(moment: Tensor) -> Tensor:
     """``S^{-1/2}`` on the directions that the rows hold (a pseudo-inverse), float64."""
     values, vectors = torch.linalg.eigh(moment)
     kept = values > _RELATIVE_RANK * values[-1].clamp_min(0)
@@ -134,7 +144,7 @@ def _beyond_the_layer(bank: Bank, rows: Rows, host: HostUnits) -> tuple[Tensor, 
         moment = more if moment is None else moment + more
         crossed = cross if crossed is None else crossed + cross
     assert moment is not None and crossed is not None
-    root = _inverse_root(moment)
+    root = inverse_root(moment)
     weight = crossed @ root @ root  # (O, D)
     wanted = torch.empty_like(rows.g)
     for part in blocks(rows.x, geometry):
@@ -143,7 +153,10 @@ def _beyond_the_layer(bank: Bank, rows: Rows, host: HostUnits) -> tuple[Tensor, 
         g = rows.g[part].movedim(1, -1)
         wanted[part] = (-g - taken.view(g.shape)).movedim(-1, 1)
     width = weight.shape[1]
-    units = 2 * 2.0 * rows.positions * geometry.hidden_features * geometry.in_features * taps(geometry)[0]
+    read = geometry.hidden_features * geometry.in_features
+    if host.annex is not None:
+        read += host.annex.units * host.annex.reads
+    units = 2 * 2.0 * rows.positions * read * taps(geometry)[0]
     return wanted, units + 2.0 * rows.positions * width * (width + 2 * geometry.out_features)
 
 
