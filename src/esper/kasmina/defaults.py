@@ -13,8 +13,8 @@ safe: a fit that does not hold on other batches is not used.
 """
 
 
-MOST_TIMES_ITS_RANK = 4
-"""A default start may have directions for a quarter of the units that were asked for; of less it is not the choice."""
+MOST_TIMES_ITS_RANK = 3
+"""A default start may have directions for a third of the units that were asked for; of less it is not the choice."""
 
 
 def has_too_few(directions: int, units: int) -> bool:
