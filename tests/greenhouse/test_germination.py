@@ -53,6 +53,16 @@ def test_refusals_say_why_and_change_nothing() -> None:
     assert refusal is not None and "has a seed or rests" in refusal
 
 
+def test_what_still_captures_can_be_withdrawn_and_not_culled() -> None:
+    hosts = host()
+    assert ask(hosts, "2-4", start=None) is None
+    refusal = apply(hosts, 0, Cull(cohort=1, reason="test"))
+    assert refusal is not None and "GERMINATED -> CULLED is not a legal transition" in refusal
+    assert hosts.lives[0].cohorts[1].state is Lifecycle.GERMINATED and not hosts.lives[0].verdicts
+    assert apply(hosts, 0, Cancel(cohort=1, reason="test")) is None
+    assert [verdict.state for verdict in hosts.lives[0].verdicts] == [Lifecycle.CANCELLED]
+
+
 def test_what_stacks_do_not_know_raises() -> None:
     hosts = host()
     for match, plan in (
@@ -113,7 +123,10 @@ def test_the_first_layer_is_bounded_by_what_its_units_read_as_well() -> None:
     assert ask(hosts, "0-2", start=None, width=12) is None
     assert ask(hosts, "2-4", start=None, width=17) is None  # four outputs
     lives = [hosts.lives[0].cohorts[number].seeds for number in (1, 2)]
-    assert [(seed.start, seed.units) for seeds in lives for seed in seeds.values()] == [("tiny", 3), ("random_zero", 17)]
+    assert [(seed.start, seed.units) for seeds in lives for seed in seeds.values()] == [
+        ("tiny", 3),
+        ("random_zero", 17),
+    ]
     assert apply(hosts, 0, Cancel(cohort=1, reason="test")) is None
     assert hosts.lives[0].embargo[0] > hosts.step_count and 0 not in hosts.lives[0].captures
 

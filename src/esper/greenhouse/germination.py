@@ -7,7 +7,7 @@ from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.life import Capture, Cohort, Seed
 from esper.greenhouse.stages import end
 from esper.kasmina.defaults import default_start, has_too_few
-from esper.kasmina.lifecycle import is_active
+from esper.kasmina.lifecycle import LEGAL, is_active
 from esper.protocol import Cancel, Command, Cull, Germinate, Lifecycle, SeedPlan, SiteKind, Stop
 
 STARTS = ("negative_gradient", "random_zero", "tiny")
@@ -39,6 +39,9 @@ def apply(hosts: Hosts, host: int, command: Command) -> str | None:
         life.refused.append(f"no active cohort has the number {command.cohort}")
         return life.refused[-1]
     target = Lifecycle.CULLED if isinstance(command, Cull) else Lifecycle.CANCELLED
+    if not LEGAL[cohort.state, target]:
+        life.refused.append(f"{cohort.state.name} -> {target.name} is not a legal transition")
+        return life.refused[-1]
     end(hosts, host, cohort, target, command.reason)
     return None
 
