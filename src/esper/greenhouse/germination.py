@@ -111,7 +111,9 @@ def _start(hosts: Hosts, host: int, site: int, plan: SeedPlan) -> str:
     asked = plan.start or hosts.config.fit.start
     if asked is not None:
         return asked
-    start = default_start(SiteKind.LINEAR_SPAN, adaptive=True, expected_rows=rows)
+    life = hosts.lives[host]
+    weights = 1 + max(hosts.inputs_of(host, site), life.widths[site] + life.grown[site])
+    start = default_start(SiteKind.LINEAR_SPAN, adaptive=True, expected_rows=rows, weights=weights)
     too_few = has_too_few(_directions(hosts, host, site), _asked(hosts, host, site, plan))
     return "random_zero" if start == "tiny" and too_few else start
 

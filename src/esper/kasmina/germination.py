@@ -157,7 +157,8 @@ class Nursery:
         """The start that the plan names, else the configuration, else the default of the site's kind."""
         rows = self.rows_per_batch[plan.site] * self.config.capture.batches
         asked = plan.start or self.config.fit.start
-        start = asked or default_start(site.info.kind, adaptive=self.adaptive, expected_rows=rows)
+        weights = 1 + max(site.reads, site.geometry.hidden_features + site.grown_units)
+        start = asked or default_start(site.info.kind, adaptive=self.adaptive, expected_rows=rows, weights=weights)
         if asked is None and plan.scale != 1.0 and not STARTS[start].keeps_draw:
             return "random_zero"  # it has no draw that could be scaled
         refusal = _start_refusal(start, blueprint, site)
