@@ -154,7 +154,9 @@ def test_every_familys_hosts_of_a_training_show_a_price_that_was_drawn() -> None
 
         def wait(sights: list[Sight], observations: list[Observation]) -> list[Action]:
             told.extend(seen.price for seen in observations)
-            assert [s.features.world[column] for s in sights] == pytest.approx([math.log(p.price) for p in observations])
+            assert [s.features.world[column] for s in sights] == pytest.approx(
+                [math.log(p.price) for p in observations]
+            )
             return [WAIT] * len(sights)
 
         policies.play(specs, wait, recipes.FULL, rng=rng)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from benchmarks.controller import defaults, frontier, headroom, pages, parity
 from benchmarks.controller.contest import runs
-from benchmarks.controller.schedules import STARTS, NEVER, controller, even_schedules, schedules, tuned_schedules
+from benchmarks.controller.schedules import NEVER, STARTS, controller, even_schedules, schedules, tuned_schedules
 
 from esper.greenhouse.family import FAMILIES, FIRST_HELD_OUT, HostSpec
 from esper.greenhouse.frontier import shapes_of, tasks_of
@@ -88,7 +88,8 @@ def test_settings_of_the_grid_differ_in_pace_size_and_start() -> None:
     config = defaults.config_of(late, 2000)
     assert (config.first, config.growth, config.last_share) == (800, 0.5, 0.15) and late["start"] == "tiny"
     runs_of = {
-        start: defaults.play("flat", late | {"first": 0.1, "start": start}, 2e-2, [0], [500]) for start in defaults.STARTS
+        start: defaults.play("flat", late | {"first": 0.1, "start": start}, 2e-2, [0], [500])
+        for start in defaults.STARTS
     }
     assert runs_of["tiny"]["flops"] != runs_of["random_zero"]["flops"]
     assert all(len(run["rewards"]) == 1 for run in runs_of.values())
