@@ -18,6 +18,8 @@ from esper.protocol import SiteKind
 
 pytestmark = pytest.mark.unit
 
+OTHERS = [kind for kind in SiteKind if kind not in (SiteKind.LINEAR_SPAN, SiteKind.LINEAR_GATED_SPAN)]
+
 
 @pytest.mark.parametrize("kind", SiteKind)
 def test_every_kind_has_a_blueprint_and_a_start(kind: SiteKind) -> None:
@@ -37,7 +39,7 @@ def test_a_fit_is_tried_with_enough_rows_under_an_adaptive_optimizer(kind: SiteK
         assert default_start(kind, adaptive=False, expected_rows=expected_rows) == "random_zero"
 
 
-@pytest.mark.parametrize("kind", set(SiteKind) - {SiteKind.LINEAR_SPAN, SiteKind.LINEAR_GATED_SPAN})
+@pytest.mark.parametrize("kind", OTHERS)
 @pytest.mark.parametrize("expected_rows", [1, ROWS_FOR_A_FIT - 1, 10 * ROWS_FOR_A_FIT])
 def test_nothing_else_is_fitted_or_solved_for_by_default(kind: SiteKind, expected_rows: int) -> None:
     assert default_start(kind, adaptive=True, expected_rows=expected_rows) == "random_zero"
