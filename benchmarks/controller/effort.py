@@ -41,11 +41,11 @@ STEPS = 1200
 REFERENCE_SEEDS = range(300, 305)
 TRIALS = 30
 SETTINGS = {
-    "usual": TamiyoConfig(),
-    "longer": TamiyoConfig(last_share=0.6),
-    "four times": TamiyoConfig(growth=4.0),
-    "doubling": TamiyoConfig(compound=True, last_share=0.4),
-    "aggressive": TamiyoConfig(temper="aggressive", growth=2.0, last_share=0.4, patience=4),
+    "usual": TamiyoConfig(first=STEPS // 20),
+    "longer": TamiyoConfig(first=STEPS // 20, last_share=0.6),
+    "four times": TamiyoConfig(first=STEPS // 20, growth=4.0),
+    "doubling": TamiyoConfig(first=STEPS // 20, compound=True, last_share=0.4),
+    "aggressive": TamiyoConfig(first=STEPS // 20, temper="aggressive", growth=2.0, last_share=0.4, patience=4),
 }
 """Settings of growth; one is chosen for all tasks, on other tasks of the same families."""
 SHARE = 0.99

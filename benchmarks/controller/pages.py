@@ -95,7 +95,7 @@ ARMS = {
     "always": "always", "even": "even schedule", "even-own": "even, tuned on the family",
     "search": "best of 64 schedules",
     "search-own": "best of 64, tuned on the family", "random": "random, same rate", "heuristic": "heuristic",
-    "heuristic-before": "heuristic of decision 0021", "heuristic-until-60": "heuristic until 60% of a run",
+    "heuristic-before": "heuristic of decision 0023",
     "bandit": "bandit", "bandit-1000": "bandit, taught", "karn-uniform": "heuristic, even draws of designs",
     "karn-50": "heuristic with Karn, 50 reports", "karn-200": "with Karn, 200", "karn-1000": "with Karn, 1,000",
     "critic": "critic instead of siblings", "no-start": "no start", "heuristic-start": "start from the heuristic alone",
@@ -205,19 +205,28 @@ def effort_text(measured: dict[str, Any]) -> str:
 
 
 def defaults_text(measured: dict[str, Any]) -> str:
-    """The grid that the default was chosen from, and how the default does elsewhere."""
+    """The grid that the default was chosen from: means over families of one length."""
     families = list(next(iter(measured["rows"].values()))["minus_never"])
-    order = sorted(measured["rows"].items(), key=lambda item: -item[1]["mean"])
+    lengths = sorted({FAMILIES[family].steps for family in families})
     lines = [
         f"`{measured['command']}`. Reward minus that of no growth, {measured['tasks']} tuning tasks a family, "
-        f"{measured['seeds']} seeds, each at its own best learning rate:",
+        f"{measured['seeds']} seeds, each at its own best learning rate; means over the families of each length, and the "
+        "worst of all families (names say once or how often the width, and from which share of the run on):",
         "",
-        f"| | mean | {' | '.join(families)} |",
-        "|---|---|" + "---|" * len(families),
+        f"| | {' | '.join(f'{steps:,} steps' for steps in lengths)} | worst family |",
+        "|---|" + "---|" * (len(lengths) + 1),
     ]
-    for name, row in order:
-        cells = " | ".join(f"{row['minus_never'][family]:+.2f}" for family in families)
-        lines.append(f"| {name} | {row['mean']:+.2f} | {cells} |")
+    for name, row in measured["rows"].items():
+        if name == "never":
+            continue
+        found = row["minus_never"]
+        means = [
+            sum(found[f] for f in families if FAMILIES[f].steps == steps)
+            / sum(FAMILIES[f].steps == steps for f in families)
+            for steps in lengths
+        ]
+        worst = min(found, key=lambda family: found[family])
+        lines.append(f"| {name} | {' | '.join(f'{value:+.2f}' for value in means)} | {worst} {found[worst]:+.2f} |")
     if measured["incomplete"]:
         few = sorted({len(row) for row in measured["partly"].values()})
         lines += [
@@ -225,29 +234,7 @@ def defaults_text(measured: dict[str, Any]) -> str:
             f"Not played on all families: {len(measured['incomplete'])} of {len(measured['settings'])} settings. They "
             f"were on {few[0]} to {few[-1]} of {len(families)} (`partly` in the file).",
         ]
-    confirmed = measured["confirmed"]
-    if confirmed:
-        lines += ["", *confirmed_lines(confirmed)]
     return "\n".join(lines)
-
-
-def confirmed_lines(confirmed: dict[str, Any]) -> list[str]:
-    """One row a family, one column an arm."""
-    arms = [name for name in confirmed if name != "never"]
-    lines = [
-        "Confirmed on eight held-out tasks, five seeds (in stacks; reward minus that of no growth, 95% interval):",
-        "",
-        f"| | {' | '.join(arms)} | MFLOP: never, {', '.join(arms)} |",
-        "|---|" + "---|" * (len(arms) + 1),
-    ]
-    for family in confirmed["never"]:
-        spans = [confirmed[arm][family] for arm in arms]
-        spans = [span.get("minus_never", span) for span in spans]
-        cells = " | ".join(f"{span['value']:+.2f} ({span['low']:+.2f} to {span['high']:+.2f})" for span in spans)
-        flops = [confirmed[arm][family].get("flops") for arm in confirmed]
-        cost = "" if None in flops else ", ".join(f"{value / 1e6:.0f}" for value in flops)
-        lines.append(f"| {family} | {cells} | {cost} |")
-    return lines
 
 
 def foresight_text(measured: dict[str, Any]) -> str:
@@ -289,7 +276,7 @@ def pages() -> dict[Path, str]:
     for page, name, make in (
         ("control_headroom", "headroom", headroom_table), ("control_headroom", "headroom_32", headroom_table),
         ("greenhouse", "parity", parity_text),
-        ("control", "contest", contest_tables), ("control", "karn", karn_table),
+        ("control", "contest", contest_tables), ("control", "ablations", contest_tables), ("control", "karn", karn_table),
         ("control", "shipped", shipped_text), ("control", "effort", effort_text),
         ("control", "foresight", foresight_text), ("control", "defaults", defaults_text),
     ):  # fmt: skip

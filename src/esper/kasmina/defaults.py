@@ -19,8 +19,8 @@ It solves for both by least squares: with fewer, its units follow the noise of t
 all of them and nothing is left to follow. It also bounds what solving costs.
 """
 
-MOST_TIMES_ITS_RANK = 4
-"""A default start may have directions for a quarter of the units that were asked for; of less it is not the choice."""
+MOST_TIMES_ITS_RANK = 3
+"""A default start may have directions for a third of the units that were asked for; of less it is not the choice."""
 
 
 def has_too_few(directions: int, units: int) -> bool:
