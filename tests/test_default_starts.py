@@ -48,7 +48,7 @@ def test_a_small_linear_span_starts_as_tiny() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "start", "width"), [(2, "tiny", 2), (3, "tiny", 2), (8, "tiny", 2), (9, "random_zero", 9)]
+    ("asked", "start", "width"), [(2, "tiny", 2), (3, "tiny", 2), (6, "tiny", 2), (7, "random_zero", 7)]
 )
 def test_a_default_is_trimmed_to_its_rank_and_left_where_that_is_too_little(asked: int, start: str, width: int) -> None:
     """Two outputs: two directions."""
@@ -67,11 +67,11 @@ def test_what_was_asked_for_by_name_is_trimmed_however_few_its_directions() -> N
 
 
 def test_seeds_of_a_site_have_their_own_few_directions() -> None:
-    """Of four seeds on eight outputs each writes two: of nine units a seed tiny makes too few."""
-    rig, cohort = germinated(host(outputs=8), seeds=4, width=8)
+    """Of four seeds on eight outputs each writes two: of seven units a seed tiny makes too few."""
+    rig, cohort = germinated(host(outputs=8), seeds=4, width=6)
     assert start_of(rig, cohort) == "tiny" and rig.bank(cohort).units == 2
-    rig, cohort = germinated(host(outputs=8), seeds=4, width=9)
-    assert start_of(rig, cohort) == "random_zero" and rig.bank(cohort).units == 9
+    rig, cohort = germinated(host(outputs=8), seeds=4, width=7)
+    assert start_of(rig, cohort) == "random_zero" and rig.bank(cohort).units == 7
 
 
 def test_a_plan_that_is_scaled_has_a_draw_to_scale() -> None:

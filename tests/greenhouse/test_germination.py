@@ -82,15 +82,15 @@ def test_what_stacks_do_not_know_raises() -> None:
 @pytest.mark.parametrize(
     ("asked", "named", "start", "units"),
     [
-        (2, None, "tiny", 2), (3, None, "tiny", 3), (4, None, "tiny", 3), (12, None, "tiny", 3),
-        (13, None, "random_zero", 13), (13, "tiny", "tiny", 3), (13, "negative_gradient", "negative_gradient", 13),
+        (2, None, "tiny", 2), (3, None, "tiny", 3), (4, None, "tiny", 3), (9, None, "tiny", 3),
+        (10, None, "random_zero", 10), (13, "tiny", "tiny", 3), (13, "negative_gradient", "negative_gradient", 13),
         (2, "random_zero", "random_zero", 2), (None, None, "tiny", 3),
     ],
 )  # fmt: skip
 def test_seeds_have_the_start_and_size_that_a_grower_gives_them(
     asked: int | None, named: str | None, start: str, units: int
 ) -> None:
-    """Three outputs: tiny makes at most three units, and is the default for up to four times as many."""
+    """Three outputs: tiny makes at most three units, and is the default for up to three times as many."""
     spec = HostSpec(family="teacher", task=0, seed=0, lr=1e-2, steps=40, widths=(6, 8))
     config = dataclasses.replace(family_named("teacher").config, total_steps=40)
     hosts = Hosts([spec], config)
@@ -120,12 +120,12 @@ def test_the_first_layer_is_bounded_by_what_its_units_read_as_well() -> None:
     """Spirals have two inputs: with the bias three directions, whatever the next layer's width."""
     hosts = Hosts([HostSpec(family="spirals", task=0, seed=0, lr=1e-2, widths=(12, 12))])
     hosts.advance(20)
-    assert ask(hosts, "0-2", start=None, width=12) is None
-    assert ask(hosts, "2-4", start=None, width=17) is None  # four outputs
+    assert ask(hosts, "0-2", start=None, width=9) is None
+    assert ask(hosts, "2-4", start=None, width=13) is None  # four outputs
     lives = [hosts.lives[0].cohorts[number].seeds for number in (1, 2)]
     assert [(seed.start, seed.units) for seeds in lives for seed in seeds.values()] == [
         ("tiny", 3),
-        ("random_zero", 17),
+        ("random_zero", 13),
     ]
     assert apply(hosts, 0, Cancel(cohort=1, reason="test")) is None
     assert hosts.lives[0].embargo[0] > hosts.step_count and 0 not in hosts.lives[0].captures

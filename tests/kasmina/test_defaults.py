@@ -53,6 +53,6 @@ def test_solving_needs_two_rows_for_each_weight_that_is_solved_for() -> None:
     assert fit == "negative_gradient", "a fit by gradient steps needs no such number"
 
 
-def test_a_start_is_no_default_for_more_than_four_times_as_many_units_as_it_has_directions() -> None:
-    assert MOST_TIMES_ITS_RANK == 4
-    assert not has_too_few(5, 5) and not has_too_few(5, 20) and has_too_few(5, 21) and has_too_few(0, 1)
+def test_a_start_is_no_default_for_more_than_three_times_as_many_units_as_it_has_directions() -> None:
+    assert MOST_TIMES_ITS_RANK == 3
+    assert not has_too_few(5, 5) and not has_too_few(5, 15) and has_too_few(5, 16) and has_too_few(0, 1)
