@@ -98,6 +98,7 @@ def test_observation_and_decision_equal_a_look_at_every_chunk(grower: esper.Grow
     kasmina, table, step = grower.kasmina, grower.kasmina.table, 100
     names = list(kasmina.sites)
     table.embargo_until[:] = 0
+    kasmina.refresh()  # what was written into the table is a change
     for site in kasmina.sites.values():
         values = data.draw(st.lists(ENERGY, min_size=CHUNKS, max_size=CHUNKS))
         site.telemetry.gradient_energy.copy_(torch.tensor(values))  # type: ignore[union-attr]

@@ -132,7 +132,7 @@ def test_chunks_with_a_live_seed_are_taken() -> None:
     [
         (SeedPlan(site="fc2-fc3", chunks=(0, 1)), SeedPlan(site="fc2-fc3", chunks=(1, 2))),
         (SeedPlan(site="fc2-fc3", chunks=(0, 1)), SeedPlan(site="fc2-fc3", chunks=(2,))),
-        (SeedPlan(site="fc2-fc3", chunks=(0,), width=2), SeedPlan(site="fc2-fc3", chunks=(1,), width=3)),
+        tuple(SeedPlan(site="fc2-fc3", chunks=(n,), width=2 + n, start="random_zero") for n in (0, 1)),
         (SeedPlan(site="nowhere"),),
         (SeedPlan(site="fc2-fc3", chunks=(77,)),),
     ],

@@ -1,10 +1,11 @@
-"""When should the heuristic begin to grow, by how much and from which start? A grid on tuning tasks, 400 to 5,000 steps.
+"""When should the heuristic begin to grow, by how much and from which start? A grid on tuning tasks.
 
     python -m benchmarks.controller.defaults --work runs/defaults --out benchmarks/results/controller_defaults.json
 
 Every setting plays the same hosts in stacks, as does no growth, each with its own learning rate of three a family. What
 counts is the mean over families of the difference to no growth, and the worst family. Held-out tasks and evaluation
-families stay untouched by the grid: the comparison of controllers plays the default there. Cells are kept in --work: run again, it goes on.
+families stay untouched by the grid: the comparison of controllers plays the default there. Cells are kept in --work:
+run again, it goes on.
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ class Fitting:
         )
         if gate.passed or start.sanity != "gradient" or fit.unproven == "cull":
             return gate
-        if not math.isfinite(report.t_statistic):
-            return gate
+        if not math.isfinite(report.t_statistic) and not math.isfinite(report.explained):
+            return gate  # there was nothing to check it on, or it has diverged
         self.kasmina.sites[name].banks[cohort.number].scale_output(0.0)
         member.preserves_function = True
         return Gate("sanity", True, f"{gate.reason}: the fit is not used, the branch starts from zero output")

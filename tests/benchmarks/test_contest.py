@@ -18,9 +18,13 @@ from benchmarks.controller import compare, effort, pages, ship
 from benchmarks.controller.contest import arms, policies, recipes, runs, verdict
 from benchmarks.controller.contest.cells import Cells
 
+from esper.config import TamiyoConfig
 from esper.greenhouse.episodes import SCOPE, Episodes
 from esper.greenhouse.family import FAMILIES, HostSpec
 from esper.greenhouse.frontier import LEARNING_RATES, frontier_of, tasks_of
+from esper.greenhouse.germination import apply
+from esper.greenhouse.hosts import Hosts
+from esper.greenhouse.observing import observe
 from esper.protocol import Observation
 from esper.tamiyo.actions import WAIT, Action
 from esper.tamiyo.features import GLOBAL_COLUMNS
@@ -136,6 +140,36 @@ def test_policies_learn_on_short_and_longer_hosts_of_training_families_side_by_s
     assert len(played.returns) == 4 and np.isfinite(played.rewards).all()
 
 
+def test_every_familys_hosts_of_a_training_show_a_price_that_was_drawn() -> None:
+    """Users differ in what a gain has to be worth: a policy should see that."""
+    assert min(policies.PRICES) < TamiyoConfig().min_gain_per_cost < max(policies.PRICES)
+    column = GLOBAL_COLUMNS.index("price")
+    specs = [
+        HostSpec(family=family, task=0, seed=seed, lr=2e-2, steps=40)
+        for family in ("spirals", "tabular", "flat") for seed in (1, 2)
+    ]  # fmt: skip
+
+    def shown(rng: np.random.Generator | None) -> list[float]:
+        told: list[float] = []
+
+        def wait(sights: list[Sight], observations: list[Observation]) -> list[Action]:
+            told.extend(seen.price for seen in observations)
+            assert [s.features.world[column] for s in sights] == pytest.approx(
+                [math.log(p.price) for p in observations]
+            )
+            return [WAIT] * len(sights)
+
+        policies.play(specs, wait, recipes.FULL, rng=rng)
+        return told
+
+    assert shown(None) == [TamiyoConfig().min_gain_per_cost] * 6
+    draws = [shown(np.random.default_rng(seed)) for seed in range(8)]
+    assert draws[0] == shown(np.random.default_rng(0))
+    assert all(found[::2] == found[1::2] for found in draws)  # two of a family
+    assert {price for found in draws for price in found} == set(policies.PRICES)
+    assert any(len(set(found)) == 3 for found in draws)
+
+
 def test_what_is_imitated_on_longer_hosts_is_spread_over_their_whole_run() -> None:
     steps = {
         name: [g.step for plan in runs.listed("search", name) for g in plan] for name in ("tabular", "tabular_long")
@@ -154,6 +188,9 @@ def test_a_critic_learns_what_siblings_do_without(tmp_path: Path) -> None:
     before = training.policy.value.weight.clone()
     training.update()
     assert not torch.equal(before, training.policy.value.weight)
+    assert training.ranges is not None
+    low, high = training.ranges.world[GLOBAL_COLUMNS.index("price")]
+    assert low < high and {round(math.exp(end), 4) for end in (low, high)} <= set(policies.PRICES)
     siblings = policies.Training(recipes.RECIPES["no-start"], few, 0, "small")
     siblings.update()
     assert not siblings.policy.value.weight.any() and siblings.begin() is None
@@ -189,13 +226,29 @@ def test_arms_act_as_their_names_say(tmp_path: Path) -> None:
     assert watched.asked == []
 
 
+def test_the_default_before_grows_random_units_earlier(tmp_path: Path) -> None:
+    folder, found = planned(tmp_path), {}
+    for name in ("heuristic", "heuristic-before"):
+        hosts, subject = Hosts([HOST]), arms.make(name, HOST, folder)
+        while not hosts.lives[0].cohorts:
+            hosts.advance(20)
+            for command in subject.decide(observe(hosts, 0)):
+                apply(hosts, 0, command)
+        found[name] = hosts.step_count, {seed.start for seed in hosts.lives[0].cohorts[1].seeds.values()}
+        again = arms.make(name, HOST, folder)
+        assert again.state() != subject.state()
+        again.load(subject.state())
+        assert again.state() == subject.state()
+    assert found == {"heuristic": (40, {"tiny"}), "heuristic-before": (20, {"random_zero"})}
+
+
 def test_evaluated_tasks_are_fresh_and_known() -> None:
     scale = compare.Scale()
     for family in compare.FAMILY_NAMES:
         known = set(tasks_of(family))
         num = scale.few_tasks if verdict.group_of(family) == "longer" else len(scale.tasks)
         assert set(scale.tasks[:num]) <= known and set(runs.TUNING) <= known
-    assert min(scale.tasks) >= 1032  # what was evaluated before, and what the headroom was measured on, is not
+    assert min(scale.tasks) >= 1048  # what was evaluated before, and what the headroom was measured on, is not
     assert {name for name, _ in compare.Scale().trained} == set(recipes.RECIPES)
 
 

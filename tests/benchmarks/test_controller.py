@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from benchmarks.controller import defaults, frontier, headroom, pages, parity
-from benchmarks.controller.schedules import NEVER, controller, even_schedules, schedules, tuned_schedules
+from benchmarks.controller.contest import runs
+from benchmarks.controller.schedules import NEVER, STARTS, controller, even_schedules, schedules, tuned_schedules
 
 from esper.greenhouse.family import FAMILIES, FIRST_HELD_OUT, HostSpec
 from esper.greenhouse.frontier import shapes_of, tasks_of
@@ -24,7 +26,13 @@ def test_schedules_are_distinct_and_always_the_same() -> None:
     assert first == schedules(20, 400, 2) and len(first) == 64 and len(set(first)) >= 63 and first[0] == NEVER
     assert set(even_schedules(20, 400)) <= set(first)
     tuned = tuned_schedules(20, 400)
-    assert len(set(tuned)) == len(tuned) == 24 and tuned[:12] == even_schedules(20, 400)
+    assert len(set(tuned)) == len(tuned) == 36 and set(even_schedules(20, 400)) <= set(tuned)
+    for start in STARTS:  # every even schedule with each start
+        same = [schedule for schedule in tuned if {growth.start for growth in schedule} == {start}]
+        assert [[replace(g, start="") for g in schedule] for schedule in same] == [
+            [replace(g, start="") for g in schedule] for schedule in even_schedules(20, 400)
+        ]
+    assert {schedule[0].start for schedule in even_schedules(20, 400)} == set(STARTS)
     for schedule in first:
         steps = [growth.step for growth in schedule]
         assert steps == sorted(steps) and all(step % 20 == 0 and 20 <= step < 400 for step in steps)
@@ -73,6 +81,22 @@ def test_everything_of_a_family_is_measured_from_its_cells(tmp_path: Path, monke
     assert "reward_any_shape" in found
 
 
+def test_settings_of_the_grid_differ_in_pace_size_and_start() -> None:
+    found = defaults.settings()
+    assert len(found) == 1 + len(defaults.FIRSTS) * len(defaults.GROWTHS) * len(defaults.STARTS) and not found["never"]
+    late = found["0.5 times from 0.4, tiny"]
+    config = defaults.config_of(late, 2000)
+    assert (config.first, config.growth, config.last_share) == (800, 0.5, 0.15) and late["start"] == "tiny"
+    runs_of = {
+        start: defaults.play("flat", late | {"first": 0.1, "start": start}, 2e-2, [0], [500])
+        for start in defaults.STARTS
+    }
+    assert runs_of["tiny"]["flops"] != runs_of["random_zero"]["flops"]
+    assert all(len(run["rewards"]) == 1 for run in runs_of.values())
+    told = defaults.summary({})
+    assert told["incomplete"] == list(found) and told["rows"] == {}
+
+
 def test_a_schedule_on_real_hosts_and_its_reward() -> None:
     specs, plans = headroom.cell(FAMILIES["teacher"], [0], [0], 2e-2, even_schedules(20, 400)[0])
     short = [HostSpec(family=s.family, task=s.task, seed=s.seed, lr=s.lr, steps=80) for s in specs]
@@ -93,7 +117,9 @@ def test_every_family_has_frontiers_for_training_and_evaluation(name: str) -> No
     tasks = tasks_of(name)
     assert any(task < FIRST_HELD_OUT for task in tasks)
     if FAMILIES[name].purpose == "longer":
-        assert {*defaults.TUNING, *defaults.EVALUATED} <= set(tasks)
+        assert {*defaults.TUNING, *runs.EVALUATED[:8]} <= set(tasks)
+    elif FAMILIES[name].purpose == "pace":
+        assert set(tasks) == set(defaults.TUNING)  # the pace is chosen on them, nothing is evaluated there
     elif FAMILIES[name].purpose != "probe":
         assert set(headroom.HELD_OUT[:8]) <= set(tasks) and set(headroom.TUNING[:8]) <= set(tasks)
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from tests.greenhouse.twins import Scripted
 
 from esper.config import EvidenceConfig
 from esper.errors import EsperError
@@ -14,6 +15,7 @@ from esper.greenhouse.family import HELD_OUT_BATCHES, HostSpec, family_named
 from esper.greenhouse.germination import apply
 from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.observing import observe
+from esper.greenhouse.real import RealHost
 from esper.greenhouse.stages import finish
 from esper.protocol import Cancel, Cull, Germinate, Lifecycle, Pause, SeedPlan, Stop
 
@@ -51,12 +53,22 @@ def test_refusals_say_why_and_change_nothing() -> None:
     assert refusal is not None and "has a seed or rests" in refusal
 
 
+def test_what_still_captures_can_be_withdrawn_and_not_culled() -> None:
+    hosts = host()
+    assert ask(hosts, "2-4", start=None) is None
+    refusal = apply(hosts, 0, Cull(cohort=1, reason="test"))
+    assert refusal is not None and "GERMINATED -> CULLED is not a legal transition" in refusal
+    assert hosts.lives[0].cohorts[1].state is Lifecycle.GERMINATED and not hosts.lives[0].verdicts
+    assert apply(hosts, 0, Cancel(cohort=1, reason="test")) is None
+    assert [verdict.state for verdict in hosts.lives[0].verdicts] == [Lifecycle.CANCELLED]
+
+
 def test_what_stacks_do_not_know_raises() -> None:
     hosts = host()
     for match, plan in (
         ("known: 0-2, 2-4", {"site": "9-11"}),
         ("the blueprint bottleneck", {"site": "0-2", "blueprint": "low_rank"}),
-        ("the start negative_gradient, random_zero", {"site": "0-2", "start": "tiny"}),
+        ("the start negative_gradient, random_zero, tiny, got 'gradmax'", {"site": "0-2", "start": "gradmax"}),
         ("the strategy fixed_ramp", {"site": "0-2", "strategy": "drift_controlled"}),
         ("a whole site", {"site": "0-2", "seeds": 2}),
         ("at least 1, got 0", {"site": "0-2", "width": 0}),
@@ -65,6 +77,58 @@ def test_what_stacks_do_not_know_raises() -> None:
             apply(hosts, 0, Germinate(seeds=(SeedPlan(**plan),)))
     with pytest.raises(EsperError, match="got Pause"):
         apply(hosts, 0, Pause(cohort=1))
+
+
+@pytest.mark.parametrize(
+    ("asked", "named", "start", "units"),
+    [
+        (2, None, "tiny", 2), (3, None, "tiny", 3), (4, None, "tiny", 3), (9, None, "tiny", 3),
+        (10, None, "random_zero", 10), (13, "tiny", "tiny", 3), (13, "negative_gradient", "negative_gradient", 13),
+        (2, "random_zero", "random_zero", 2), (None, None, "tiny", 3),
+    ],
+)  # fmt: skip
+def test_seeds_have_the_start_and_size_that_a_grower_gives_them(
+    asked: int | None, named: str | None, start: str, units: int
+) -> None:
+    """Three outputs: tiny makes at most three units, and is the default for up to three times as many."""
+    spec = HostSpec(family="teacher", task=0, seed=0, lr=1e-2, steps=40, widths=(6, 8))
+    config = dataclasses.replace(family_named("teacher").config, total_steps=40)
+    hosts = Hosts([spec], config)
+    hosts.advance(20)
+    command = Germinate(seeds=(SeedPlan(site="2-4", width=asked, start=named),))
+    assert apply(hosts, 0, command) is None
+    seed = hosts.lives[0].cohorts[1].seeds[1]
+    assert (seed.start, seed.units) == (start, units) and (1 in hosts.lives[0].captures) == (start != "random_zero")
+    real = RealHost(spec, Scripted(lambda seen: [command] if seen.step == 20 else []), config)
+    while not real.grower.kasmina.cohorts:
+        real.step()
+    (cohort,) = real.grower.kasmina.cohorts.values()
+    bank = real.grower.kasmina.sites["2-4"].banks[1]
+    assert (cohort.members["2-4"].start, bank.units, bank.num_params) == (start, units, seed.params)
+
+
+def test_a_start_of_the_configuration_is_taken_where_a_plan_names_none() -> None:
+    config = family_named("teacher").config
+    for start in ("random_zero", "tiny", "negative_gradient"):
+        hosts = host(fit=dataclasses.replace(config.fit, start=start))
+        assert ask(hosts, "2-4", start=None, width=40) is None
+        seed = hosts.lives[0].cohorts[1].seeds[1]
+        assert (seed.start, seed.units) == (start, 3 if start == "tiny" else 40)  # named: however few its directions
+
+
+def test_the_first_layer_is_bounded_by_what_its_units_read_as_well() -> None:
+    """Spirals have two inputs: with the bias three directions, whatever the next layer's width."""
+    hosts = Hosts([HostSpec(family="spirals", task=0, seed=0, lr=1e-2, widths=(12, 12))])
+    hosts.advance(20)
+    assert ask(hosts, "0-2", start=None, width=9) is None
+    assert ask(hosts, "2-4", start=None, width=13) is None  # four outputs
+    lives = [hosts.lives[0].cohorts[number].seeds for number in (1, 2)]
+    assert [(seed.start, seed.units) for seeds in lives for seed in seeds.values()] == [
+        ("tiny", 3),
+        ("random_zero", 13),
+    ]
+    assert apply(hosts, 0, Cancel(cohort=1, reason="test")) is None
+    assert hosts.lives[0].embargo[0] > hosts.step_count and 0 not in hosts.lives[0].captures
 
 
 def test_a_stop_is_for_good_and_a_site_rests_after_a_cull() -> None:

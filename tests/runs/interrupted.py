@@ -34,6 +34,7 @@ JOBS: dict[str, dict[str, Any]] = {
         "settings": (
             "evidence.accept=always", "graft.ramp_steps=6", "graft.settle_steps=8", "graft.warmup_steps=4",
             "graft.stabilize_steps=10", "graft.fine_tune_steps=10", "capture.batches=8", "tamiyo.first=20",
+            "fit.start=random_zero",
         ),
     },
 }  # fmt: skip

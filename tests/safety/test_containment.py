@@ -157,7 +157,7 @@ def test_no_memory_at_germination_leaves_nothing_behind() -> None:
 
 
 def test_a_gpu_without_headroom_refuses_a_germination(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esper.kasmina.germination._device_bytes", lambda device: (1000, 20_000))
+    monkeypatch.setattr("esper.kasmina.memory.device_bytes", lambda device: (1000, 20_000))
     rig = attach(Mlp())
     rig.train(3)
     rig.grower.submit(Germinate(seeds=(SeedPlan(site=rig.grower.sites()[0].name),)))

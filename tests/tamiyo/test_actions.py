@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.tamiyo.observations import random_observation
 
 from esper.errors import ConfigError
-from esper.protocol import CohortView, Cull, Germinate, Lifecycle, Observation, Pause, SeedPlan, Stop
+from esper.kasmina.lifecycle import LEGAL
+from esper.protocol import Cancel, CohortView, Cull, Germinate, Lifecycle, Observation, Pause, SeedPlan, Stop
 from esper.tamiyo.actions import (
     ALL,
     BLUEPRINTS,
@@ -128,6 +129,19 @@ def test_scope_refuses_what_is_unknown(changes: dict[str, tuple[object, ...]]) -
 # Commands
 
 
+def test_what_still_captures_is_withdrawn(observe: Observe, view: View) -> None:
+    """A grower refuses to cull it."""
+    for state in Lifecycle:
+        if not Lifecycle.GERMINATED <= state <= Lifecycle.FINE_TUNING:
+            continue
+        observation = observe(alive=(view(state),))
+        (command,) = commands(Action(Operation.CULL, 1), observation)
+        target = Lifecycle.CANCELLED if isinstance(command, Cancel) else Lifecycle.CULLED
+        assert isinstance(command, Cancel) == (state is Lifecycle.GERMINATED) and LEGAL[state, target]
+        assert (command.cohort, command.reason) == (0, "learned: cull")
+        assert nearest((command,), observation, masks(observation)) == Action(Operation.CULL, 1)
+
+
 def test_commands(observe: Observe, view: View) -> None:
     observation = observe(alive=(view(Lifecycle.GRAFTING),))
     assert commands(WAIT, observation) == ()
@@ -201,8 +215,9 @@ def test_what_is_drawn_is_valid_and_within_the_ceilings(observation: Observation
                 unit = observation.unit_params[rows]
                 cost = sum((plan.width or 0) * each for plan, each in zip(command.seeds, unit, strict=True))
                 assert np.isnan(cost) or observation.params + cost <= observation.budget_params
-        if isinstance(command, Cull):
-            assert command.cohort in {view.cohort for view in observation.alive}
+        if isinstance(command, Cull | Cancel):
+            (view,) = [view for view in observation.alive if view.cohort == command.cohort]
+            assert LEGAL[view.state, Lifecycle.CULLED if isinstance(command, Cull) else Lifecycle.CANCELLED]
 
 
 @settings(max_examples=50)

@@ -78,13 +78,21 @@ def test_waits_when_nothing_is_eligible(observe: Observe) -> None:
     assert controller().decide(observe(eligible=np.zeros(4, dtype=np.bool_))) == ()
 
 
-@pytest.mark.parametrize(("step", "germinates"), [(0, False), (49, False), (50, True), (600, True)])
+@pytest.mark.parametrize(("step", "germinates"), [(0, False), (99, False), (100, True), (600, True)])
 def test_first_and_last(observe: Observe, step: int, germinates: bool) -> None:
     assert bool(controller().decide(observe(step=step))) == germinates
 
 
-@pytest.mark.parametrize(("total_steps", "first"), [(400, 20), (1000, 50), (100_000, 100), (None, 100), (4, 0), (1, 0)])
-def test_a_run_begins_to_grow_after_a_twentieth_of_it(observe: Observe, total_steps: int | None, first: int) -> None:
+@pytest.mark.parametrize(
+    ("total_steps", "first"),
+    [
+        (None, 100), (1, 0), (4, 0), (100, 10), (400, 40), (1000, 100), (1333, 133), (1400, 200), (1500, 300),
+        (1999, 799), (2000, 800), (5000, 2000), (100_000, 40_000),
+    ],
+)  # fmt: skip
+def test_a_run_begins_to_grow_as_late_as_leaves_1200_steps_between_a_tenth_and_two_fifths_of_it(
+    observe: Observe, total_steps: int | None, first: int
+) -> None:
     for step in range(max(0, first - 2), first):
         assert controller().decide(observe(step=step, total_steps=total_steps)) == ()
         assert controller().waits(step, total_steps=total_steps, num_ended=0)

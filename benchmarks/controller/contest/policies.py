@@ -102,7 +102,9 @@ def play(specs: Sequence[HostSpec], act: Any, recipe: Recipe, *, rng: np.random.
     """
     shown = lens(recipe)
     stacks = [
-        Episodes([s for s in specs if s.family == name], None if rng is None else _priced(name, float(rng.choice(PRICES))))
+        Episodes(
+            [s for s in specs if s.family == name], None if rng is None else _priced(name, float(rng.choice(PRICES)))
+        )
         for name in dict.fromkeys(s.family for s in specs)
     ]
     assert len({stack.num_decisions for stack in stacks}) == 1

@@ -62,7 +62,8 @@ class Watched:
 def run_stack(
     specs: Sequence[HostSpec], controllers: Sequence[Any], *, start: str | None = None
 ) -> tuple[list[Outcome], list[int], Hosts]:
-    """Hosts of a family under a controller each; also how many cohorts were kept. ``start``: where no plan names one."""
+    """Hosts of a family under a controller each; also how many cohorts were kept. ``start`` holds where no plan names
+    one."""
     config = FAMILIES[specs[0].family].config
     config = replace(config, total_steps=FAMILIES[specs[0].family].steps, fit=replace(config.fit, start=start))
     hosts = Hosts(specs, config)
@@ -88,7 +89,7 @@ def _told(end: Outcome, kept: int, asked: int, strange: float = 0.0) -> list[flo
 
 
 def listed(kind: str, family: str, like: str | None = None) -> list[Schedule]:
-    """All schedules of a kind for a family: ``even`` (24) or ``search`` (64), those for as many sites as ``like``
+    """All schedules of a kind for a family: ``even`` (36) or ``search`` (64), those for as many sites as ``like``
     has. Equal numbers name the same schedule in short and in long runs."""
     host = FAMILIES[family]
     if kind == "even":

@@ -7,7 +7,7 @@ from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.life import Capture, Cohort, Seed
 from esper.greenhouse.stages import end
 from esper.kasmina.defaults import default_start, has_too_few
-from esper.kasmina.lifecycle import is_active
+from esper.kasmina.lifecycle import LEGAL, is_active
 from esper.protocol import Cancel, Command, Cull, Germinate, Lifecycle, SeedPlan, SiteKind, Stop
 
 STARTS = ("negative_gradient", "random_zero", "tiny")
@@ -39,6 +39,9 @@ def apply(hosts: Hosts, host: int, command: Command) -> str | None:
         life.refused.append(f"no active cohort has the number {command.cohort}")
         return life.refused[-1]
     target = Lifecycle.CULLED if isinstance(command, Cull) else Lifecycle.CANCELLED
+    if not LEGAL[cohort.state, target]:
+        life.refused.append(f"{cohort.state.name} -> {target.name} is not a legal transition")
+        return life.refused[-1]
     end(hosts, host, cohort, target, command.reason)
     return None
 
@@ -108,7 +111,9 @@ def _start(hosts: Hosts, host: int, site: int, plan: SeedPlan) -> str:
     asked = plan.start or hosts.config.fit.start
     if asked is not None:
         return asked
-    start = default_start(SiteKind.LINEAR_SPAN, adaptive=True, expected_rows=rows)
+    life = hosts.lives[host]
+    weights = 1 + max(hosts.inputs_of(host, site), life.widths[site] + life.grown[site])
+    start = default_start(SiteKind.LINEAR_SPAN, adaptive=True, expected_rows=rows, weights=weights)
     too_few = has_too_few(_directions(hosts, host, site), _asked(hosts, host, site, plan))
     return "random_zero" if start == "tiny" and too_few else start
 

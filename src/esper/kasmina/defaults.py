@@ -12,6 +12,12 @@ seeds, an interval that includes zero, at 1.5 times the FLOPs (``benchmarks/resu
 safe: a fit that does not hold on other batches is not used.
 """
 
+ROWS_A_WEIGHT = 2
+"""``tiny`` needs so many captured rows for each weight of a unit, and for each of an output of the span's last layer.
+
+It solves for both by least squares: with fewer, its units follow the noise of the rows, or that layer already explains
+all of them and nothing is left to follow. It also bounds what solving costs.
+"""
 
 MOST_TIMES_ITS_RANK = 3
 """A default start may have directions for a third of the units that were asked for; of less it is not the choice."""
@@ -34,9 +40,11 @@ def default_blueprint(kind: SiteKind) -> str:
     return "low_rank"
 
 
-def default_start(kind: SiteKind, *, adaptive: bool, expected_rows: int) -> str:
-    """On Linear spans under an adaptive optimizer ``negative_gradient`` with enough rows for a fit, else ``tiny``, which
-    is solved for and needs few; ``random_zero`` elsewhere.
+def default_start(kind: SiteKind, *, adaptive: bool, expected_rows: int, weights: int = 0) -> str:
+    """On Linear spans under an adaptive optimizer ``negative_gradient`` with enough rows for a fit, else ``tiny``,
+    which is solved for and needs fewer; ``random_zero`` elsewhere.
+
+    ``weights`` are those of a unit or of an output of the span's last layer, whichever has more.
 
     On convolution spans under SGD a random function-preserving start beat every fit that was tried, on a transformer
     under AdamW the fit won.
@@ -45,4 +53,5 @@ def default_start(kind: SiteKind, *, adaptive: bool, expected_rows: int) -> str:
         return "random_zero"
     if expected_rows >= ROWS_FOR_A_FIT:
         return "negative_gradient"
-    return "tiny" if kind is SiteKind.LINEAR_SPAN else "random_zero"
+    is_solvable = expected_rows >= ROWS_A_WEIGHT * weights
+    return "tiny" if kind is SiteKind.LINEAR_SPAN and is_solvable else "random_zero"

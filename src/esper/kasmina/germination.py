@@ -157,7 +157,8 @@ class Nursery:
         """The start that the plan names, else the configuration, else the default of the site's kind."""
         rows = self.rows_per_batch[plan.site] * self.config.capture.batches
         asked = plan.start or self.config.fit.start
-        start = asked or default_start(site.info.kind, adaptive=self.adaptive, expected_rows=rows)
+        weights = 1 + max(site.reads, site.geometry.hidden_features + site.grown_units)
+        start = asked or default_start(site.info.kind, adaptive=self.adaptive, expected_rows=rows, weights=weights)
         if asked is None and plan.scale != 1.0 and not STARTS[start].keeps_draw:
             return "random_zero"  # it has no draw that could be scaled
         refusal = _start_refusal(start, blueprint, site)
@@ -192,7 +193,7 @@ class Nursery:
         site = self.sites[seed.site]
         if site.refused is not None:
             return Gate("germination", False, f"the site cannot be used: {site.refused}")
-        needed, room_there = params * _BYTES_PER_PARAM, _device_bytes(self.plans[seed.site].weight.device)
+        needed, room_there = params * _BYTES_PER_PARAM, memory.device_bytes(self.plans[seed.site].weight.device)
         if room_there is not None and needed > room_there[0] - self.config.safety.headroom * room_there[1]:
             reason = (
                 f"a germination must leave {self.config.safety.headroom:.0%} of the GPU's {room_there[1]} bytes free "
@@ -394,11 +395,3 @@ def _start_refusal(start: str, blueprint: str, site: Site) -> str | None:
             "more than those; use 'random_zero'"
         )
     return start_refusal(start, blueprint, site.geometry)
-
-
-def _device_bytes(device: torch.device) -> tuple[int, int] | None:
-    """Free and total memory of a GPU, what torch holds and does not use counted as free; ``None`` on the CPU."""
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total

@@ -172,3 +172,11 @@ def capture_budget(asked: int, device: torch.device, held: int, used: int | None
 def in_mib(num_bytes: float) -> str:
     """Bytes for people."""
     return f"{num_bytes / 2**20:,.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:,.1f} GiB"
+
+
+def device_bytes(device: torch.device) -> tuple[int, int] | None:
+    """Free and total memory of a GPU, what torch holds and does not use counted as free; ``None`` on the CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total

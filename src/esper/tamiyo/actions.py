@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esper.errors import ConfigError
-from esper.protocol import Command, Cull, Germinate, Lifecycle, Observation, SeedPlan, Stop
+from esper.protocol import Cancel, CohortView, Command, Cull, Germinate, Lifecycle, Observation, SeedPlan, Stop
 from esper.tamiyo.allocation import asked_widths, column, room, unit_costs
 
 Bools = npt.NDArray[np.bool_]
@@ -259,7 +259,9 @@ def commands(action: Action, observation: Observation, *, reason: str = "learned
             "within the masks of this observation"
         )
     if action.operation == Operation.CULL:
-        return (Cull(cohort=_cohort_at(action.site, observation), reason=f"{reason}: cull"),)
+        view = _cohort_at(action.site, observation)
+        ending = Cancel if view.state == Lifecycle.GERMINATED else Cull  # what still captures can only be withdrawn
+        return (ending(cohort=view.cohort, reason=f"{reason}: cull"),)
     rows = together(observation) if action.site == ALL else np.array([action.site - 1])
     width = asked_widths(observation, SIZES[action.size])
     plans = tuple(
@@ -284,11 +286,11 @@ def describe(action: Action, observation: Observation) -> str:
     return f"grow {site} by {SIZES[action.size]:g} of its width"
 
 
-def _cohort_at(site: int, observation: Observation) -> int:
+def _cohort_at(site: int, observation: Observation) -> CohortView:
     name = observation.site_names[site - 1] if site != ALL else None
     for view in observation.alive:
         if view.state in _CULLABLE and name in view.sites:
-            return view.cohort
+            return view
     raise ConfigError(f"an action culls where a cohort is alive, got site {site} without one; draw it within the masks")
 
 
@@ -302,7 +304,7 @@ def nearest(wanted: Sequence[Command], observation: Observation, valid: Masks) -
     if isinstance(command, Stop) and valid.operation[Operation.STOP]:
         return Action(Operation.STOP)
     rows = {name: row for row, name in enumerate(observation.site_names)}
-    if isinstance(command, Cull) and valid.operation[Operation.CULL]:
+    if isinstance(command, Cull | Cancel) and valid.operation[Operation.CULL]:
         held = [view.sites for view in observation.alive if view.cohort == command.cohort]
         sites = [rows[name] + 1 for group in held for name in group if name in rows]
         return next((Action(Operation.CULL, site) for site in sites if valid.cullable[site]), WAIT)
