@@ -210,8 +210,8 @@ def defaults_text(measured: dict[str, Any]) -> str:
     lengths = sorted({FAMILIES[family].steps for family in families})
     lines = [
         f"`{measured['command']}`. Reward minus that of no growth, {measured['tasks']} tuning tasks a family, "
-        f"{measured['seeds']} seeds, each at its own best learning rate; means over the families of each length, and the "
-        "worst of all families (names say once or how often the width, and from which share of the run on):",
+        f"{measured['seeds']} seeds, each at its own best learning rate; means over the families of each length, and "
+        "the worst of all families (names: how often the width, from which share of the run on, which start):",
         "",
         f"| | {' | '.join(f'{steps:,} steps' for steps in lengths)} | worst family |",
         "|---|" + "---|" * (len(lengths) + 1),
@@ -276,7 +276,8 @@ def pages() -> dict[Path, str]:
     for page, name, make in (
         ("control_headroom", "headroom", headroom_table), ("control_headroom", "headroom_32", headroom_table),
         ("greenhouse", "parity", parity_text),
-        ("control", "contest", contest_tables), ("control", "ablations", contest_tables), ("control", "karn", karn_table),
+        ("control", "contest", contest_tables), ("control", "ablations", contest_tables),
+        ("control", "karn", karn_table),
         ("control", "shipped", shipped_text), ("control", "effort", effort_text),
         ("control", "foresight", foresight_text), ("control", "defaults", defaults_text),
     ):  # fmt: skip
