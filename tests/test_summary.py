@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.models import Mlp
@@ -7,6 +9,7 @@ from tests.rigs import attach
 from torch import nn
 
 import esper
+from esper.tamiyo import HeuristicController
 
 pytestmark = pytest.mark.integration
 
@@ -33,7 +36,22 @@ def test_many_sites_and_skipped_layers_still_fit_on_fifteen_lines() -> None:
     assert grower.discovery.covered_params == 10 * 20, "a layer between two sites counts once"
     assert "  ... and 3 more: grower.sites()" in lines
     assert "skipped 6:" in lines and "  ... and 2 more: grower.discovery.skipped" in lines
-    assert lines[-1] == "0 cohorts alive, 0 of 0 kept | growing"
+    assert lines[-1] == "0 cohorts alive, 0 of 0 kept | nothing germinates before step 100"
+
+
+def test_until_it_may_grow_it_is_told_from_when_on() -> None:
+    def shown(controller: Any, **settings: Any) -> str:
+        return repr(attach(Mlp(), controller=controller, total_steps=2000, **settings).grower)
+
+    heuristic = HeuristicController(esper.TamiyoConfig())
+    assert shown(heuristic, interval=40).endswith("0 of 0 kept | nothing germinates before step 800")
+    assert shown(None, interval=40).endswith("| growing"), "one that cannot tell"
+    life = attach(Mlp(), controller=heuristic, total_steps=2000, interval=300)
+    assert repr(life.grower).endswith("before step 900"), "the first decision point from then on"
+    life.grower.loop.last_step = 899
+    assert repr(life.grower).endswith("| growing")
+    life.grower.loop.stopped = "enough"
+    assert repr(life.grower).endswith("| stopped: enough")
 
 
 def test_the_notebook_form_is_escaped() -> None:

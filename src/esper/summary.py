@@ -14,7 +14,13 @@ from esper.kasmina.execution import Kasmina
 from esper.kasmina.ledger import Ledger
 from esper.observe.credit import grafting_effect
 from esper.protocol import Attached, Audited, EffectScored, Lifecycle, SiteInfo, TwinScored, Verdict
+from esper.state import Loop
+from esper.tamiyo import Controller
+from esper.tamiyo.registry import waits_of
 from esper.trials import Scored, Trials
+
+_FARTHEST = 100_000
+"""Decision points that are asked for the first at which something may grow."""
 
 
 class Run(Protocol):
@@ -23,6 +29,8 @@ class Run(Protocol):
     config: Config
     kasmina: Kasmina
     discovery: Discovery
+    loop: Loop
+    controller: Controller
 
     @property
     def stopped(self) -> str | None: ...
@@ -77,9 +85,27 @@ def describe(run: Run) -> str:
         if len(skipped) > 4:
             lines.append(f"  ... and {len(skipped) - 4} more: grower.discovery.skipped")
     kept = run.ended.get(Lifecycle.FOSSILIZED, 0)
-    status = f"stopped: {run.stopped}" if run.stopped else "growing"
-    lines.append(f"{len(kasmina.cohorts)} cohorts alive, {kept} of {sum(run.ended.values())} kept | {status}")
+    lines.append(f"{len(kasmina.cohorts)} cohorts alive, {kept} of {sum(run.ended.values())} kept | {_status(run)}")
     return "\n".join(lines)
+
+
+def _status(run: Run) -> str:
+    if run.stopped:
+        return f"stopped: {run.stopped}"
+    first = _first_to_grow(run)
+    return "growing" if first is None else f"nothing germinates before step {first:,}"
+
+
+def _first_to_grow(run: Run) -> int | None:
+    """The decision point until which the controller waits; ``None`` where it does not, or cannot tell."""
+    waits, interval, total = waits_of(run.controller), run.config.interval, run.config.total_steps
+    if waits is None or run.kasmina.cohorts:
+        return None
+    ended, step = sum(run.ended.values()), run.loop.last_step + interval - run.loop.last_step % interval
+    if not waits(step, total_steps=total, num_ended=ended):
+        return None
+    further = range(step, step + _FARTHEST * interval, interval)
+    return next((n for n in further if not waits(n, total_steps=total, num_ended=ended)), None)
 
 
 @dataclass(frozen=True)

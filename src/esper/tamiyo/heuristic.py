@@ -168,7 +168,8 @@ class HeuristicController:
         kept = any(verdict.state == Lifecycle.FOSSILIZED for verdict in observation.verdicts)
         if self._is_late(observation.step, total, kept=kept):
             share = self._late_share(kept)
-            return f"too late to pay back: step {observation.step} is past {share:.0%} of {total} planned steps"
+            why = "a cohort was kept, and more would not pay back" if kept else "too late to pay back"
+            return f"{why}: step {observation.step} is past {share:.0%} of {total} planned steps"
         if self._refusals >= _MAX_REFUSALS:
             return f"germination refused {self._refusals} times in a row; the refused events name the gate"
         return None
