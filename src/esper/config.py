@@ -305,11 +305,12 @@ class TamiyoConfig:
     """conservative, balanced, aggressive or exploratory."""
     first: int | None = None
     """Steps before the first germination; ``None``: as late as leaves new units 1,200 steps to learn, between 10% and
-    40% of ``total_steps`` (0024); 100 without them."""
+    40% of ``total_steps``, at most 2,000 (0024); 100 without ``total_steps``."""
     spacing: int = 0
     """Fewest steps between germinations: spreading growth over the run saves FLOPs while the network is small."""
     growth: float = 0.5
-    """Units a cohort adds to a span, as a multiple of the host's inner width."""
+    """Units a cohort adds to a span, as a multiple of the host's inner width. A start that has directions for fewer
+    units (``tiny``, where it is the default) adds as many as it has, as long as they are a third of those asked for."""
     compound: bool = False
     """Take ``growth`` as a multiple of the present inner width, grown units included."""
     seeds_per_site: int = 1
@@ -318,8 +319,8 @@ class TamiyoConfig:
     """Share of a site's seeds that are grafted after their isolated training: those with the largest first-order gain
     on held-out batches."""
     last_share: float = 0.15
-    """After this share of ``total_steps`` nothing follows a cohort that was kept: more of them do not pay back (0021).
-    As long as nothing was kept it is tried until 0.6."""
+    """After this share of ``total_steps`` nothing follows a cohort that was kept (0021): where ``first`` is later, the
+    first one that is kept is the last. As long as nothing was kept it is tried until 0.6."""
     min_gain_per_cost: float = 0.02
     """Stop when gain (relative to the held-out loss) over cost (relative FLOPs added) falls under this."""
     patience: int = 2

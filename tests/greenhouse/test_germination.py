@@ -177,6 +177,19 @@ def test_a_fit_that_costs_too_much_is_left_out_and_the_branch_starts_from_zero()
     assert seen.fit_explained is not None and seen.fit_explained[0] == hosts.lives[0].cohorts[1].seeds[0].explained
 
 
+@pytest.mark.parametrize("start", ["tiny", "negative_gradient"])
+def test_a_seed_whose_captures_hold_nothing_is_culled(start: str) -> None:
+    hosts = host(fit=dataclasses.replace(family_named("teacher").config.fit, max_share=None, steps=12))
+    assert ask(hosts, "0-2", start=start) is None
+    while len(hosts.lives[0].captures[0].g) < hosts.config.capture.batches - 1:
+        hosts.advance(1)
+    for g in hosts.lives[0].captures[0].g:
+        g.fill_(float("nan"))
+    hosts.advance(2)
+    (verdict,) = hosts.lives[0].verdicts
+    assert verdict.state is Lifecycle.CULLED and verdict.reason == "sanity: no captured batch can be used"
+
+
 def test_without_judgement_everything_stays() -> None:
     hosts = host(evidence=EvidenceConfig(control="plain", accept="always"))
     assert ask(hosts, "0-2", "2-4") is None

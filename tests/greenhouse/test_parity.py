@@ -33,9 +33,9 @@ COHORTS = {40: (("0-2", 8), ("2-4", 8)), 140: (("2-4", 6),), 220: (("0-2", 5), (
 
 
 def script(start: str) -> Callable[[Observation], Sequence[Command]]:
-    """Four cohorts of a start, and a cull. Of ``tiny`` the first alone: beside grown units its pseudo-inverse turns the
-    last bits of float32 into thousandths."""
-    cohorts = {40: COHORTS[40]} if start == "tiny" else COHORTS
+    """Four cohorts of a start, and a cull. Of ``tiny`` two: its pseudo-inverse turns the last bits of float32 into
+    thousandths, and with each further cohort into more."""
+    cohorts = {step: COHORTS[step] for step in (40, 140)} if start == "tiny" else COHORTS
 
     def ask(observation: Observation) -> Sequence[Command]:
         plans = cohorts.get(observation.step)

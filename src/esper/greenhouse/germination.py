@@ -107,13 +107,15 @@ def _directions(hosts: Hosts, host: int, site: int) -> int:
 
 
 def _start(hosts: Hosts, host: int, site: int, plan: SeedPlan) -> str:
-    rows = hosts.family.batch_rows * hosts.config.capture.batches
     asked = plan.start or hosts.config.fit.start
     if asked is not None:
         return asked
     life = hosts.lives[host]
     weights = 1 + max(hosts.inputs_of(host, site), life.widths[site] + life.grown[site])
-    start = default_start(SiteKind.LINEAR_SPAN, adaptive=True, expected_rows=rows, weights=weights)
+    start = default_start(
+        SiteKind.LINEAR_SPAN, adaptive=True, batch_rows=hosts.family.batch_rows, capture=hosts.config.capture,
+        weights=weights,
+    )  # fmt: skip
     too_few = has_too_few(_directions(hosts, host, site), _asked(hosts, host, site, plan))
     return "random_zero" if start == "tiny" and too_few else start
 

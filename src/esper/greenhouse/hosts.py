@@ -152,8 +152,7 @@ class Hosts:
     def hidden_flops(self, host: int, site: int) -> float:
         """FLOPs of a row through a site's hidden units, its annex included."""
         life = self.lives[host]
-        own = self.family.inputs if site == 0 else life.widths[site - 1]
-        return 2.0 * (life.widths[site] * own + life.grown[site] * self.inputs_of(host, site))
+        return 2.0 * (life.widths[site] + life.grown[site]) * self.inputs_of(host, site)
 
     def params(self, host: int, *, own: bool = False) -> int:
         """Parameters of the host alone (``own``), or of everything: annexes and live seeds too."""

@@ -65,7 +65,9 @@ def _training(hosts: Hosts, host: int, cohort: Cohort) -> None:
         capture = life.captures.pop(site, None)
         if capture is not None:
             life.fitted.add(site)
-        _prepare(hosts, host, cohort, site, seed, capture)
+        if not _prepare(hosts, host, cohort, site, seed, capture):
+            end(hosts, host, cohort, Lifecycle.CULLED, "sanity: no captured batch can be used")
+            return
     _move(hosts, host, cohort, Lifecycle.GRAFTING)
     cohort.grafted = True
     if all(seed.preserves_function for seed in cohort.seeds.values()):
@@ -228,8 +230,9 @@ def _set_alpha(hosts: Hosts, host: int, cohort: Cohort, alpha: float) -> None:
         hosts.network.set_alpha(host, site, seed.places, alpha)
 
 
-def _prepare(hosts: Hosts, host: int, cohort: Cohort, site: int, seed: Seed, capture: Capture | None) -> None:
-    """First weights of one seed: random with an output of zero, or fitted where that is affordable and holds."""
+def _prepare(hosts: Hosts, host: int, cohort: Cohort, site: int, seed: Seed, capture: Capture | None) -> bool:
+    """First weights of one seed: random with an output of zero, or fitted where that is affordable and holds; returns
+    whether there was anything to fit and to check it on, where that was tried."""
     stream = units_stream(hosts.specs[host], cohort.number, site)
     units = hosts.given_units.get((host, cohort.number, site))
     if units is None:
@@ -238,12 +241,15 @@ def _prepare(hosts: Hosts, host: int, cohort: Cohort, site: int, seed: Seed, cap
     seed.preserves_function = True
     report = None if capture is None else _fitted(hosts, host, cohort, site, units, capture, stream)
     if report is not None:
+        if math.isnan(report.explained) and math.isnan(report.t_statistic):
+            return False
         hosts.lives[host].ledger.add("fit", report.flops)
         seed.explained, seed.t_statistic = report.explained, report.t_statistic
         seed.preserves_function = not report.t_statistic >= hosts.config.fit.min_t
     if seed.preserves_function:
         units.w2.zero_()
     hosts.network.write(host, site, seed.places, units)
+    return True
 
 
 def _fitted(

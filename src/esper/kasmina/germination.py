@@ -155,10 +155,12 @@ class Nursery:
 
     def _start(self, plan: SeedPlan, site: Site, blueprint: str) -> str:
         """The start that the plan names, else the configuration, else the default of the site's kind."""
-        rows = self.rows_per_batch[plan.site] * self.config.capture.batches
         asked = plan.start or self.config.fit.start
-        weights = 1 + max(site.reads, site.geometry.hidden_features + site.grown_units)
-        start = asked or default_start(site.info.kind, adaptive=self.adaptive, expected_rows=rows, weights=weights)
+        start = asked or default_start(
+            site.info.kind, adaptive=self.adaptive, batch_rows=self.rows_per_batch[plan.site],
+            capture=self.config.capture,
+            weights=1 + max(site.reads, site.geometry.hidden_features + site.grown_units),
+        )  # fmt: skip
         if asked is None and plan.scale != 1.0 and not STARTS[start].keeps_draw:
             return "random_zero"  # it has no draw that could be scaled
         refusal = _start_refusal(start, blueprint, site)

@@ -1,4 +1,4 @@
-"""The heuristic controller: grow early, evenly, one cohort at a time, and stop when it no longer pays.
+"""The heuristic controller: grow evenly, one cohort at a time, and stop when it no longer pays.
 
 Even allocation over all spans is the rule because it was measured to be better than following raw gradient energy.
 """
@@ -28,7 +28,9 @@ _MIN_SHARE = 0.1
 _FIRST = 100
 """Steps before the first germination where neither the configuration nor the length of the run says."""
 _EARLIEST, _LATEST, _STEPS_LEFT = 0.1, 0.4, 1200
-"""Else as late as leaves new units so many steps to learn, between these shares of the run (decision 0024)."""
+"""Else as late as leaves new units so many steps to learn, between these shares of the run (decision 0024) ..."""
+_LATEST_STEP = 2000
+"""... and no later than the latest that was measured."""
 _LAST_FIRST_SHARE = 0.6
 """As long as nothing was kept growth is tried until here: an unlucky test, or a late first one, should not end it."""
 
@@ -190,7 +192,8 @@ class HeuristicController:
             return self._first
         if total_steps is None:
             return _FIRST
-        return round(max(_EARLIEST * total_steps, min(_LATEST * total_steps, total_steps - _STEPS_LEFT)))
+        share = max(_EARLIEST * total_steps, min(_LATEST * total_steps, total_steps - _STEPS_LEFT))
+        return min(_LATEST_STEP, round(share))
 
     def _late_share(self, kept: bool) -> float:
         return self._last_share if kept else max(self._last_share, _LAST_FIRST_SHARE)

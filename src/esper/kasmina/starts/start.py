@@ -42,15 +42,22 @@ class HostUnits:
     buffers: dict[str, Tensor]
     tail_bias: bool
     annex: Bank | None = None
+    further: Tensor | None = None
+    """``(1, H, G, ...)``: by which the units read the G features that the span before has grown. On a chain those are
+    written by its annex, into the very outputs of this span's head."""
 
     @classmethod
-    def of(cls, head: nn.Module, norm: nn.Module | None, tail: nn.Module, annex: Bank | None) -> HostUnits:
-        """Copies of what the layers of a span hold now."""
+    def of(
+        cls, head: nn.Module, norm: nn.Module | None, tail: nn.Module, annex: Bank | None, before: Bank | None = None
+    ) -> HostUnits:
+        """Copies of what the layers of a span hold now; ``before`` is the annex of the span before."""
         named = {"b1": (head, "bias"), "gamma": (norm, "weight"), "beta": (norm, "bias")}
         params = {name: getattr(module, attribute, None) for name, (module, attribute) in named.items()}
         params["w1"] = weight_matrix(head)
         buffers = {name: getattr(norm, attribute, None) for name, attribute in _NORM_BUFFERS.items()}
-        return cls(_one_slot(params), _one_slot(buffers), getattr(tail, "bias", None) is not None, annex)
+        written = None if before is None else before.params.get("w2")
+        further = None if written is None else written.detach().float().clone()
+        return cls(_one_slot(params), _one_slot(buffers), getattr(tail, "bias", None) is not None, annex, further)
 
 
 _NORM_BUFFERS = {"mean": "running_mean", "var": "running_var"}

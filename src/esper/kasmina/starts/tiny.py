@@ -153,7 +153,8 @@ def _beyond_the_layer(bank: Bank, rows: Rows, host: HostUnits) -> tuple[Tensor, 
         g = rows.g[part].movedim(1, -1)
         wanted[part] = (-g - taken.view(g.shape)).movedim(-1, 1)
     width = weight.shape[1]
-    read = geometry.hidden_features * geometry.in_features
+    before = 0 if host.further is None else host.further.shape[2]
+    read = geometry.hidden_features * (geometry.in_features + before)
     if host.annex is not None:
         read += host.annex.units * host.annex.reads
     units = 2 * 2.0 * rows.positions * read * taps(geometry)[0]
@@ -161,9 +162,12 @@ def _beyond_the_layer(bank: Bank, rows: Rows, host: HostUnits) -> tuple[Tensor, 
 
 
 def _hidden(bank: Bank, x: Tensor, host: HostUnits) -> Tensor:
-    """Hidden activations of the host and of what the span has grown."""
-    own = x[:, : bank.geometry.in_features]
-    h = bank.plan.hidden(host.params, host.buffers, own, bank.geometry, training=False, generator=None)
+    """Hidden activations of the host, fed by what the span before has grown too, and of what the span has grown."""
+    params = host.params
+    if host.further is not None:
+        params = params | {"w1": torch.cat([params["w1"], host.further.to(x.device)], dim=2)}
+    own = x[:, : params["w1"].shape[2]]
+    h = bank.plan.hidden(params, host.buffers, own, bank.geometry, training=False, generator=None)
     if host.annex is None:
         return h
     return torch.cat([h, host.annex.hidden(x[:, : host.annex.reads], training=False, generator=None)], dim=1)
