@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from benchmarks.controller.contest import runs
@@ -30,7 +28,6 @@ from esper.config import TamiyoConfig
 from esper.files import replace_text
 from esper.greenhouse.family import FAMILIES, HostSpec
 from esper.greenhouse.frontier import LEARNING_RATES, frontier_of
-from esper.protocol import SITE_FEATURES, Command, Germinate, Observation, SeedPlan
 from esper.tamiyo import HeuristicController
 
 TUNING = range(12)
@@ -45,28 +42,7 @@ FIRSTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 LAST_SHARE = 0.15
 GROWTHS = (0.5, 1.0, 2.0)
 STARTS = ("random_zero", "tiny")
-TRIMMED = "random_zero, as many as tiny"
-"""Random units, but no more a cohort than ``tiny`` has directions for: what is its small number worth without it?"""
 Setting = dict[str, Any]
-
-
-class Trimmed:
-    """A controller whose cohorts have at most as many units on a span as that has outputs, or reads features."""
-
-    def __init__(self, inner: HeuristicController) -> None:
-        self._inner = inner
-
-    def decide(self, observation: Observation) -> tuple[Command, ...]:
-        return tuple(
-            msgspec.structs.replace(c, seeds=tuple(self._trimmed(plan, observation) for plan in c.seeds))
-            if isinstance(c, Germinate) else c
-            for c in self._inner.decide(observation)
-        )  # fmt: skip
-
-    def _trimmed(self, plan: SeedPlan, observation: Observation) -> SeedPlan:
-        sizes = observation.sites[observation.site_names.index(plan.site)]
-        reads, writes = (round(math.exp(sizes[SITE_FEATURES.index(name)])) for name in ("log_in", "log_out"))
-        return msgspec.structs.replace(plan, width=min(plan.width or writes, writes, reads + 1), start="random_zero")
 
 
 def settings() -> dict[str, Setting]:
@@ -75,10 +51,6 @@ def settings() -> dict[str, Setting]:
     for first, growth, start in product(FIRSTS, GROWTHS, STARTS):
         found[f"{growth:g} times from {first:g}, {start}"] = {
             "first": first, "last_share": LAST_SHARE, "growth": growth, "start": start
-        }  # fmt: skip
-    for first in (0.1, 0.4):
-        found[f"0.5 times from {first:g}, {TRIMMED}"] = {
-            "first": first, "last_share": LAST_SHARE, "growth": 0.5, "start": TRIMMED
         }  # fmt: skip
     return found
 
@@ -92,8 +64,7 @@ def config_of(setting: Setting, steps: int) -> TamiyoConfig:
 def _controller(setting: Setting, steps: int) -> Any:
     if not setting:
         return scripted(NEVER, (), ())
-    inner = HeuristicController(config_of(setting, steps))
-    return Trimmed(inner) if setting["start"] == TRIMMED else inner
+    return HeuristicController(config_of(setting, steps))
 
 
 def play(
@@ -102,8 +73,8 @@ def play(
     """One setting on some tasks: rewards, FLOPs, cohorts kept, share that is dearer than any static network."""
     specs = [HostSpec(family=family, task=task, seed=seed, lr=lr) for task in tasks for seed in seeds]
     steps = FAMILIES[family].steps
-    start = None if setting.get("start") == TRIMMED else setting.get("start")
-    ends, kept, _ = runs.run_stack(specs, [_controller(setting, steps) for _ in specs], start=start)
+    controllers = [_controller(setting, steps) for _ in specs]
+    ends, kept, _ = runs.run_stack(specs, controllers, start=setting.get("start"))
     most = [frontier_of(family, spec.task).flops[-1] for spec in specs]
     return {
         "rewards": [round(float(np.clip(end.reward, -10.0, 10.0)), 4) for end in ends],

@@ -304,13 +304,12 @@ class TamiyoConfig:
     temper: str = "balanced"
     """conservative, balanced, aggressive or exploratory."""
     first: int | None = None
-    """Steps before the first germination; ``None``: as late as leaves new units 1,200 steps to learn, between 10% and
+    """Steps before the first germination; ``None``: as late as leaves new units 700 steps to learn, between 10% and
     40% of ``total_steps``, at most 2,000 (0024); 100 without ``total_steps``."""
     spacing: int = 0
     """Fewest steps between germinations: spreading growth over the run saves FLOPs while the network is small."""
     growth: float = 0.5
-    """Units a cohort adds to a span, as a multiple of the host's inner width. A start that has directions for fewer
-    units (``tiny``, where it is the default) adds as many as it has, as long as they are a third of those asked for."""
+    """Units a cohort adds to a span, as a multiple of the host's inner width."""
     compound: bool = False
     """Take ``growth`` as a multiple of the present inner width, grown units included."""
     seeds_per_site: int = 1

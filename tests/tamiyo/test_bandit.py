@@ -23,7 +23,7 @@ OFFERS = (("bottleneck", "random_zero"), ("bottleneck", "tiny"))
 
 
 def bandit(seed: int = 0, **settings: Any) -> BanditController:
-    made = make_controller("bandit", TamiyoConfig(controller="bandit", **settings), seed=seed)
+    made = make_controller("bandit", TamiyoConfig(controller="bandit", **{"first": 100, **settings}), seed=seed)
     assert isinstance(made, BanditController)
     return made
 

@@ -6,7 +6,7 @@ from esper.errors import EsperError
 from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.life import Capture, Cohort, Seed
 from esper.greenhouse.stages import end
-from esper.kasmina.defaults import default_start, has_too_few
+from esper.kasmina.defaults import default_start
 from esper.kasmina.lifecycle import LEGAL, is_active
 from esper.protocol import Cancel, Command, Cull, Germinate, Lifecycle, SeedPlan, SiteKind, Stop
 
@@ -77,7 +77,7 @@ def _create(hosts: Hosts, host: int, sites: list[int], command: Germinate) -> No
     seeds: dict[int, Seed] = {}
     for site, plan in zip(sites, command.seeds, strict=True):
         places = hosts.network.seat(host, site, _units(hosts, host, site, plan))
-        seed = Seed(places, _start(hosts, host, site, plan), hosts.inputs_of(host, site), hosts.outputs_of(host, site))
+        seed = Seed(places, _start(hosts, plan), hosts.inputs_of(host, site), hosts.outputs_of(host, site))
         seeds[site] = seed
         if seed.start != "random_zero":
             life.captures[site] = Capture()
@@ -93,31 +93,16 @@ def _create(hosts: Hosts, host: int, sites: list[int], command: Germinate) -> No
 
 def _units(hosts: Hosts, host: int, site: int, plan: SeedPlan) -> int:
     """As many as asked for, at most as many as the start has directions for."""
-    asked = _asked(hosts, host, site, plan)
-    return min(asked, _directions(hosts, host, site)) if _start(hosts, host, site, plan) == "tiny" else asked
-
-
-def _asked(hosts: Hosts, host: int, site: int, plan: SeedPlan) -> int:
-    return hosts.lives[host].widths[site] if plan.width is None else plan.width
-
-
-def _directions(hosts: Hosts, host: int, site: int) -> int:
-    """Units that ``tiny`` can make."""
-    return min(hosts.outputs_of(host, site), hosts.inputs_of(host, site) + 1)
-
-
-def _start(hosts: Hosts, host: int, site: int, plan: SeedPlan) -> str:
-    asked = plan.start or hosts.config.fit.start
-    if asked is not None:
+    asked = hosts.lives[host].widths[site] if plan.width is None else plan.width
+    if _start(hosts, plan) != "tiny":
         return asked
-    life = hosts.lives[host]
-    weights = 1 + max(hosts.inputs_of(host, site), life.widths[site] + life.grown[site])
-    start = default_start(
-        SiteKind.LINEAR_SPAN, adaptive=True, batch_rows=hosts.family.batch_rows, capture=hosts.config.capture,
-        weights=weights,
-    )  # fmt: skip
-    too_few = has_too_few(_directions(hosts, host, site), _asked(hosts, host, site, plan))
-    return "random_zero" if start == "tiny" and too_few else start
+    return min(asked, hosts.outputs_of(host, site), hosts.inputs_of(host, site) + 1)
+
+
+def _start(hosts: Hosts, plan: SeedPlan) -> str:
+    rows = hosts.family.batch_rows * hosts.config.capture.batches
+    asked = plan.start or hosts.config.fit.start
+    return asked or default_start(SiteKind.LINEAR_SPAN, adaptive=True, expected_rows=rows)
 
 
 def _site(hosts: Hosts, plan: SeedPlan) -> int:

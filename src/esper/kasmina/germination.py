@@ -19,7 +19,7 @@ from esper.kasmina.blueprints import BLUEPRINTS, refusal_of
 from esper.kasmina.capture import Capture, rows_per_batch
 from esper.kasmina.chunks import columns_of
 from esper.kasmina.cohort import Cohort, Member
-from esper.kasmina.defaults import default_blueprint, default_start, has_too_few
+from esper.kasmina.defaults import default_blueprint, default_start
 from esper.kasmina.discovery import SitePlan, present_geometry
 from esper.kasmina.gates import Gate, germination_gate
 from esper.kasmina.seeds import SeedTable
@@ -140,8 +140,6 @@ class Nursery:
             width = max(1, width // max(1, len(chunks)))  # the default is what a site gets, all seeds together
         _check_scales(plan, blueprint, start)
         cap = STARTS[start].max_units(site.geometry, columns=columns, reads=site.reads)
-        if cap is not None and not (plan.start or self.config.fit.start) and has_too_few(cap, width):
-            start, cap = "random_zero", None
         if cap is not None and width > cap > 0:
             notes += (f"{plan.site}: {start} gives a seed here at most {cap} units (its rank), {width} were asked for",)
             width = cap
@@ -155,14 +153,9 @@ class Nursery:
 
     def _start(self, plan: SeedPlan, site: Site, blueprint: str) -> str:
         """The start that the plan names, else the configuration, else the default of the site's kind."""
+        rows = self.rows_per_batch[plan.site] * self.config.capture.batches
         asked = plan.start or self.config.fit.start
-        start = asked or default_start(
-            site.info.kind, adaptive=self.adaptive, batch_rows=self.rows_per_batch[plan.site],
-            capture=self.config.capture,
-            weights=1 + max(site.reads, site.geometry.hidden_features + site.grown_units),
-        )  # fmt: skip
-        if asked is None and plan.scale != 1.0 and not STARTS[start].keeps_draw:
-            return "random_zero"  # it has no draw that could be scaled
+        start = asked or default_start(site.info.kind, adaptive=self.adaptive, expected_rows=rows)
         refusal = _start_refusal(start, blueprint, site)
         if refusal is None:
             return start

@@ -27,7 +27,7 @@ _MIN_SHARE = 0.1
 
 _FIRST = 100
 """Steps before the first germination where neither the configuration nor the length of the run says."""
-_EARLIEST, _LATEST, _STEPS_LEFT = 0.1, 0.4, 1200
+_EARLIEST, _LATEST, _STEPS_LEFT = 0.1, 0.4, 700
 """Else as late as leaves new units so many steps to learn, between these shares of the run (decision 0024) ..."""
 _LATEST_STEP = 2000
 """... and no later than the latest that was measured."""
