@@ -84,16 +84,21 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="what is told of the chosen policy")
     parser.add_argument("--write", action="store_true", help="write it into the package, where it may ship")
+    parser.add_argument("--training", type=int, help="tell of this one, which ships already, and write nothing")
     given = parser.parse_args()
     cells = Cells(given.work / "cells.jsonl", workers=0, until=0.0).known
-    seed = best_policy(cells)
+    seed = best_policy(cells) if given.training is None else str(given.training)
     found = alone(cells, seed)
     told = decision(found["differences"])
-    head = {"command": f"python -m benchmarks.controller.ship --work runs/contest --out {given.out}", "seed": int(seed)}
+    which = "" if given.training is None else f" --training {given.training}"
+    head = {
+        "command": f"python -m benchmarks.controller.ship --work runs/contest --out {given.out}{which}",
+        "seed": int(seed),
+    }
     training = {key: cells[f"train/policy/{seed}"][key] for key in ("updates", "planned", "episodes", "seconds")}
     replace_text(given.out, json.dumps(head | {"training": training} | told | found, indent=1) + "\n")
     print(json.dumps({"seed": seed, **told}, indent=1))
-    if not (given.write and told["may_ship"]):
+    if not (given.write and told["may_ship"]) or given.training is not None:
         return
     policy, card = policy_file.load(given.work / "policies" / f"policy-{seed}" / "policy")
     limits = (

@@ -107,7 +107,7 @@ def test_a_state_that_does_not_fit(state: dict[str, Any]) -> None:
 
 
 def test_it_wraps_the_real_heuristic(seen: Observation) -> None:
-    subject = advised(make_controller("heuristic", TamiyoConfig()))
+    subject = advised(make_controller("heuristic", TamiyoConfig(first=100)))
     (germinate,) = subject.decide(seen)
     assert isinstance(germinate, Germinate) and len(germinate.seeds) == 4
     assert subject.state()["inner"]["germinations"] == 1
