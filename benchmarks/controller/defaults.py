@@ -49,7 +49,7 @@ def settings() -> dict[str, Setting]:
     """All settings by name; ``first`` is a share of the run."""
     found: dict[str, Setting] = {"never": {}}
     for first, growth, start in product(FIRSTS, GROWTHS, STARTS):
-        found[f"{growth:g} times from {first:g}, {start}"] = {
+        found[_name(first, growth, start)] = {
             "first": first, "last_share": LAST_SHARE, "growth": growth, "start": start
         }  # fmt: skip
     return found
@@ -117,8 +117,34 @@ def summary(known: dict[str, Any]) -> dict[str, Any]:
         "command": "python -m benchmarks.controller.defaults --work runs/defaults --out "
         "benchmarks/results/controller_defaults.json",
         "settings": settings(), "tasks": len(TUNING), "seeds": len(SEEDS), "rows": rows,
+        "over_the_earliest": over_the_earliest({key: run["rewards"] for key, run in best.items()}),
         "partly": partly, "incomplete": [name for name in settings() if name not in rows],
     }  # fmt: skip
+
+
+def over_the_earliest(rewards: dict[tuple[str, str], list[float]]) -> dict[str, dict[str, list[float]]]:
+    """What each beginning earns over the earliest on the same hosts, mean of all sizes and starts with its standard
+    error over tasks, by length of the run."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for steps in sorted({FAMILIES[family].steps for family in FAMILY_NAMES}):
+        names = [family for family in FAMILY_NAMES if FAMILIES[family].steps == steps]
+        for first in FIRSTS[1:]:
+            pairs = [(_name(first, g, s), _name(FIRSTS[0], g, s)) for g, s in product(GROWTHS, STARTS)]
+            if any((one, family) not in rewards for pair in pairs for one in pair for family in names):
+                continue
+            by_task = [
+                np.mean([np.subtract(rewards[a, family], rewards[b, family]) for a, b in pairs], axis=0)
+                .reshape(len(TUNING), -1).mean(1)
+                for family in names
+            ]  # fmt: skip
+            error = float(np.sqrt(sum(values.var(ddof=1) / len(values) for values in by_task))) / len(names)
+            mean = float(np.mean([values.mean() for values in by_task]))
+            found.setdefault(f"{steps}", {})[f"{first:g}"] = [round(mean, 3), round(error, 3)]
+    return found
+
+
+def _name(first: float, growth: float, start: str) -> str:
+    return f"{growth:g} times from {first:g}, {start}"
 
 
 def main() -> None:

@@ -226,7 +226,7 @@ def test_arms_act_as_their_names_say(tmp_path: Path) -> None:
     assert watched.asked == []
 
 
-def test_the_default_before_grows_random_units_earlier(tmp_path: Path) -> None:
+def test_the_default_before_begins_earlier(tmp_path: Path) -> None:
     folder, found = planned(tmp_path), {}
     for name in ("heuristic", "heuristic-before"):
         hosts, subject = Hosts([HOST]), arms.make(name, HOST, folder)

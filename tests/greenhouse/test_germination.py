@@ -113,7 +113,7 @@ def test_a_start_of_the_configuration_is_taken_where_a_plan_names_none() -> None
         hosts = host(fit=dataclasses.replace(config.fit, start=start))
         assert ask(hosts, "2-4", start=None, width=40) is None
         seed = hosts.lives[0].cohorts[1].seeds[1]
-        assert (seed.start, seed.units) == (start, 3 if start == "tiny" else 40)  # named: however few its directions
+        assert (seed.start, seed.units) == (start, 3 if start == "tiny" else 40)  # tiny: as many as there are outputs
 
 
 def test_the_first_layer_is_bounded_by_what_its_units_read_as_well() -> None:

@@ -29,7 +29,7 @@ from esper.greenhouse.episodes import SCOPE
 from esper.greenhouse.family import FAMILIES, HostSpec, data_of
 from esper.karn import AdvisedController, Architect, FieldReport, Snapshot
 from esper.karn.experience import rows
-from esper.protocol import Command, Germinate, Observation
+from esper.protocol import Command, Observation
 from esper.tamiyo import BanditController, Controller, HeuristicController
 from esper.tamiyo.actions import WAIT, Action, Operation, commands, draw
 from esper.tamiyo.features import FeatureReader, Features
@@ -41,7 +41,7 @@ from esper.tamiyo.sight import Sight, see
 START = TamiyoConfig()
 """The heuristic as it comes, and what else follows its pace."""
 HEURISTICS = ("heuristic", "heuristic-before")
-"""The default as it is, and that of 0023 (from a twentieth of the run on, random units)."""
+"""The default as it is, and that of 0023 (from a twentieth of the run on)."""
 CONTROLS = (
     "never", "always", "even", "even-own", "search", "search-own", "random", *HEURISTICS, "bandit",
 )  # fmt: skip
@@ -116,28 +116,6 @@ class _Plain:
 
     def load(self, state: dict[str, Any]) -> None:
         del state
-
-
-class Starting:
-    """A controller whose seeds all have one start."""
-
-    def __init__(self, inner: Controller, start: str) -> None:
-        self._inner, self._start = inner, start
-
-    def decide(self, observation: Observation) -> tuple[Command, ...]:
-        return tuple(self._started(command) for command in self._inner.decide(observation))
-
-    def _started(self, command: Command) -> Command:
-        if not isinstance(command, Germinate):
-            return command
-        seeds = tuple(msgspec.structs.replace(plan, start=self._start) for plan in command.seeds)
-        return msgspec.structs.replace(command, seeds=seeds)
-
-    def state(self) -> dict[str, Any]:
-        return self._inner.state()
-
-    def load(self, state: dict[str, Any]) -> None:
-        self._inner.load(state)
 
 
 class Always(_Plain):
@@ -229,7 +207,7 @@ def make(arm: str, spec: HostSpec, folder: str) -> Controller:
 
 def _before(spec: HostSpec) -> Controller:
     first = min(100, round(0.05 * FAMILIES[spec.family].steps))
-    return Starting(HeuristicController(TamiyoConfig(first=first, growth=0.5, last_share=0.15)), "random_zero")
+    return HeuristicController(TamiyoConfig(first=first, growth=0.5, last_share=0.15))
 
 
 def _following(path: Path) -> TamiyoConfig:

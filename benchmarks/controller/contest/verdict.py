@@ -25,7 +25,7 @@ DRAWS = 1000
 LEARNED = ("policy", "cloned", "sampled", "karn-policy", "replay", "shuffled")
 FEW = [
     "never", "always", "random", "heuristic", "heuristic-before", "even", "even-own", "search",
-    "search-own", "bandit", "karn-uniform",
+    "search-own", "bandit", "karn-uniform", "karn-200",
 ]  # fmt: skip
 """What arms other than the policy are held against."""
 Table = dict[str, dict[str, np.ndarray]]

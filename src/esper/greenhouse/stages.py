@@ -241,7 +241,7 @@ def _prepare(hosts: Hosts, host: int, cohort: Cohort, site: int, seed: Seed, cap
     seed.preserves_function = True
     report = None if capture is None else _fitted(hosts, host, cohort, site, units, capture, stream)
     if report is not None:
-        if math.isnan(report.explained) and math.isnan(report.t_statistic):
+        if not (math.isfinite(report.explained) or math.isfinite(report.t_statistic)):
             return False
         hosts.lives[host].ledger.add("fit", report.flops)
         seed.explained, seed.t_statistic = report.explained, report.t_statistic

@@ -30,7 +30,7 @@ _FIRST = 100
 _EARLIEST, _LATEST, _STEPS_LEFT = 0.1, 0.4, 700
 """Else as late as leaves new units so many steps to learn, between these shares of the run (decision 0024) ..."""
 _LATEST_STEP = 2000
-"""... and no later than the latest that was measured."""
+"""... and no later than 40% of the longest run that was measured."""
 _LAST_FIRST_SHARE = 0.6
 """As long as nothing was kept growth is tried until here: an unlucky test, or a late first one, should not end it."""
 
