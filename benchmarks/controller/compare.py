@@ -57,8 +57,9 @@ class Scale:
     """... and so many of them under real growers and of longer families."""
     part: int = 4
     """Tasks of a longer family in one cell under real growers."""
-    chunks: int = 40
+    chunks: int = 80
     chunk: int = 9
+    """Runs that reports are gathered from: so many parts of so many."""
     extent: Extent = USUAL
     train_seconds: float | None = None
     go_on: bool = False

@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="what is told of the chosen policy")
     parser.add_argument("--write", action="store_true", help="write it into the package, where it may ship")
-    parser.add_argument("--training", type=int, help="tell of this one, which ships already, and write nothing")
+    parser.add_argument("--training", type=int, help="tell of this one, which ships already, also on its card")
     given = parser.parse_args()
     cells = Cells(given.work / "cells.jsonl", workers=0, until=0.0).known
     seed = best_policy(cells) if given.training is None else str(given.training)
@@ -98,19 +98,22 @@ def main() -> None:
     training = {key: cells[f"train/policy/{seed}"][key] for key in ("updates", "planned", "episodes", "seconds")}
     replace_text(given.out, json.dumps(head | {"training": training} | told | found, indent=1) + "\n")
     print(json.dumps({"seed": seed, **told}, indent=1))
-    if not (given.write and told["may_ship"]) or given.training is not None:
+    ships = given.write and told["may_ship"] and given.training is None
+    if not ships and given.training is None:
         return
     policy, card = policy_file.load(given.work / "policies" / f"policy-{seed}" / "policy")
     limits = (
         f"trained on {learned_on()}",
         "a run without total_steps, with a ceiling, or outside the ranges above is left to the heuristic",
         *(f"not shown to be better than {name}" for name in told["win"]["not_above"]),
-        *(f"worse than never on {family}" for family in told["worse"]["never"]),
+        *(f"worse than {other} on {family}" for other, families in told["worse"].items() for family in families),
     )
     scores = {family: row["reward"] for family, row in found["rewards"].items()}
     scores |= {f"{family}, minus the heuristic": row["value"] for family, row in _by_family(found, "heuristic")}
     scores |= {f"{family}, minus no growth": row["value"] for family, row in _by_family(found, "never")}
     policy_file.save(policy_file.SHIPPED, policy, msgspec.structs.replace(card, scores=scores, limits=limits))
+    if not ships:
+        return
     text = (given.work / "reports.json").read_text(encoding="utf-8")
     Snapshot(reports=msgspec.json.decode(text, type=tuple[FieldReport, ...])[:MOST_REPORTS]).write(SHIPPED)
 

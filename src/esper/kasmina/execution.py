@@ -296,8 +296,7 @@ class Kasmina:
     def host_units(self, name: str) -> HostUnits:
         """The hidden units a span has now, for starts that copy or follow them."""
         plan, site = self.plans[name], self.sites[name]
-        before = None if site.upstream is None else site.upstream.annex
-        return HostUnits.of(plan.head, self._norms[name], plan.tail, site.annex, before)
+        return HostUnits.of(plan.head, self._norms[name], plan.tail, site.annex, site.annex_before)
 
     def fossilise(self, cohort: Cohort, step: int, hosts: dict[str, Hyperparameters]) -> None:
         """Move a cohort into the annexes of its sites; its chunks are dormant again in the next generation."""

@@ -106,6 +106,11 @@ class Growth:
         return self._grown
 
     @property
+    def annex_before(self) -> Bank | None:
+        """What the span before has grown for good."""
+        return None if self.upstream is None else self.upstream.annex
+
+    @property
     def reads(self) -> int:
         """Features a new branch reads: the host's input and what the upstream annex offers."""
         return self.geometry.in_features + (self.upstream.grown_units if self.upstream is not None else 0)

@@ -192,8 +192,8 @@ class HeuristicController:
             return self._first
         if total_steps is None:
             return _FIRST
-        share = max(_EARLIEST * total_steps, min(_LATEST * total_steps, total_steps - _STEPS_LEFT))
-        return min(_LATEST_STEP, round(share))
+        step = max(_EARLIEST * total_steps, min(_LATEST * total_steps, total_steps - _STEPS_LEFT))
+        return min(_LATEST_STEP, round(step))
 
     def _late_share(self, kept: bool) -> float:
         return self._last_share if kept else max(self._last_share, _LAST_FIRST_SHARE)
