@@ -1,9 +1,9 @@
-"""Small changes to the default heuristic, under real growers on tuning tasks of families of 400, 1,000 and 2,000 steps.
+"""Small changes to the heuristic of decision 0024, under real growers on tuning tasks of families of 400, 1,000 and 2,000 steps.
 
     PYTHONPATH=src:. python -m benchmarks.controller.variants --work runs/variants --out FILE
 
-What a default is chosen from: mean rewards by length of the run, paired differences to *default* with standard errors
-over tasks, each family at the better of two learning rates. A choice still has to hold on fresh tasks (``compare.py``).
+What the default of decision 0025 was chosen from: mean rewards by length of the run, paired differences with standard
+errors over tasks to *default*, which is that of 0024, each family at the better of two learning rates. A choice still has to hold on fresh tasks (``compare.py``).
 Two hours of one core; cells are kept in --work.
 """
 
@@ -51,9 +51,9 @@ class Variant:
     (-1: the last).
     """
 
-    growth: float = TamiyoConfig().growth
+    growth: float = 0.5
     trimmed: bool = False
-    patience: int = TamiyoConfig().patience
+    patience: int = 2
     first: tuple[float, float, float] | None = None
     start: str | None = None
     last_share: float = TamiyoConfig().last_share
@@ -79,6 +79,9 @@ VARIANTS = {
     "trimmed quarter, patience 1": Variant(trimmed=True, growth=0.25, patience=1, least=2),
     "trimmed, patience 1, from 20, 30, 40%": Variant(trimmed=True, patience=1, first=SLOW),
     "trimmed, patience 1, from 20%": Variant(trimmed=True, patience=1, first=(0.2, 0.2, 0.2)),
+    "half, at least 2, patience 1": Variant(least=2, patience=1),
+    "third, at least 2, patience 1": Variant(growth=1 / 3, least=2, patience=1),
+    "quarter, at least 2, patience 1": Variant(growth=0.25, least=2, patience=1),
     "patience 1, from 20, 30, 40%": Variant(patience=1, first=SLOW),
     "tiny": Variant(start="tiny"),
     "tiny twice the width, patience 1, from 20, 30, 40%": Variant(
