@@ -161,7 +161,7 @@ SIDE = 8
 
 
 def textures(inputs: int, outputs: int, generator: Generator) -> Sampler:
-    """Classes of small images, each of some gratings, one of which shows somewhere, under noise; some labels are wrong."""
+    """Classes of small images: one of a class's gratings shows somewhere, under noise; some labels are wrong."""
     kinds = _integer(2, 4, generator)
     angle = math.pi * torch.rand(outputs, kinds, generator=generator)
     frequency = 0.8 + 1.6 * torch.rand(outputs, kinds, generator=generator)  # radians a pixel

@@ -97,7 +97,7 @@ def first_weights(shapes: Mapping[str, Sequence[int]], generator: Generator) -> 
     """First weights of a module by the names and shapes of its parameters, float32, drawn in their order.
 
     Matrices, kernels and their biases are uniform within one over the root of what a unit reads, as
-    ``nn.Linear`` and ``nn.Conv2d`` draw them; embeddings are normal with a deviation of a half; norms start as identity.
+    ``nn.Linear`` and ``nn.Conv2d`` draw them; embeddings are normal with a deviation of 0.5; norms start as identity.
     """
     found: dict[str, Tensor] = {}
     bound = 0.0
