@@ -63,6 +63,8 @@ class Family:
     outputs: int
     widths: tuple[tuple[int, ...], ...]
     purpose: str
+    body: str = "mlp"
+    """What a host is made of, see :mod:`esper.greenhouse.bodies.kinds`."""
     rows: int = 2048
     """Rows to train on."""
     batch_rows: int = 64

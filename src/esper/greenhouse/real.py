@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.config import Config
+from esper.greenhouse.bodies.kinds import body_of
 from esper.greenhouse.episodes import Outcome
 from esper.greenhouse.family import HELD_OUT_BATCHES, HostSpec, batch_order, data_of, family_named, weights_stream
 from esper.greenhouse.frontier import frontier_of
-from esper.greenhouse.layout import Layout
-from esper.greenhouse.stack import initial
 from esper.grower import Grower
 from esper.protocol import AnyEvent
 from esper.tamiyo import Controller
@@ -32,22 +31,10 @@ def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.mse_loss(model(x), y) if y.is_floating_point() else F.cross_entropy(model(x), y)
 
 
-def make_model(spec: HostSpec, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+def make_model(spec: HostSpec, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The host with the first weights that it has in a stack."""
-    family = family_named(spec.family)
-    widths = spec.widths or data_of(family, spec.task).widths
-    layout = Layout.of(family.inputs, widths, family.outputs)
-    weights = layout.views(initial(layout, widths, weights_stream(spec), dtype)[None])
-    layers: list[nn.Module] = []
-    features = family.inputs
-    for (weight, bias), width in zip(weights, [*widths, family.outputs], strict=True):
-        layer = nn.Linear(features, width, dtype=dtype)
-        with torch.no_grad():
-            layer.weight.copy_(weight[0, :width, :features])
-            layer.bias.copy_(bias[0, :width])
-        layers += [layer, nn.ReLU()]
-        features = width
-    return nn.Sequential(*layers[:-1])
+    widths = spec.widths or data_of(family_named(spec.family), spec.task).widths
+    return body_of(spec.family).module(widths, weights_stream(spec), dtype)
 
 
 class RealHost:
