@@ -14,9 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.config import Config
-from esper.greenhouse.bodies.kinds import body_of
+from esper.greenhouse.bodies.kinds import KINDS, body_of
+from esper.greenhouse.bodies.modules import MODULES, with_first_weights
 from esper.greenhouse.episodes import Outcome
-from esper.greenhouse.family import HELD_OUT_BATCHES, HostSpec, batch_order, data_of, family_named, weights_stream
+from esper.greenhouse.family import (
+    HELD_OUT_BATCHES,
+    HostSpec,
+    batch_order,
+    data_of,
+    family_named,
+    weights_stream,
+)
 from esper.greenhouse.frontier import frontier_of
 from esper.grower import Grower
 from esper.protocol import AnyEvent
@@ -26,14 +34,19 @@ Batch = tuple[Tensor, Tensor]
 
 
 def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of int64 labels, else mean squared error."""
+    """Cross-entropy of int64 labels, over rows or over tokens, else mean squared error."""
     x, y = batch
-    return F.mse_loss(model(x), y) if y.is_floating_point() else F.cross_entropy(model(x), y)
+    output = model(x)
+    return F.mse_loss(output, y) if y.is_floating_point() else F.cross_entropy(output.flatten(0, -2), y.flatten())
 
 
 def make_model(spec: HostSpec, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The host with the first weights that it has in a stack."""
-    widths = spec.widths or data_of(family_named(spec.family), spec.task).widths
+    family = family_named(spec.family)
+    widths = spec.widths or data_of(family, spec.task).widths
+    if family.body not in KINDS:
+        made = MODULES[family.body](family.inputs, widths, family.outputs)
+        return with_first_weights(made, weights_stream(spec), dtype)
     return body_of(spec.family).module(widths, weights_stream(spec), dtype)
 
 
@@ -123,4 +136,4 @@ def evaluate(specs: Sequence[HostSpec], controllers: Sequence[Controller]) -> li
 
 def _typed(rows: Batch, dtype: torch.dtype) -> Batch:
     x, y = rows
-    return x.to(dtype), y.to(dtype) if y.is_floating_point() else y
+    return x.to(dtype) if x.is_floating_point() else x, y.to(dtype) if y.is_floating_point() else y
