@@ -51,7 +51,8 @@ class Twin(RealHost):
                 key = (0, cohort.number, names.index(name))
                 if key not in self.planted:
                     bank = self.grower.kasmina.sites[name].banks[cohort.number]
-                    self.planted[key] = Units(*(bank.params[part].detach()[0].clone() for part in ("w1", "b1", "w2")))
+                    parts = (bank.params[part].detach()[0].clone() for part in ("w1", "b1", "w2"))
+                    self.planted[key] = Units(*(part.flatten(2) if part.dim() == 4 else part for part in parts))
 
 
 def without_snapshots(config: esper.Config) -> esper.Config:

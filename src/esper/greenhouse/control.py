@@ -10,8 +10,8 @@ from torch import Tensor
 from esper.evidence.acceptance import Differences
 from esper.evidence.control import ridge, ridge_flops, sums_of
 from esper.greenhouse.hosts import Hosts
+from esper.greenhouse.layout import Weights
 from esper.greenhouse.life import Cohort
-from esper.greenhouse.stack import Weights, forward
 
 
 def switched_off(hosts: Hosts, host: int, cohort: Cohort) -> Differences:
@@ -58,23 +58,25 @@ def _between(hosts: Hosts, host: int, without: Tensor, present: Tensor) -> Diffe
 
 def _stand_in(hosts: Hosts, host: int, cohort: Cohort, calibration: list[int]) -> Weights | None:
     """The host's weights ``(1, ...)`` with what its layers could take over of the cohort; ``None``: not finite."""
-    network = hosts.network
+    network, body = hosts.network, hosts.body
     weights = [(weight[[host]].clone(), bias[[host]].clone()) for weight, bias in network.weights]
     x = hosts.held_out_rows(host, calibration)
-    run = forward(weights, x[None], [alpha[[host]] for alpha in network.alphas])
-    rows = min(len(x), len(calibration) * -(-hosts.config.evidence.projection_rows // len(calibration)))
+    run = body.forward(weights, x[None], [alpha[[host]] for alpha in network.alphas])
+    most = len(calibration) * -(-hosts.config.evidence.projection_rows // len(calibration))
     found: list[tuple[int, Tensor, Tensor, Tensor]] = []
     for site, seed in cohort.seeds.items():
-        weight, columns = weights[site + 1][0][0], hosts.outputs_of(host, site)
-        hidden, reads = run.hidden[site + 1][0][:rows], network.read_places(host, site + 1)
-        delta = hidden[:, seed.places] @ weight[:columns, seed.places].t()
-        sums = sums_of(hidden[:, reads].double(), delta.double())
+        tail, columns, reads = body.spans[site].tail, hosts.outputs_of(host, site), network.kept_places(host, site)
+        written = weights[tail][0][0][:columns, seed.places].flatten(1)
+        delta = body.tail_rows(run, site, 0, seed.places)[:most] @ written.t()
+        phi = body.tail_rows(run, site, 0, reads)[:most]
+        sums = sums_of(phi.double(), delta.double())
         if not all(bool(torch.isfinite(total).all()) for total in sums):
             return None
-        found.append((site, reads, *ridge(rows, sums)))
-        hosts.lives[host].ledger.add("evidence", ridge_flops(rows, reads.numel(), columns))
-    for site, reads, weight, bias in found:
-        tail, offset = weights[site + 1]
-        tail[0, : weight.shape[0], reads] += weight.to(tail.dtype)
-        offset[0, : bias.shape[0]] += bias.to(offset.dtype)
+        found.append((tail, reads, *ridge(len(phi), sums)))
+        hosts.lives[host].ledger.add("evidence", ridge_flops(len(phi), phi.shape[1], columns))
+    for tail, reads, weight, bias in found:
+        target, offset = weights[tail]
+        rows = weight.shape[0]
+        target[0, :rows, reads] += weight.view(rows, len(reads), *target.shape[3:]).to(target.dtype)
+        offset[0, :rows] += bias.to(offset.dtype)
     return weights

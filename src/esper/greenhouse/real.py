@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.config import Config
+from esper.greenhouse.bodies.kinds import KINDS, body_of
 from esper.greenhouse.bodies.modules import MODULES, with_first_weights
 from esper.greenhouse.episodes import Outcome
 from esper.greenhouse.family import (
     HELD_OUT_BATCHES,
-    Family,
     HostSpec,
     batch_order,
     data_of,
@@ -26,8 +26,6 @@ from esper.greenhouse.family import (
     weights_stream,
 )
 from esper.greenhouse.frontier import frontier_of
-from esper.greenhouse.layout import Layout
-from esper.greenhouse.stack import initial
 from esper.grower import Grower
 from esper.kasmina.ledger import forward_flops
 from esper.protocol import AnyEvent
@@ -47,25 +45,10 @@ def make_model(spec: HostSpec, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The host with the first weights that it has in a stack."""
     family = family_named(spec.family)
     widths = spec.widths or data_of(family, spec.task).widths
-    if family.body in MODULES:
+    if family.body not in KINDS:
         made = MODULES[family.body](family.inputs, widths, family.outputs)
         return with_first_weights(made, weights_stream(spec), dtype)
-    return _mlp(family, widths, spec, dtype)
-
-
-def _mlp(family: Family, widths: Sequence[int], spec: HostSpec, dtype: torch.dtype) -> nn.Sequential:
-    layout = Layout.of(family.inputs, widths, family.outputs)
-    weights = layout.views(initial(layout, widths, weights_stream(spec), dtype)[None])
-    layers: list[nn.Module] = []
-    features = family.inputs
-    for (weight, bias), width in zip(weights, [*widths, family.outputs], strict=True):
-        layer = nn.Linear(features, width, dtype=dtype)
-        with torch.no_grad():
-            layer.weight.copy_(weight[0, :width, :features])
-            layer.bias.copy_(bias[0, :width])
-        layers += [layer, nn.ReLU()]
-        features = width
-    return nn.Sequential(*layers[:-1])
+    return body_of(spec.family).module(widths, weights_stream(spec), dtype)
 
 
 class RealHost:
