@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.config import Config
-from esper.greenhouse.bodies.kinds import KINDS, body_of
-from esper.greenhouse.bodies.modules import MODULES, with_first_weights
+from esper.greenhouse.bodies.kinds import body_of
 from esper.greenhouse.episodes import Outcome
 from esper.greenhouse.family import (
     HELD_OUT_BATCHES,
@@ -45,9 +44,6 @@ def make_model(spec: HostSpec, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The host with the first weights that it has in a stack."""
     family = family_named(spec.family)
     widths = spec.widths or data_of(family, spec.task).widths
-    if family.body not in KINDS:
-        made = MODULES[family.body](family.inputs, widths, family.outputs)
-        return with_first_weights(made, weights_stream(spec), dtype)
     return body_of(spec.family).module(widths, weights_stream(spec), dtype)
 
 

@@ -9,12 +9,14 @@ from esper.errors import ConfigError
 from esper.greenhouse.bodies.body import Body
 from esper.greenhouse.bodies.conv import ConvNet
 from esper.greenhouse.bodies.mlp import MLP
+from esper.greenhouse.bodies.transformer import Transformer
 from esper.greenhouse.family import Family, family_named
 from esper.greenhouse.tasks import SIDE
 
 KINDS: dict[str, Callable[[Family], Body]] = {
     "mlp": lambda family: MLP(family.inputs, family.num_sites, family.outputs),
     "conv": lambda family: ConvNet(family.inputs, SIDE, family.num_sites, family.outputs),
+    "transformer": lambda family: Transformer(family.inputs, family.num_sites, family.outputs),
 }
 
 

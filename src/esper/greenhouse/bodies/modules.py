@@ -6,7 +6,7 @@ Shapes: B rows a batch, T positions, D features, V tokens, W hidden widths.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -87,10 +87,6 @@ class Transformer(nn.Module):
         for block in self.blocks:
             h = block(h)
         return self.read_out(self.norm(h))
-
-
-MODULES: dict[str, Callable[[int, Sequence[int], int], nn.Module]] = {"conv": conv_net, "transformer": Transformer}
-"""``(inputs, widths, outputs)`` gives a host of a body."""
 
 
 def first_weights(shapes: Mapping[str, Sequence[int]], generator: Generator) -> dict[str, Tensor]:
