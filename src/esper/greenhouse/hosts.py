@@ -106,6 +106,10 @@ class Hosts:
             Life(width, [0] * sites, Acceptance(splits, config.evidence), deque(maxlen=window), [0] * sites)
             for width in widths
         ]
+        batches = sorted(splits.gate)[: config.evidence.held_out_batches]
+        self._num_watched, each = len(batches), (HELD_OUT_BATCHES, self.family.held_out_rows)
+        x, y = (part.unflatten(1, each)[:, batches].flatten(1, 2) for part in self._held_out)
+        self._watched = x, y
         self._own_flops = [self.body.host_flops(width) for width in widths]
         self.lr = np.array([spec.lr for spec in self.specs])
         self.given_units: dict[tuple[int, int, int], Units] = {}
@@ -315,12 +319,11 @@ class Hosts:
 
     def measure(self, hosts: Sequence[int]) -> None:
         """Held-out loss over the first gate batches, counted as evidence."""
-        splits = self.lives[0].evidence.splits
-        batches = sorted(splits.gate)[: self.config.evidence.held_out_batches]
-        values = self.batch_losses(hosts)[:, batches].mean(1).tolist()
+        rows = self._evaluated(hosts, self._watched, None)
+        values = rows.view(len(hosts), self._num_watched, self.family.held_out_rows).mean(2).double().mean(1).tolist()
         for number, value in zip(hosts, values, strict=True):
             life = self.lives[number]
-            self.count_evaluations(number, len(batches))
+            self.count_evaluations(number, self._num_watched)
             life.held_out = value
             if math.isnan(life.held_out_initial):
                 life.held_out_initial = value
