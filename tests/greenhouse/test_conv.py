@@ -32,7 +32,7 @@ from esper.tamiyo.actions import WAIT, Action, Operation
 pytestmark = pytest.mark.component
 
 SPANS = ("0-2", "2-4")
-COHORTS = {40: (("0-2", 8), ("2-4", 8)), 140: (("2-4", 6),), 220: (("0-2", 5), ("2-4", 4)), 300: (("0-2", 4),)}
+COHORTS = {40: (("0-2", 8),), 60: (("2-4", 8),), 160: (("2-4", 6),), 220: (("0-2", 5), ("2-4", 4)), 300: (("0-2", 4),)}
 
 
 def specs(*tasks: int, steps: int | None = None, lr: float = 1e-2) -> list[HostSpec]:
@@ -44,7 +44,7 @@ def germinate(hosts: Hosts, host: int, *sites: str, width: int = 5, **plan: str)
 
 
 def ask(observation: Observation) -> Sequence[Command]:
-    """Four cohorts, the later ones beside and behind what is kept of the first, and a cull."""
+    """Cohorts beside and behind what is kept of others, one behind one that is on trial, and a cull."""
     plans = COHORTS.get(observation.step)
     if plans is not None:
         return [Germinate(seeds=tuple(SeedPlan(site=site, width=width) for site, width in plans))]
