@@ -22,13 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.controller.contest.cells import Cells
-from torch import Tensor
 
 from esper.files import replace_text
 from esper.greenhouse.family import FAMILIES, Family, HostSpec
 from esper.greenhouse.frontier import LEARNING_RATES, shapes_of
 from esper.greenhouse.hosts import Hosts
-from esper.greenhouse.real import train_alone
 
 FOLDER = Path(__file__).resolve().parents[2] / "src" / "esper" / "greenhouse" / "frontiers"
 FIRST_SEED = 100
@@ -39,36 +37,22 @@ def measure(name: str, task: int, shapes: Sequence[Sequence[int]], seeds: int) -
     """Some shapes on a task: ``{shapes, flops, losses, lrs, variances}``."""
     family = FAMILIES[name]
     found: dict[str, Any] = {"shapes": [], "flops": [], "losses": [], "lrs": [], "variances": []}
-    train = in_a_stack if family.body == "mlp" else one_by_one
     for shape in shapes:
         specs = [
             HostSpec(family=name, task=task, seed=FIRST_SEED + seed, lr=lr, widths=tuple(shape))
             for lr in LEARNING_RATES
             for seed in range(seeds)
         ]
-        held_out, tested, flops = train(specs)
-        best = int(held_out.view(len(LEARNING_RATES), seeds).mean(1).argmin())
-        test = tested.view(len(LEARNING_RATES), seeds)[best]
+        hosts = Hosts(specs)
+        hosts.advance(hosts.total_steps)
+        best = int(hosts.held_out_losses().view(len(LEARNING_RATES), seeds).mean(1).argmin())
+        test = hosts.test_losses().view(len(LEARNING_RATES), seeds)[best]
         found["shapes"].append(list(shape))
-        found["flops"].append(flops)
+        found["flops"].append(3.0 * hosts.host_flops(0, family.batch_rows) * hosts.total_steps)
         found["losses"].append(round(float(test.mean()), 6))
         found["lrs"].append(LEARNING_RATES[best])
         found["variances"].append(float(test.var()))
     return found
-
-
-def in_a_stack(specs: Sequence[HostSpec]) -> tuple[Tensor, Tensor, float]:
-    """Held-out and test losses of hosts of one shape, and what training one of them cost."""
-    hosts = Hosts(specs)
-    hosts.advance(hosts.total_steps)
-    flops = 3.0 * hosts.host_flops(0, hosts.family.batch_rows) * hosts.total_steps
-    return hosts.held_out_losses(), hosts.test_losses(), flops
-
-
-def one_by_one(specs: Sequence[HostSpec]) -> tuple[Tensor, Tensor, float]:
-    """The same, as ordinary modules."""
-    runs = [train_alone(spec) for spec in specs]
-    return torch.tensor([run[0] for run in runs]), torch.tensor([run[1] for run in runs]), runs[0][2]
 
 
 def missing(family: Family, task: int, known: dict[str, Any] | None, *, own: bool) -> list[tuple[int, ...]]:

@@ -26,7 +26,6 @@ from esper.greenhouse.family import (
 )
 from esper.greenhouse.frontier import frontier_of
 from esper.grower import Grower
-from esper.kasmina.ledger import forward_flops
 from esper.protocol import AnyEvent
 from esper.tamiyo import Controller
 
@@ -124,25 +123,6 @@ class RealHost:
             deviation=frontier.deviation, reward=frontier.reward(loss, ledger.total),
             params=self.grower.kasmina.params, parts=ledger.state(),
         )  # fmt: skip
-
-
-def train_alone(spec: HostSpec) -> tuple[float, float, float]:
-    """Train a host without a grower, as a stack would: held-out loss, test loss and what its training cost."""
-    family = family_named(spec.family)
-    steps, model, data = spec.steps or family.steps, make_model(spec), data_of(family, spec.task)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.lr, weight_decay=family.weight_decay)
-    x, y = data.train
-    for step, index in enumerate(batch_order(spec, family, steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = spec.lr * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        optimizer.zero_grad()
-        mean_loss(model, (x[index], y[index])).backward()
-        optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        forward = forward_flops(model, lambda: model(x[: family.batch_rows]))
-        held_out, test = (float(mean_loss(model, part)) for part in (data.held_out, data.test))
-    return held_out, test, 3.0 * forward * steps
 
 
 def evaluate(specs: Sequence[HostSpec], controllers: Sequence[Controller]) -> list[Outcome]:
