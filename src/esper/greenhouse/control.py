@@ -15,9 +15,8 @@ from esper.greenhouse.life import Cohort
 
 
 def switched_off(hosts: Hosts, host: int, cohort: Cohort) -> Differences:
-    """Held-out losses without minus with the cohort: all batches at once, counted as they are asked for."""
-    present = hosts.batch_losses([host])[0]
-    return _between(hosts, host, hosts.batch_losses([host], _without(hosts, host, cohort))[0], present)
+    """Held-out losses without minus with the cohort: batches run, and count, as they are asked for."""
+    return _between(hosts, host, _without(hosts, host, cohort))
 
 
 def compared(hosts: Hosts, host: int, cohort: Cohort) -> tuple[Differences, list[float]]:
@@ -26,17 +25,19 @@ def compared(hosts: Hosts, host: int, cohort: Cohort) -> tuple[Differences, list
     ``projected``: the better (on calibration batches) of switching off and letting the host's layers stand in.
     """
     calibration = list(hosts.lives[host].evidence.splits.calibration)
-    present, alphas = hosts.batch_losses([host])[0], _without(hosts, host, cohort)
-    off = hosts.batch_losses([host], alphas)[0]
+    alphas = _without(hosts, host, cohort)
     is_plain = hosts.config.evidence.control == "plain"
     stand_in = None if is_plain else _stand_in(hosts, host, cohort, calibration)
     if stand_in is None:
-        differences = _between(hosts, host, off, present)
+        differences = _between(hosts, host, alphas)
         return differences, differences(calibration)
-    stood_in = hosts.batch_losses([host], alphas, stand_in)[0]
+    present = hosts.batch_losses([host], calibration)[0]
+    off = hosts.batch_losses([host], calibration, alphas)[0]
+    stood_in = hosts.batch_losses([host], calibration, alphas, stand_in)[0]
     hosts.count_evaluations(host, 3 * len(calibration))
-    chosen = stood_in if stood_in[calibration].mean() < off[calibration].mean() else off
-    return _between(hosts, host, chosen, present), (chosen - present)[calibration].tolist()
+    is_better = bool(stood_in.mean() < off.mean())
+    gaps = (stood_in if is_better else off) - present
+    return _between(hosts, host, alphas, stand_in if is_better else None), gaps.tolist()
 
 
 def _without(hosts: Hosts, host: int, cohort: Cohort) -> list[Tensor]:
@@ -46,12 +47,11 @@ def _without(hosts: Hosts, host: int, cohort: Cohort) -> list[Tensor]:
     return alphas
 
 
-def _between(hosts: Hosts, host: int, without: Tensor, present: Tensor) -> Differences:
-    gaps = (without - present).tolist()
-
+def _between(hosts: Hosts, host: int, alphas: list[Tensor], weights: Weights | None = None) -> Differences:
     def differences(indices: Sequence[int]) -> list[float]:
         hosts.count_evaluations(host, 2 * len(indices))
-        return [gaps[index] for index in indices]
+        without = hosts.batch_losses([host], indices, alphas, weights)
+        return (without - hosts.batch_losses([host], indices))[0].tolist()
 
     return differences
 

@@ -106,10 +106,6 @@ class Hosts:
             Life(width, [0] * sites, Acceptance(splits, config.evidence), deque(maxlen=window), [0] * sites)
             for width in widths
         ]
-        batches = sorted(splits.gate)[: config.evidence.held_out_batches]
-        self._num_watched, each = len(batches), (HELD_OUT_BATCHES, self.family.held_out_rows)
-        x, y = (part.unflatten(1, each)[:, batches].flatten(1, 2) for part in self._held_out)
-        self._watched = x, y
         self._own_flops = [self.body.host_flops(width) for width in widths]
         self.lr = np.array([spec.lr for spec in self.specs])
         self.given_units: dict[tuple[int, int, int], Units] = {}
@@ -319,26 +315,37 @@ class Hosts:
 
     def measure(self, hosts: Sequence[int]) -> None:
         """Held-out loss over the first gate batches, counted as evidence."""
-        rows = self._evaluated(hosts, self._watched, None)
-        values = rows.view(len(hosts), self._num_watched, self.family.held_out_rows).mean(2).double().mean(1).tolist()
+        splits = self.lives[0].evidence.splits
+        batches = sorted(splits.gate)[: self.config.evidence.held_out_batches]
+        values = self.batch_losses(hosts, batches).mean(1).tolist()
         for number, value in zip(hosts, values, strict=True):
             life = self.lives[number]
-            self.count_evaluations(number, self._num_watched)
+            self.count_evaluations(number, len(batches))
             life.held_out = value
             if math.isnan(life.held_out_initial):
                 life.held_out_initial = value
 
     def batch_losses(
-        self, hosts: Sequence[int], alphas: Sequence[Tensor] | None = None, weights: Weights | None = None
+        self,
+        hosts: Sequence[int],
+        batches: Sequence[int] | None = None,
+        alphas: Sequence[Tensor] | None = None,
+        weights: Weights | None = None,
     ) -> Tensor:
-        """``(n, HELD_OUT_BATCHES)`` losses of some hosts, as they are or at other alphas or weights; counts nothing."""
-        rows = self._evaluated(hosts, self._held_out, alphas, weights)
-        return rows.view(len(hosts), HELD_OUT_BATCHES, self.family.held_out_rows).mean(2).double()
+        """``(n, batches)`` held-out losses of some hosts, as they are or at other alphas or weights; counts nothing.
+
+        ``batches`` are numbers of held-out batches, ``None``: all of them.
+        """
+        x, y = (part[self._task_row[list(hosts)]] for part in self._held_out)
+        rows = self.family.held_out_rows
+        if batches is not None:
+            x, y = (part.unflatten(1, (-1, rows))[:, list(batches)].flatten(1, 2) for part in (x, y))
+        return self._evaluated(hosts, x, y, alphas, weights).view(len(hosts), -1, rows).mean(2).double()
 
     def held_out_rows(self, host: int, batches: Sequence[int]) -> Tensor:
         """Inputs of some held-out batches, one after the other ``(B, ...)``."""
         x = self._held_out[0][self._task_row[host]]
-        return x.unflatten(0, (HELD_OUT_BATCHES, self.family.held_out_rows))[list(batches)].flatten(0, 1)
+        return x.unflatten(0, (-1, self.family.held_out_rows))[list(batches)].flatten(0, 1)
 
     def count_evaluations(self, host: int, batches: int) -> None:
         """Book forward passes over so many held-out batches."""
@@ -346,7 +353,8 @@ class Hosts:
 
     def test_losses(self) -> Tensor:
         """``(N,)`` losses on rows that nothing else has touched; read it once, at the end."""
-        return self._evaluated(range(len(self)), self._test, None).mean(1).double()
+        x, y = (part[self._task_row] for part in self._test)
+        return self._evaluated(range(len(self)), x, y).mean(1).double()
 
     def held_out_losses(self) -> Tensor:
         """``(N,)`` losses over all held-out rows: what learning rates are chosen by."""
@@ -355,12 +363,12 @@ class Hosts:
     def _evaluated(
         self,
         hosts: Sequence[int],
-        data: tuple[Tensor, Tensor],
-        alphas: Sequence[Tensor] | None,
+        x: Tensor,
+        y: Tensor,
+        alphas: Sequence[Tensor] | None = None,
         weights: Weights | None = None,
     ) -> Tensor:
         index = torch.as_tensor(list(hosts))
         weights = [(w[index], b[index]) for w, b in self.network.weights] if weights is None else weights
-        rows = self._task_row[index]
         chosen = [alpha[index] for alpha in self.network.alphas] if alphas is None else alphas
-        return losses(self.body.forward(weights, data[0][rows], chosen).output, data[1][rows], per_row=True)
+        return losses(self.body.forward(weights, x, chosen).output, y, per_row=True)

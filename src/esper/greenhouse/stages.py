@@ -298,7 +298,7 @@ def _choose_scale(hosts: Hosts, host: int, cohort: Cohort) -> None:
     for alpha in tried:
         for site, seed in cohort.seeds.items():
             hosts.network.set_alpha(host, site, seed.places, alpha)
-        values.append(float(hosts.batch_losses([host])[0, calibration].mean()))
+        values.append(float(hosts.batch_losses([host], calibration).mean()))
     hosts.count_evaluations(host, len(tried) * len(calibration))
     best, least = 0.0, values[0]
     for scale, loss in zip(tried[1:], values[1:], strict=True):
