@@ -129,7 +129,6 @@ FAMILIES: dict[str, Family] = {
             purpose="evaluation",
             body="conv",
             batch_rows=32,
-            lr=1e-2,
         ),
         Family(
             name="grammar",
