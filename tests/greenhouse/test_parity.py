@@ -9,18 +9,14 @@ import numpy as np
 import pytest
 import torch
 from tests.example_sites import attached
-from tests.greenhouse.twins import Scripted, Twin, without_snapshots
+from tests.greenhouse.twins import Scripted, Twin, assert_same_sight, play, without_snapshots
 from torch import nn
 
 from esper.greenhouse.episodes import Episodes
 from esper.greenhouse.family import HostSpec, all_kept, family_named
-from esper.greenhouse.germination import apply
-from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.isolated import Units, drawn, fit, tiny
 from esper.greenhouse.life import Capture
-from esper.greenhouse.observing import observe
 from esper.greenhouse.real import RealHost, evaluate
-from esper.greenhouse.stages import finish
 from esper.kasmina.bank import Bank
 from esper.kasmina.capture import Rows
 from esper.kasmina.starts import STARTS
@@ -47,22 +43,6 @@ def script(start: str) -> Callable[[Observation], Sequence[Command]]:
     return ask
 
 
-def play(real: Twin, dtype: torch.dtype) -> tuple[Hosts, list[float], list[Observation]]:
-    hosts = Hosts([real.spec], real.config, dtype=dtype)
-    hosts.given_units = real.planted
-    losses: list[float] = []
-    seen: list[Observation] = []
-    while not hosts.done:
-        hosts.advance(1)
-        losses.append(hosts.lives[0].losses[-1])
-        if hosts.step_count % hosts.config.interval == 0:
-            seen.append(observe(hosts, 0))
-            for command in real.script(seen[-1]):
-                apply(hosts, 0, command)
-    finish(hosts)
-    return hosts, losses, seen
-
-
 @pytest.mark.parametrize(
     ("family", "start", "keeps_all"),
     [
@@ -87,20 +67,7 @@ def test_lockstep(family: str, start: str, keeps_all: bool) -> None:
         assert hosts.lives[0].ledger.spent[part] == pytest.approx(spent, rel=1e-9), part
     assert float(hosts.test_losses()[0]) == pytest.approx(end.loss, rel=1e-3)
     assert hosts.params(0) == end.params
-    _assert_same_sight(seen, real.player.seen)
-
-
-def _assert_same_sight(stacked: list[Observation], real: list[Observation]) -> None:
-    assert len(stacked) == len(real)
-    for mine, theirs in zip(stacked, real, strict=True):
-        np.testing.assert_allclose(mine.sites, theirs.sites, rtol=1e-2, err_msg=f"at step {mine.step}")
-        for name in ("step", "params", "host_params", "site_names", "stopped", "alive"):
-            assert getattr(mine, name) == getattr(theirs, name), (name, mine.step)
-        for name in (
-            "held_out", "held_out_initial", "flops_per_step", "hidden", "grown", "eligible", "unit_params",
-            "unit_flops", "train_loss", "loss_noise", "lr_share", "price",
-        ):  # fmt: skip
-            np.testing.assert_allclose(getattr(mine, name), getattr(theirs, name), rtol=1e-2, err_msg=name)
+    assert_same_sight(seen, real.player.seen)
 
 
 def test_a_fit_is_the_growers_fit() -> None:

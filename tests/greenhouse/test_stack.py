@@ -9,26 +9,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from esper.greenhouse.layout import HOST, VOID, Layout, annex, live, num_groups, owners
-from esper.greenhouse.stack import Moments, Rates, adamw, backward, forward, initial, losses, output_gradient
+from esper.greenhouse.bodies.mlp import MLP as Body
+from esper.greenhouse.layout import HOST, VOID, Layout, Part, annex, live, num_groups, owners
+from esper.greenhouse.stack import Moments, Rates, adamw, losses, output_gradient
 from esper.runs.hosts import MLP
 
 pytestmark = pytest.mark.unit
 
 NUM, ROWS = 3, 5
 WIDTHS = ((4, 7), (2, 3), (8, 1))
+BODY = Body(6, 2, 3)
 widths = st.lists(st.integers(1, 20), min_size=1, max_size=3)
 
 
 def made(layout: Layout) -> torch.Tensor:
-    rows = [initial(layout, width, torch.Generator().manual_seed(n), torch.float64) for n, width in enumerate(WIDTHS)]
+    rows = [
+        BODY.first(layout, width, torch.Generator().manual_seed(n), torch.float64) for n, width in enumerate(WIDTHS)
+    ]
     return torch.stack(rows)
 
 
 def as_modules(layout: Layout, values: torch.Tensor) -> list[MLP]:
     found: list[MLP] = []
     for number, width in enumerate(WIDTHS):
-        model = MLP(layout.sizes[0], width, layout.sizes[-1]).double()
+        model = MLP(6, width, 3).double()
         linears = [layer for layer in model if isinstance(layer, nn.Linear)]
         with torch.no_grad():
             for layer, (weight, bias) in zip(linears, layout.views(values), strict=True):
@@ -40,16 +44,16 @@ def as_modules(layout: Layout, values: torch.Tensor) -> list[MLP]:
 
 @pytest.mark.parametrize("labels", [True, False])
 def test_gradients_and_losses_are_those_of_autograd(labels: bool) -> None:
-    layout = Layout.of(6, (8, 7), 3)
+    layout = BODY.layout((8, 7))
     values, gradients = made(layout), torch.full((NUM, layout.length), torch.nan, dtype=torch.float64)
     x = torch.randn(NUM, ROWS, 6, dtype=torch.float64)
     y = torch.randint(3, (NUM, ROWS)) if labels else torch.randn(NUM, ROWS, 3, dtype=torch.float64)
-    run = forward(layout.views(values), x)
-    loss, delta = output_gradient(run.before[-1], y)
-    deltas = backward(layout.views(values), layout.views(gradients), run, delta)
+    run = BODY.forward(layout.views(values), x)
+    loss, delta = output_gradient(run.output, y)
+    deltas = BODY.backward(layout.views(values), layout.views(gradients), run, delta)
     assert torch.isfinite(gradients).all() and len(deltas) == 3
-    torch.testing.assert_close(losses(run.before[-1], y), loss)
-    torch.testing.assert_close(losses(run.before[-1], y, per_row=True).mean(1), loss)
+    torch.testing.assert_close(losses(run.output, y), loss)
+    torch.testing.assert_close(losses(run.output, y, per_row=True).mean(1), loss)
     for number, model in enumerate(as_modules(layout, values)):
         plain = nn.functional.cross_entropy if labels else nn.functional.mse_loss
         wanted = plain(model(x[number]), y[number])
@@ -64,7 +68,7 @@ def test_gradients_and_losses_are_those_of_autograd(labels: bool) -> None:
 
 
 def test_alpha_blends_units_in_and_scales_their_gradients() -> None:
-    layout = Layout.of(6, (8, 7), 3)
+    layout = BODY.layout((8, 7))
     values, gradients = made(layout), torch.zeros(NUM, layout.length, dtype=torch.float64)
     x, y = torch.randn(NUM, ROWS, 6, dtype=torch.float64), torch.randint(3, (NUM, ROWS))
     alphas = [torch.rand(NUM, room, dtype=torch.float64) for room in layout.hidden]
@@ -74,8 +78,8 @@ def test_alpha_blends_units_in_and_scales_their_gradients() -> None:
         z = torch.einsum("nbi,noi->nbo", h, weight) + bias[:, None]
         h = torch.relu(z) * alphas[layer][:, None] if layer < 2 else z
     losses(h, y).sum().backward()
-    run = forward(layout.views(values), x, alphas)
-    backward(layout.views(values), layout.views(gradients), run, output_gradient(run.before[-1], y)[1], alphas)
+    run = BODY.forward(layout.views(values), x, alphas)
+    BODY.backward(layout.views(values), layout.views(gradients), run, output_gradient(run.output, y)[1], alphas)
     assert leaf.grad is not None
     torch.testing.assert_close(gradients, leaf.grad)
 
@@ -120,7 +124,7 @@ def test_what_does_not_learn_stays_with_its_moments() -> None:
 @settings(max_examples=30, deadline=None)
 @given(widths, st.integers(1, 5), st.integers(1, 5))
 def test_views_share_the_row_and_cover_it(hidden: list[int], inputs: int, outputs: int) -> None:
-    layout = Layout.of(inputs, hidden, outputs)
+    layout = Body(inputs, len(hidden), outputs).layout(hidden)
     flat = torch.zeros(2, layout.length)
     for weight, bias in layout.views(flat):
         weight += 1
@@ -132,8 +136,9 @@ def test_views_share_the_row_and_cover_it(hidden: list[int], inputs: int, output
 @settings(max_examples=20, deadline=None)
 @given(widths, st.data())
 def test_moving_to_a_wider_layout_keeps_every_weight(hidden: list[int], data: st.DataObject) -> None:
-    old = Layout.of(3, hidden, 2)
-    wider = Layout.of(3, [units + data.draw(st.integers(0, 20)) for units in hidden], 2)
+    body = Body(3, len(hidden), 2)
+    old = body.layout(hidden)
+    wider = body.layout([units + data.draw(st.integers(0, 20)) for units in hidden])
     flat = torch.randn(2, old.length)
     moved = old.moved(flat, wider)
     assert moved.shape == (2, wider.length)
@@ -143,8 +148,42 @@ def test_moving_to_a_wider_layout_keeps_every_weight(hidden: list[int], data: st
     torch.testing.assert_close(moved.sum(1), flat.sum(1))
 
 
+few = st.integers(1, 4)
+sites = st.none() | st.integers(0, 1)
+some_parts = st.lists(
+    st.builds(
+        Part, name=st.just("any"), rows=few, columns=few, rows_of=sites, columns_of=sites, taps=st.sampled_from((1, 9)),
+        bias=st.booleans(), uses=st.integers(0, 5),
+    ),
+    min_size=1,
+    max_size=4,
+)  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None)
+@given(some_parts, st.tuples(few, few), st.tuples(st.integers(0, 20), st.integers(0, 20)))
+def test_parts_of_every_kind_have_their_places(
+    found: list[Part], hidden: tuple[int, int], more: tuple[int, int]
+) -> None:
+    """With taps and without a bias: the row is covered once, moves whole, and what has no site is the host's."""
+    old = Layout.of(tuple(found), hidden)
+    wider = Layout.of(old.parts, [units + added for units, added in zip(hidden, more, strict=True)])
+    flat = torch.arange(2.0 * old.length).view(2, old.length)
+    assert torch.cat([part.flatten(1) for pair in old.views(flat) for part in pair], 1).equal(flat)
+    moved = old.moved(flat, wider)
+    assert moved.sum() == flat.sum() and set(flat[1].tolist()) <= {*moved[1].tolist(), 0.0}
+    owner = owners(old, [torch.full((room,), VOID) for room in old.hidden])
+    for part, (weight, bias) in zip(old.parts, old.views(owner[None]), strict=True):
+        is_fixed = part.rows_of is None and part.columns_of is None
+        assert bool((weight == (HOST if is_fixed else VOID)).all())
+        assert bias.shape[1] == part.bias * weight.shape[1]
+        rows, columns = part.shape(old.hidden)
+        assert weight.shape[1:3] == (rows, columns) and part.params(old.hidden) == weight.numel() + bias.numel()
+        assert part.flops(old.hidden) == 2 * part.uses * weight.numel()
+
+
 def test_who_owns_which_weight() -> None:
-    layout = Layout((1, 8, 8, 1))
+    layout = Layout(Body(1, 2, 1).parts, (8, 8))
     first = torch.tensor([HOST, annex(0), live(0)] + [VOID] * 5)
     second = torch.tensor([HOST, annex(1), live(1)] + [VOID] * 5)
     (w1, b1), (w2, b2), (w3, b3) = layout.views(owners(layout, [first, second])[None])

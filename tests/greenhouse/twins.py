@@ -6,12 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 import esper
 from esper.greenhouse.family import HostSpec
+from esper.greenhouse.germination import apply
+from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.isolated import Units
+from esper.greenhouse.observing import observe
 from esper.greenhouse.real import RealHost
+from esper.greenhouse.stages import finish
 from esper.protocol import Command, Observation
 
 Script = Callable[[Observation], Sequence[Command]]
@@ -51,9 +56,41 @@ class Twin(RealHost):
                 key = (0, cohort.number, names.index(name))
                 if key not in self.planted:
                     bank = self.grower.kasmina.sites[name].banks[cohort.number]
-                    self.planted[key] = Units(*(bank.params[part].detach()[0].clone() for part in ("w1", "b1", "w2")))
+                    parts = (bank.params[part].detach()[0].clone() for part in ("w1", "b1", "w2"))
+                    self.planted[key] = Units(*(part.flatten(2) if part.dim() == 4 else part for part in parts))
 
 
 def without_snapshots(config: esper.Config) -> esper.Config:
     """Settings without what stacks leave out: copies of the training for a rollback."""
     return replace(config, safety=esper.SafetyConfig(snapshots=False))
+
+
+def play(real: Twin, dtype: torch.dtype) -> tuple[Hosts, list[float], list[Observation]]:
+    """A stack of one with the real host's first units and script: the host, its losses, what was seen of it."""
+    hosts = Hosts([real.spec], real.config, dtype=dtype)
+    hosts.given_units = real.planted
+    losses: list[float] = []
+    seen: list[Observation] = []
+    while not hosts.done:
+        hosts.advance(1)
+        losses.append(hosts.lives[0].losses[-1])
+        if hosts.step_count % hosts.config.interval == 0:
+            seen.append(observe(hosts, 0))
+            for command in real.script(seen[-1]):
+                apply(hosts, 0, command)
+    finish(hosts)
+    return hosts, losses, seen
+
+
+def assert_same_sight(stacked: list[Observation], real: list[Observation]) -> None:
+    """Two lists of observations tell the same."""
+    assert len(stacked) == len(real)
+    for mine, theirs in zip(stacked, real, strict=True):
+        np.testing.assert_allclose(mine.sites, theirs.sites, rtol=1e-2, err_msg=f"at step {mine.step}")
+        for name in ("step", "params", "host_params", "site_names", "stopped", "alive"):
+            assert getattr(mine, name) == getattr(theirs, name), (name, mine.step)
+        for name in (
+            "held_out", "held_out_initial", "flops_per_step", "hidden", "grown", "eligible", "unit_params",
+            "unit_flops", "train_loss", "loss_noise", "lr_share", "price",
+        ):  # fmt: skip
+            np.testing.assert_allclose(getattr(mine, name), getattr(theirs, name), rtol=1e-2, err_msg=name)

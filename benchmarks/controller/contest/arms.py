@@ -25,6 +25,7 @@ from benchmarks.controller.contest.recipes import FULL, RECIPES, lens
 from benchmarks.controller.schedules import NEVER, Growth, Schedule, scripted
 
 from esper.config import TamiyoConfig
+from esper.greenhouse.bodies.kinds import body_of
 from esper.greenhouse.episodes import SCOPE
 from esper.greenhouse.family import FAMILIES, HostSpec, data_of
 from esper.karn import AdvisedController, Architect, FieldReport, Snapshot
@@ -168,9 +169,9 @@ class Follower(_Plain):
         return commands(action if sight.masks.allow(action) else WAIT, observation)
 
 
-def names_of(spec: HostSpec) -> list[str]:
+def names_of(spec: HostSpec) -> tuple[str, ...]:
     """Sites of a host."""
-    return [f"{2 * site}-{2 * site + 2}" for site in range(FAMILIES[spec.family].num_sites)]
+    return body_of(spec.family).names
 
 
 def make(arm: str, spec: HostSpec, folder: str) -> Controller:

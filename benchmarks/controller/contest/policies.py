@@ -21,6 +21,7 @@ from benchmarks.controller.schedules import NEVER, Schedule, schedules, scripted
 
 from esper.config import Config, TamiyoConfig
 from esper.files import replace_text
+from esper.greenhouse.bodies.kinds import body_of
 from esper.greenhouse.episodes import SCOPE, Episodes
 from esper.greenhouse.family import FAMILIES, FIRST_HELD_OUT, HostSpec, data_of
 from esper.greenhouse.field import TRAINING
@@ -281,7 +282,7 @@ class Training:
 
 def _scripted(plan: Schedule, spec: HostSpec) -> Controller:
     family = FAMILIES[spec.family]
-    names = [f"{2 * site}-{2 * site + 2}" for site in range(family.num_sites)]
+    names = body_of(spec.family).names
     return scripted(plan, data_of(family, spec.task).widths, names)
 
 

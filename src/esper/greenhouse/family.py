@@ -1,4 +1,4 @@
-"""Families of hosts: MLPs of one shape on tasks of one kind, and how one host of a family is drawn.
+"""Families of hosts: networks of one shape on tasks of one kind, and how one host of a family is drawn.
 
 Everything about a host follows from four numbers: family, task, seed and learning rate. The task fixes data, noise and
 the widths it starts from; the seed fixes first weights, the order of batches and whatever growth draws.
@@ -22,7 +22,6 @@ HELD_OUT_BATCHES = 112
 """Held-out batches: many small ones, so that a clear gain is proven with few rows."""
 DECISIONS = 20
 """Decision points of a run, the one at its end included."""
-TEST_ROWS = 2048
 FIRST_HELD_OUT = 1000
 """Tasks from here on are for evaluation: no policy and no schedule is trained or tuned on them."""
 
@@ -63,11 +62,15 @@ class Family:
     outputs: int
     widths: tuple[tuple[int, ...], ...]
     purpose: str
+    body: str = "mlp"
+    """What its hosts are: ``mlp``, ``conv`` or ``transformer`` (:mod:`esper.greenhouse.bodies`). ``inputs`` are then
+    features, channels of an image, or tokens; ``outputs`` numbers or classes, of a transformer tokens."""
     rows: int = 2048
-    """Rows to train on."""
+    """Rows to train on; a transformer's are sequences."""
     batch_rows: int = 64
     held_out_rows: int = 32
     """Rows of one held-out batch: what a gate can tell apart, and what a look costs."""
+    test_rows: int = 2048
     steps: int = 400
     max_width: int = 96
     """Most units a hidden layer may come to have."""
@@ -86,6 +89,7 @@ class Family:
 
 
 _SMALL = (4, 6, 8, 12)
+_TINY = (3, 4, 6, 8)
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -116,6 +120,28 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(name="waves", task=tasks.waves, inputs=5, outputs=2, widths=(_SMALL,) * 3, purpose="evaluation"),
         Family(name="shells", task=tasks.shells, inputs=6, outputs=3, widths=(_SMALL, _SMALL), purpose="evaluation"),
+        Family(
+            name="textures",
+            task=tasks.textures,
+            inputs=1,
+            outputs=6,
+            widths=(_TINY, _TINY),
+            purpose="evaluation",
+            body="conv",
+            batch_rows=32,
+        ),
+        Family(
+            name="grammar",
+            task=tasks.grammar,
+            inputs=8,
+            outputs=8,
+            widths=(_TINY, _TINY),
+            purpose="evaluation",
+            body="transformer",
+            batch_rows=32,
+            held_out_rows=8,
+            test_rows=1024,
+        ),
         Family(name="planted", task=tasks.teacher, inputs=10, outputs=3, widths=((2,), (16,)), purpose="probe"),
         Family(name="null", task=tasks.linear, inputs=8, outputs=2, widths=((8,), (8,)), purpose="probe"),
     )
@@ -171,7 +197,7 @@ class HostSpec:
 
 @dataclass(frozen=True)
 class Data:
-    """Rows of one task. ``x (n, I)``; ``y`` float ``(n, O)`` or int64 ``(n,)``. Splits share no row."""
+    """Rows of one task, as :mod:`esper.greenhouse.tasks` has them. Splits share no row."""
 
     train: tasks.Rows
     held_out: tasks.Rows
@@ -197,10 +223,30 @@ def data_of(family: Family, task: int) -> Data:
         made = _generator("task", family.name, task)
         sample = family.task(family.inputs, family.outputs, made)
         widths = tuple(choices[int(torch.randint(len(choices), (), generator=made))] for choices in family.widths)
-        sizes = {"train": family.rows, "held_out": HELD_OUT_BATCHES * family.held_out_rows, "test": TEST_ROWS}
-        parts = {name: sample(rows, _generator(name, family.name, task)) for name, rows in sizes.items()}
+        sizes = {"train": family.rows, "held_out": HELD_OUT_BATCHES * family.held_out_rows, "test": family.test_rows}
+        seen: set[bytes] = set()
+        parts = {name: _fresh(sample, rows, _generator(name, family.name, task), seen) for name, rows in sizes.items()}
         _drawn[key] = Data(**parts, widths=widths)
     return _drawn[key]
+
+
+def _fresh(sample: Sampler, rows: int, draws: Generator, seen: set[bytes]) -> tasks.Rows:
+    """So many rows that are not in ``seen``, nor twice: short sequences of few tokens do come again."""
+    x, y = sample(rows, draws)
+    if x.is_floating_point():
+        return x, y
+    parts: list[tasks.Rows] = []
+    while True:
+        new: list[int] = []
+        for number, tokens in enumerate(x.numpy()):
+            key = tokens.tobytes()
+            if key not in seen:
+                seen.add(key)
+                new.append(number)
+        parts.append((x[new], y[new]))
+        if sum(len(part[0]) for part in parts) >= rows:
+            return torch.cat([part[0] for part in parts])[:rows], torch.cat([part[1] for part in parts])[:rows]
+        x, y = sample(rows, draws)
 
 
 def weights_stream(spec: HostSpec) -> Generator:

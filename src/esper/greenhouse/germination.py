@@ -8,10 +8,8 @@ from esper.greenhouse.life import Capture, Cohort, Seed
 from esper.greenhouse.stages import end
 from esper.kasmina.defaults import default_start
 from esper.kasmina.lifecycle import LEGAL, is_active
-from esper.protocol import Cancel, Command, Cull, Germinate, Lifecycle, SeedPlan, SiteKind, Stop
+from esper.protocol import Cancel, Command, Cull, Germinate, Lifecycle, SeedPlan, Stop
 
-STARTS = ("negative_gradient", "random_zero", "tiny")
-BLUEPRINT = "bottleneck"
 STRATEGY = "fixed_ramp"
 
 
@@ -62,7 +60,7 @@ def _germinate(hosts: Hosts, host: int, command: Germinate) -> str | None:
     if not sites or len(set(sites)) < len(sites):
         return "a cohort needs at least one seed, and each site once"
     for site, plan in zip(sites, command.seeds, strict=True):
-        _check(plan)
+        _check(hosts, plan)
         if life.seed_on(site) is not None or life.embargo[site] > hosts.step_count:
             return f"{plan.site}: the site has a seed or rests"
         if life.widths[site] + life.grown[site] + _units(hosts, host, site, plan) > hosts.family.max_width:
@@ -77,7 +75,8 @@ def _create(hosts: Hosts, host: int, sites: list[int], command: Germinate) -> No
     seeds: dict[int, Seed] = {}
     for site, plan in zip(sites, command.seeds, strict=True):
         places = hosts.network.seat(host, site, _units(hosts, host, site, plan))
-        seed = Seed(places, _start(hosts, plan), hosts.inputs_of(host, site), hosts.outputs_of(host, site))
+        reads, columns = hosts.inputs_of(host, site), hosts.outputs_of(host, site)
+        seed = Seed(hosts.body.spans[site], places, _start(hosts, plan), reads, columns)
         seeds[site] = seed
         if seed.start != "random_zero":
             life.captures[site] = Capture()
@@ -100,9 +99,15 @@ def _units(hosts: Hosts, host: int, site: int, plan: SeedPlan) -> int:
 
 
 def _start(hosts: Hosts, plan: SeedPlan) -> str:
-    rows = hosts.family.batch_rows * hosts.config.capture.batches
-    asked = plan.start or hosts.config.fit.start
-    return asked or default_start(SiteKind.LINEAR_SPAN, adaptive=True, expected_rows=rows)
+    """The start that the plan names, else the configuration, else the default of the body's sites."""
+    body = hosts.body
+    rows = hosts.family.batch_rows * body.spans[0].positions * hosts.config.capture.batches
+    start = plan.start or hosts.config.fit.start or default_start(body.kind, adaptive=True, expected_rows=rows)
+    if start not in body.starts:
+        raise EsperError(
+            f"stacked hosts know the start {', '.join(body.starts)}, got {start!r}; use a grower for others"
+        )
+    return start
 
 
 def _site(hosts: Hosts, plan: SeedPlan) -> int:
@@ -111,15 +116,14 @@ def _site(hosts: Hosts, plan: SeedPlan) -> int:
     return hosts.site_names.index(plan.site)
 
 
-def _check(plan: SeedPlan) -> None:
+def _check(hosts: Hosts, plan: SeedPlan) -> None:
+    _start(hosts, plan)
     for what, got, known in (
-        ("blueprint", plan.blueprint, (None, BLUEPRINT)),
-        ("start", plan.start, (None, *STARTS)),
-        ("strategy", plan.strategy, (None, STRATEGY)),
+        ("blueprint", plan.blueprint, hosts.body.blueprint),
+        ("strategy", plan.strategy, STRATEGY),
     ):
-        if got not in known:
-            names = ", ".join(str(name) for name in known[1:])
-            raise EsperError(f"stacked hosts know the {what} {names}, got {got!r}; use a grower for others")
+        if got not in (None, known):
+            raise EsperError(f"stacked hosts know the {what} {known}, got {got!r}; use a grower for others")
     if plan.chunks or plan.seeds != 1 or plan.keep is not None:
         raise EsperError(f"a seed of stacked hosts takes a whole site, got a share of {plan.site!r}; leave chunks out")
     if plan.width is not None and plan.width < 1:

@@ -2,7 +2,7 @@
 
 ::
 
-    y = network(x)                          # one batched product a layer; grown units times alpha
+    y = body(weights, x)                    # one batched product a layer; grown units times alpha
     loss, gradients, AdamW                  # host and grown units, each group with its own step count and warm-up
     advance                                 # cohorts by their state's gate (stages.py)
     every `interval` steps: held-out loss   # then the caller observes and applies commands
@@ -17,7 +17,6 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -26,6 +25,8 @@ from torch import Tensor
 from esper.config import Config
 from esper.errors import ConfigError
 from esper.evidence.acceptance import Acceptance, splits_of
+from esper.greenhouse.bodies.body import Pass
+from esper.greenhouse.bodies.kinds import body_of
 from esper.greenhouse.family import (
     HELD_OUT_BATCHES,
     Family,
@@ -36,20 +37,11 @@ from esper.greenhouse.family import (
     weights_stream,
 )
 from esper.greenhouse.isolated import Units
-from esper.greenhouse.layout import HOST
+from esper.greenhouse.layout import HOST, Weights
 from esper.greenhouse.life import Capture, Life
 from esper.greenhouse.network import Network
-from esper.greenhouse.stack import (
-    BETAS,
-    Pass,
-    Rates,
-    Weights,
-    adamw,
-    backward,
-    forward,
-    losses,
-    output_gradient,
-)
+from esper.greenhouse.stack import BETAS, Rates, adamw, losses, output_gradient
+from esper.kasmina.ops.telemetry.reference import row_step
 
 
 class Hosts:
@@ -81,6 +73,7 @@ class Hosts:
             )
         self.specs = list(specs)
         self.family: Family = family_named(specs[0].family)
+        self.body = body_of(specs[0].family)
         self.total_steps = specs[0].steps or self.family.steps
         self.config = replace(self.family.config, total_steps=self.total_steps) if config is None else config
         self.dtype, self.step_count = dtype, 0
@@ -99,19 +92,21 @@ class Hosts:
 
     def _stacked(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         x, y = (torch.stack([part[side] for part in parts]) for side in (0, 1))
-        return x.to(self.dtype), y.to(self.dtype) if y.is_floating_point() else y
+        typed = [part.to(self.dtype) if part.is_floating_point() else part for part in (x, y)]
+        return typed[0], typed[1]
 
     def _start_lives(self) -> None:
         config, sites = self.config, self.num_sites
         widths = [spec.widths or data_of(self.family, spec.task).widths for spec in self.specs]
         streams = [weights_stream(spec) for spec in self.specs]
-        self.network = Network(self.family.inputs, widths, self.family.outputs, streams, self.dtype)
+        self.network = Network(self.body, widths, streams, self.dtype)
         splits = splits_of(config.evidence, HELD_OUT_BATCHES, config.seed)
         window = config.graft.stabilize_window
         self.lives = [
             Life(width, [0] * sites, Acceptance(splits, config.evidence), deque(maxlen=window), [0] * sites)
             for width in widths
         ]
+        self._own_flops = [self.body.host_flops(width) for width in widths]
         self.lr = np.array([spec.lr for spec in self.specs])
         self.given_units: dict[tuple[int, int, int], Units] = {}
         """First weights to use instead of drawn ones, by host, cohort and site (a replay of another run's)."""
@@ -127,8 +122,8 @@ class Hosts:
 
     @property
     def site_names(self) -> tuple[str, ...]:
-        """As a grower names the spans of the same MLP (``nn.Sequential``)."""
-        return tuple(f"{2 * site}-{2 * site + 2}" for site in range(self.num_sites))
+        """As a grower names the spans of the same module."""
+        return self.body.names
 
     @property
     def done(self) -> bool:
@@ -141,13 +136,17 @@ class Hosts:
 
     def inputs_of(self, host: int, site: int) -> int:
         """Features that a site's units can read: the host's, and what the site before has grown for good."""
-        life = self.lives[host]
-        return self.family.inputs if site == 0 else life.widths[site - 1] + life.grown[site - 1]
+        head, life = self.body.head(site), self.lives[host]
+        before = head.columns_of
+        return head.columns if before is None else life.widths[before] + life.grown[before]
+
+    def own_inputs_of(self, host: int, site: int) -> int:
+        """Those of them that are the host's."""
+        return self.body.head(site).shape(self.lives[host].widths)[1]
 
     def outputs_of(self, host: int, site: int) -> int:
-        """Columns that a site's units add to: the host's own units of the next layer."""
-        widths = self.lives[host].widths
-        return widths[site + 1] if site + 1 < self.num_sites else self.family.outputs
+        """Columns that a site's units add to: features of the host, its own units of the next site."""
+        return self.body.tail(site).shape(self.lives[host].widths)[0]
 
     def hidden_flops(self, host: int, site: int) -> float:
         """FLOPs of a row through a site's hidden units, its annex included."""
@@ -157,24 +156,23 @@ class Hosts:
     def params(self, host: int, *, own: bool = False) -> int:
         """Parameters of the host alone (``own``), or of everything: annexes and live seeds too."""
         life = self.lives[host]
-        sizes = [self.family.inputs, *life.widths, self.family.outputs]
-        total = sum(b * (a + 1) for a, b in pairwise(sizes))
+        total = self.body.params(life.widths)
         if own:
             return total
         for site, units in enumerate(life.grown):
-            total += units * (self.inputs_of(host, site) + self.outputs_of(host, site) + 1)
+            total += self.body.spans[site].params(units, self.inputs_of(host, site), self.outputs_of(host, site))
         return total + sum(seed.params for cohort in life.cohorts.values() for seed in cohort.seeds.values())
 
     def host_flops(self, host: int, rows: int) -> float:
         """Forward FLOPs of the host alone on so many rows."""
-        sizes = [self.family.inputs, *self.lives[host].widths, self.family.outputs]
-        return 2.0 * rows * sum(a * b for a, b in pairwise(sizes))
+        return rows * self._own_flops[host]
 
     def added_flops(self, host: int, rows: int, *, waiting: bool = False) -> float:
         """Forward FLOPs of what is grown and in the forward pass; ``waiting`` adds live seeds that are not yet."""
         life, total = self.lives[host], 0.0
         for site, units in enumerate(life.grown):
-            total += 2.0 * units * (self.inputs_of(host, site) + self.outputs_of(host, site))
+            if units:
+                total += self.body.spans[site].flops(units, self.inputs_of(host, site), self.outputs_of(host, site))
         for cohort in life.cohorts.values():
             if cohort.grafted or waiting:
                 total += sum(seed.flops_per_row for seed in cohort.seeds.values())
@@ -197,6 +195,7 @@ class Hosts:
         twin.network = self.network.select(index)
         twin._task_row, twin._order_row = self._task_row[index], self._order_row[index]
         twin.lr = self.lr[index.numpy()].copy()
+        twin._own_flops = [self._own_flops[n] for n in hosts]
         twin.lives = [self.lives[n].clone() for n in hosts]
         twin.given_units = {}
         return twin
@@ -226,9 +225,10 @@ class Hosts:
         rows = self._task_row[:, None]
         x, y = self._x[rows, index], self._y[rows, index]
         net, blended = self.network, self._blended()
-        run = forward(net.weights, x, blended)
-        loss, delta = output_gradient(run.before[-1], y)
-        deltas = backward(net.weights, net.layout.views(net.gradients), run, delta, blended)
+        weights = net.weights
+        run = self.body.forward(weights, x, blended, learns=True)
+        loss, delta = output_gradient(run.output, y)
+        deltas = self.body.backward(weights, net.layout.views(net.gradients), run, delta, blended)
         self._sense(run, deltas)
         self._learn()
         batch = self.family.batch_rows
@@ -267,7 +267,7 @@ class Hosts:
         )
         return Rates(*(torch.from_numpy(part) for part in made))
 
-    def _sense(self, run: Pass, deltas: list[Tensor]) -> None:
+    def _sense(self, run: Pass, deltas: Sequence[Tensor]) -> None:
         """Telemetry where a grower takes it, rows for the fits where a seed waits for them."""
         due = self.config.telemetry.is_due(self.step_count + 1)
         for number, life in enumerate(self.lives):
@@ -276,19 +276,24 @@ class Hosts:
                     self._record(number, site, capture, run, deltas)
             if due:
                 for site in range(self.num_sites):
-                    y = self._plain_output(number, site, run)
+                    y = self._plain_output(number, site, run, most=self.config.telemetry.rows)
                     life.sensed[site] = (float(y.mean()), float(y.var(0, correction=0).mean()))
 
-    def _record(self, host: int, site: int, capture: Capture, run: Pass, deltas: list[Tensor]) -> None:
-        capture.x.append(run.hidden[site][host][:, self.network.read_places(host, site)].clone())
+    def _record(self, host: int, site: int, capture: Capture, run: Pass, deltas: Sequence[Tensor]) -> None:
+        capture.x.append(self.body.head_rows(run, site, host, self.network.read_places(host, site)).clone())
         capture.y.append(self._plain_output(host, site, run))
-        capture.g.append(deltas[site + 1][host][:, : self.outputs_of(host, site)].clone())
+        tail = self.body.spans[site].tail
+        capture.g.append(deltas[tail][host][:, : self.outputs_of(host, site)].clone())
 
-    def _plain_output(self, host: int, site: int, run: Pass) -> Tensor:
-        """What the host's own layer puts out at a site, without anything grown."""
-        weight, bias = self.network.weights[site + 1]
+    def _plain_output(self, host: int, site: int, run: Pass, *, most: int | None = None) -> Tensor:
+        """What the host's own layer puts out at a site, without anything grown; ``most`` rows, strided over all."""
+        weight, bias = self.network.weights[self.body.spans[site].tail]
         own, columns = self.lives[host].widths[site], self.outputs_of(host, site)
-        return torch.addmm(bias[host, :columns], run.hidden[site + 1][host][:, :own], weight[host, :columns, :own].t())
+        rows = self.body.tail_rows(run, site, host, slice(0, own))
+        if most is not None and len(rows) > most:
+            rows = rows[:: row_step(len(rows), most)]
+        weight = weight[host, :columns, :own].flatten(1)
+        return torch.addmm(bias[host, :columns], rows, weight.t())
 
     def _look(self) -> None:
         """A point of the held-out curve, where that is due."""
@@ -312,7 +317,7 @@ class Hosts:
         """Held-out loss over the first gate batches, counted as evidence."""
         splits = self.lives[0].evidence.splits
         batches = sorted(splits.gate)[: self.config.evidence.held_out_batches]
-        values = self.batch_losses(hosts)[:, batches].mean(1).tolist()
+        values = self.batch_losses(hosts, batches).mean(1).tolist()
         for number, value in zip(hosts, values, strict=True):
             life = self.lives[number]
             self.count_evaluations(number, len(batches))
@@ -321,16 +326,26 @@ class Hosts:
                 life.held_out_initial = value
 
     def batch_losses(
-        self, hosts: Sequence[int], alphas: Sequence[Tensor] | None = None, weights: Weights | None = None
+        self,
+        hosts: Sequence[int],
+        batches: Sequence[int] | None = None,
+        alphas: Sequence[Tensor] | None = None,
+        weights: Weights | None = None,
     ) -> Tensor:
-        """``(n, HELD_OUT_BATCHES)`` losses of some hosts, as they are or at other alphas or weights; counts nothing."""
-        rows = self._evaluated(hosts, self._held_out, alphas, weights)
-        return rows.view(len(hosts), HELD_OUT_BATCHES, self.family.held_out_rows).mean(2).double()
+        """``(n, batches)`` held-out losses of some hosts, as they are or at other alphas or weights; counts nothing.
+
+        ``batches`` are numbers of held-out batches, ``None``: all of them.
+        """
+        x, y = (part[self._task_row[list(hosts)]] for part in self._held_out)
+        rows = self.family.held_out_rows
+        if batches is not None:
+            x, y = (part.unflatten(1, (-1, rows))[:, list(batches)].flatten(1, 2) for part in (x, y))
+        return self._evaluated(hosts, x, y, alphas, weights).view(len(hosts), -1, rows).mean(2).double()
 
     def held_out_rows(self, host: int, batches: Sequence[int]) -> Tensor:
-        """Inputs of some held-out batches, one after the other ``(B, I)``."""
+        """Inputs of some held-out batches, one after the other ``(B, ...)``."""
         x = self._held_out[0][self._task_row[host]]
-        return x.view(HELD_OUT_BATCHES, self.family.held_out_rows, -1)[list(batches)].flatten(0, 1)
+        return x.unflatten(0, (-1, self.family.held_out_rows))[list(batches)].flatten(0, 1)
 
     def count_evaluations(self, host: int, batches: int) -> None:
         """Book forward passes over so many held-out batches."""
@@ -338,7 +353,8 @@ class Hosts:
 
     def test_losses(self) -> Tensor:
         """``(N,)`` losses on rows that nothing else has touched; read it once, at the end."""
-        return self._evaluated(range(len(self)), self._test, None).mean(1).double()
+        x, y = (part[self._task_row] for part in self._test)
+        return self._evaluated(range(len(self)), x, y).mean(1).double()
 
     def held_out_losses(self) -> Tensor:
         """``(N,)`` losses over all held-out rows: what learning rates are chosen by."""
@@ -347,12 +363,12 @@ class Hosts:
     def _evaluated(
         self,
         hosts: Sequence[int],
-        data: tuple[Tensor, Tensor],
-        alphas: Sequence[Tensor] | None,
+        x: Tensor,
+        y: Tensor,
+        alphas: Sequence[Tensor] | None = None,
         weights: Weights | None = None,
     ) -> Tensor:
         index = torch.as_tensor(list(hosts))
         weights = [(w[index], b[index]) for w, b in self.network.weights] if weights is None else weights
-        rows = self._task_row[index]
         chosen = [alpha[index] for alpha in self.network.alphas] if alphas is None else alphas
-        return losses(forward(weights, data[0][rows], chosen).before[-1], data[1][rows], per_row=True)
+        return losses(self.body.forward(weights, x, chosen).output, y, per_row=True)

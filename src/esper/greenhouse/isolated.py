@@ -17,7 +17,7 @@ from esper.kasmina.starts.tiny import inverse_root, optimal_units
 
 @dataclass
 class Units:
-    """Hidden units: ``w1 (U, I)``, ``b1 (U,)``, ``w2 (K, U)``."""
+    """Hidden units: ``w1 (U, I)``, ``b1 (U,)``, ``w2 (K, U)``; of convolutions both weights have taps behind."""
 
     w1: Tensor
     b1: Tensor
@@ -31,10 +31,18 @@ class Units:
         return torch.addmm(self.b1, x, self.w1.t()).relu_() @ self.w2.t()
 
 
-def drawn(units: int, reads: int, columns: int, stds: tuple[float, float], generator: Generator) -> Units:
-    """Random units on the scale of the host's own weights, as the ``bottleneck`` blueprint draws them."""
-    w1 = torch.randn(1, units, reads, generator=generator)[0] * stds[0]
-    w2 = torch.randn(1, columns, units, generator=generator)[0] * stds[1]
+def drawn(
+    units: int,
+    reads: int,
+    columns: int,
+    stds: tuple[float, float],
+    generator: Generator,
+    taps: tuple[int, int] = (1, 1),
+) -> Units:
+    """Random units on the scale of the host's own weights, as the ``bottleneck`` blueprints draw them."""
+    head, tail = ((number,) if number > 1 else () for number in taps)
+    w1 = torch.randn(1, units, reads, *head, generator=generator)[0] * stds[0]
+    w2 = torch.randn(1, columns, units, *tail, generator=generator)[0] * stds[1]
     return Units(w1, torch.zeros(units), w2)
 
 

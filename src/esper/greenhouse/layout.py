@@ -1,15 +1,19 @@
-"""Where each weight of a stack of MLPs lies in one flat row a host.
+"""Where each weight of a stack of hosts lies in one flat row a host.
 
-Shapes: N hosts, P numbers a host, L hidden layers, G groups of weights that share a step count.
+Shapes: N hosts, P numbers a host, G groups of weights that share a step count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+Weights = list[tuple[Tensor, Tensor]]
+"""Weight and bias of each part; of a part without a bias ``(N, 0)``."""
 
 VOID, HOST = 0, 1
 """Groups of weights: nobody's, and the host's own. Each site adds two more, see :func:`annex` and :func:`live`."""
@@ -32,51 +36,87 @@ def num_groups(num_sites: int) -> int:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """``sizes``: inputs, capacity of each hidden layer, outputs. A row holds weight and bias, layer by layer."""
+class Part:
+    """One matrix of a host, ``weight (rows, columns)`` or ``(rows, columns, taps)``, and a bias a row.
 
-    sizes: tuple[int, ...]
+    Its rows are the hidden units of the site ``rows_of``, or ``rows`` many that never change; so are its columns.
+    Whatever else a host learns is a part without a site: a norm has one column, an embedding a row a token.
+    """
+
+    name: str
+    """As in the host's module."""
+    rows: int = 0
+    columns: int = 0
+    rows_of: int | None = None
+    columns_of: int | None = None
+    taps: int = 1
+    """Positions of a kernel."""
+    bias: bool = True
+    uses: int = 1
+    """How often a row of data is multiplied with it (positions, tokens); 0: that is no matrix product."""
+
+    def shape(self, hidden: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns where sites have so many hidden units."""
+        rows = self.rows if self.rows_of is None else hidden[self.rows_of]
+        return rows, self.columns if self.columns_of is None else hidden[self.columns_of]
+
+    def params(self, hidden: Sequence[int]) -> int:
+        rows, columns = self.shape(hidden)
+        return rows * (columns * self.taps + self.bias)
+
+    def flops(self, hidden: Sequence[int]) -> float:
+        """Forward FLOPs of a row of data."""
+        rows, columns = self.shape(hidden)
+        return 2.0 * self.uses * rows * columns * self.taps
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``hidden`` are capacities of sites. A row holds weight and bias, part by part."""
+
+    parts: tuple[Part, ...]
+    hidden: tuple[int, ...]
 
     @classmethod
-    def of(cls, inputs: int, hidden: Sequence[int], outputs: int) -> Layout:
+    def of(cls, parts: tuple[Part, ...], hidden: Sequence[int]) -> Layout:
         """The smallest layout with room for so many hidden units."""
-        return cls((inputs, *(-(-units // ROUND_TO) * ROUND_TO for units in hidden), outputs))
-
-    @property
-    def num_layers(self) -> int:
-        """Linear layers; one more than hidden layers."""
-        return len(self.sizes) - 1
-
-    @property
-    def hidden(self) -> tuple[int, ...]:
-        return self.sizes[1:-1]
+        return cls(parts, tuple(-(-units // ROUND_TO) * ROUND_TO for units in hidden))
 
     @property
     def length(self) -> int:
-        return sum(rows * (columns + 1) for columns, rows in self._shapes)
+        return sum(part.params(self.hidden) for part in self.parts)
 
-    @property
-    def _shapes(self) -> list[tuple[int, int]]:
-        return list(zip(self.sizes[:-1], self.sizes[1:], strict=True))
-
-    def views(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """``[(weight (N, rows, columns), bias (N, rows))]`` of ``flat (N, P)``: the same memory."""
-        found: list[tuple[Tensor, Tensor]] = []
-        start, num = 0, flat.shape[0]
-        for columns, rows in self._shapes:
-            middle, end = start + rows * columns, start + rows * (columns + 1)
-            found.append((flat[:, start:middle].view(num, rows, columns), flat[:, middle:end]))
+    @cached_property
+    def _places(self) -> list[tuple[int, int, int, tuple[int, ...]]]:
+        """Of each part where its weight begins and ends and its bias ends, and the weight's shape."""
+        found: list[tuple[int, int, int, tuple[int, ...]]] = []
+        start = 0
+        for part in self.parts:
+            rows, columns = part.shape(self.hidden)
+            middle = start + rows * columns * part.taps
+            end = middle + rows * part.bias
+            found.append((start, middle, end, (rows, columns) if part.taps == 1 else (rows, columns, part.taps)))
             start = end
         return found
+
+    def views(self, flat: Tensor) -> Weights:
+        """``[(weight (N, rows, columns[, taps]), bias (N, rows))]`` of ``flat (N, P)``: the same memory."""
+        num = flat.shape[0]
+        return [(flat[:, a:b].view(num, *shape), flat[:, b:c]) for a, b, c, shape in self._places]
 
     def moved(self, flat: Tensor, wider: Layout) -> Tensor:
         """``flat`` as a row of a layout with at least as much room; new places hold zeros."""
         made = flat.new_zeros(flat.shape[0], wider.length)
-        for (weight, bias), (old_weight, old_bias) in zip(wider.views(made), self.views(flat), strict=True):
-            rows, columns = old_weight.shape[1:]
-            weight[:, :rows, :columns] = old_weight
-            bias[:, :rows] = old_bias
+        copy_into(wider.views(made), self.views(flat))
         return made
+
+
+def copy_into(target: Weights, weights: Weights) -> None:
+    """Write weights into the first rows and columns of others."""
+    for (weight, bias), (old_weight, old_bias) in zip(target, weights, strict=True):
+        rows, columns = old_weight.shape[1:3]
+        weight[:, :rows, :columns] = old_weight
+        bias[:, : old_bias.shape[1]] = old_bias
 
 
 def owners(layout: Layout, groups: Sequence[Tensor]) -> Tensor:
@@ -88,15 +128,19 @@ def owners(layout: Layout, groups: Sequence[Tensor]) -> Tensor:
     Parameters
     ----------
     groups:
-        For each hidden layer the group of each unit, ``(capacity,)`` int64; ``VOID`` where there is none.
+        For each site the group of each hidden unit, ``(capacity,)`` int64; ``VOID`` where there is none.
     """
     flat = torch.zeros(1, layout.length, dtype=torch.int64)
-    ends = [torch.full((layout.sizes[0],), HOST), *groups, torch.full((layout.sizes[-1],), HOST)]
-    for layer, (weight, bias) in enumerate(layout.views(flat)):
-        columns, rows = ends[layer], ends[layer + 1]
-        bias[0] = rows
+    for part, (weight, bias) in zip(layout.parts, layout.views(flat), strict=True):
+        rows, columns = (
+            torch.full((fixed,), HOST) if site is None else groups[site]
+            for site, fixed in ((part.rows_of, part.rows), (part.columns_of, part.columns))
+        )
+        if part.bias:
+            bias[0] = rows
         reads, writes = rows[:, None], columns[None, :]
         on_trial = (writes > HOST) & (writes % 2 == 1)
         grown = torch.where(on_trial | (writes == VOID), VOID, reads)
-        weight[0] = torch.where(reads == HOST, writes.expand_as(grown), grown)
+        owned = torch.where(reads == HOST, writes.expand_as(grown), grown)
+        weight[0] = owned if part.taps == 1 else owned[:, :, None]
     return flat[0]

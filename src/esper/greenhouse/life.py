@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from esper.evidence.acceptance import Acceptance
+from esper.greenhouse.bodies.body import Span
 from esper.kasmina.ledger import Ledger
 from esper.protocol import Lifecycle, Verdict
 
@@ -19,6 +20,7 @@ NAN = float("nan")
 class Seed:
     """A cohort's units on one site; ``places (U,)`` are their rows in the site's hidden layer."""
 
+    span: Span
     places: Tensor
     start: str
     reads: int
@@ -35,12 +37,12 @@ class Seed:
 
     @property
     def params(self) -> int:
-        return self.units * (self.reads + self.columns + 1)
+        return self.span.params(self.units, self.reads, self.columns)
 
     @property
     def flops_per_row(self) -> float:
-        """Forward FLOPs."""
-        return 2.0 * self.units * (self.reads + self.columns)
+        """Forward FLOPs of a row of data."""
+        return self.span.flops(self.units, self.reads, self.columns)
 
 
 @dataclass

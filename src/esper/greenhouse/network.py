@@ -1,4 +1,4 @@
-"""The weights of a stack of MLPs, their optimizer's state, and which units are whose: what growth changes.
+"""The weights of a stack of hosts, their optimizer's state, and which units are whose: what growth changes.
 
 Shapes: N hosts, P numbers a host, C places in a hidden layer, G groups.
 """
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esper.greenhouse.bodies.body import Body
 from esper.greenhouse.isolated import Units
-from esper.greenhouse.layout import HOST, VOID, Layout, annex, live, num_groups, owners
-from esper.greenhouse.stack import BETAS, Moments, Weights, initial
+from esper.greenhouse.layout import HOST, VOID, Weights, annex, live, num_groups, owners
+from esper.greenhouse.stack import BETAS, Moments
 
 
 class Network:
@@ -21,7 +22,7 @@ class Network:
 
     Parameters
     ----------
-    inputs, outputs:
+    body:
         Of every host.
     widths:
         Hidden widths of each host.
@@ -33,7 +34,7 @@ class Network:
     values, gradients, moments:
         ``(N, P)`` each, laid out as ``layout`` says.
     groups, alphas:
-        For each hidden layer ``(N, C)``: the group of each unit, and how much of it is blended in.
+        For each site ``(N, C)``: the group of each unit, and how much of it is blended in.
     owner:
         ``(N, P)`` int64: the group of each weight.
     steps, learns:
@@ -41,18 +42,13 @@ class Network:
     """
 
     def __init__(
-        self,
-        inputs: int,
-        widths: Sequence[tuple[int, ...]],
-        outputs: int,
-        streams: Sequence[torch.Generator],
-        dtype: torch.dtype,
+        self, body: Body, widths: Sequence[tuple[int, ...]], streams: Sequence[torch.Generator], dtype: torch.dtype
     ) -> None:
-        num, sites = len(widths), len(widths[0])
-        self.inputs, self.outputs, self.dtype = inputs, outputs, dtype
-        self.layout = Layout.of(inputs, [max(width[site] for width in widths) for site in range(sites)], outputs)
+        num, sites = len(widths), body.num_sites
+        self.body, self.dtype = body, dtype
+        self.layout = body.layout([max(width[site] for width in widths) for site in range(sites)])
         pairs = zip(widths, streams, strict=True)
-        self.values = torch.stack([initial(self.layout, width, stream, dtype) for width, stream in pairs])
+        self.values = torch.stack([body.first(self.layout, width, stream, dtype) for width, stream in pairs])
         self.gradients = torch.zeros_like(self.values)
         self.moments = Moments(torch.zeros_like(self.values), torch.zeros_like(self.values))
         self.groups = [torch.full((num, room), VOID) for room in self.layout.hidden]
@@ -68,7 +64,7 @@ class Network:
 
     @property
     def weights(self) -> Weights:
-        """Weight and bias of each layer, as views."""
+        """Weight and bias of each part, as views."""
         return self.layout.views(self.values)
 
     def select(self, index: Tensor) -> Network:
@@ -86,11 +82,14 @@ class Network:
     # ---------------------------------------------------------------------------------------------- units
 
     def read_places(self, host: int, site: int) -> Tensor:
-        """Rows of the layer before that a site's new units read: the host's, then what is grown there for good."""
-        if site == 0:
-            return torch.arange(self.inputs)
-        groups = self.groups[site - 1][host]
-        return torch.cat([torch.nonzero(groups == kind)[:, 0] for kind in (HOST, annex(site - 1))])
+        """Columns of a site's head that its new units read: the host's, then what is grown there for good."""
+        head = self.body.head(site)
+        return torch.arange(head.columns) if head.columns_of is None else self.kept_places(host, head.columns_of)
+
+    def kept_places(self, host: int, site: int) -> Tensor:
+        """A site's hidden units: the host's, then what is grown there for good."""
+        groups = self.groups[site][host]
+        return torch.cat([torch.nonzero(groups == kind)[:, 0] for kind in (HOST, annex(site))])
 
     def seat(self, host: int, site: int, units: int) -> Tensor:
         """Places ``(U,)`` for new units, in the live group; the layout is widened where there is no room."""
@@ -107,7 +106,7 @@ class Network:
         old = self.layout
         hidden = list(old.hidden)
         hidden[site] += extra
-        wider = Layout.of(self.inputs, hidden, self.outputs)
+        wider = self.body.layout(hidden)
         self.values, self.gradients = old.moved(self.values, wider), old.moved(self.gradients, wider)
         self.moments = Moments(old.moved(self.moments.first, wider), old.moved(self.moments.second, wider))
         self.owner = old.moved(self.owner, wider)
@@ -123,24 +122,28 @@ class Network:
 
     def write(self, host: int, site: int, places: Tensor, units: Units) -> None:
         """Set first weights of units at ``places``; they read and write as many features as they have."""
-        weights = self.weights
+        head, bias, tail = self._ends(self.values, site)
         reads = self.read_places(host, site)[: units.w1.shape[1]]
         columns = torch.arange(units.w2.shape[0])
-        weights[site][0][host][places[:, None], reads[None, :]] = units.w1.to(self.dtype)
-        weights[site][1][host][places] = units.b1.to(self.dtype)
-        weights[site + 1][0][host][columns[:, None], places[None, :]] = units.w2.to(self.dtype)
+        head[host][places[:, None], reads[None, :]] = units.w1.to(self.dtype)
+        bias[host][places] = units.b1.to(self.dtype)
+        tail[host][columns[:, None], places[None, :]] = units.w2.to(self.dtype)
+
+    def _ends(self, flat: Tensor, site: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight and bias of a site's head and weight of its tail, as views of ``flat (N, P)``."""
+        views, span = self.layout.views(flat), self.body.spans[site]
+        return *views[span.head], views[span.tail][0]
 
     def units_of(self, host: int, site: int) -> Units:
         """A site's present hidden units, grown ones included and seeds not, as they read the layer before."""
-        weight, bias = self.weights[site]
-        groups = self.groups[site][host]
-        places = torch.cat([torch.nonzero(groups == kind)[:, 0] for kind in (HOST, annex(site))])
-        w1 = weight[host][places[:, None], self.read_places(host, site)[None, :]]
-        return Units(w1, bias[host][places], self.weights[site + 1][0][host][:, places])
+        head, bias, tail = self._ends(self.values, site)
+        places = self.kept_places(host, site)
+        w1 = head[host][places[:, None], self.read_places(host, site)[None, :]]
+        return Units(w1, bias[host][places], tail[host][:, places])
 
     def scale_output(self, host: int, site: int, places: Tensor, factor: float) -> None:
         """Multiply what units write."""
-        self.weights[site + 1][0][host][:, places] *= factor
+        self._ends(self.values, site)[2][host][:, places] *= factor
 
     def set_alpha(self, host: int, site: int, places: Tensor, alpha: float) -> None:
         self.alphas[site][host, places] = alpha
@@ -148,10 +151,10 @@ class Network:
     def uproot(self, host: int, site: int, places: Tensor) -> None:
         """Take units out: weights and moments are zero, places are free again."""
         for flat in (self.values, self.moments.first, self.moments.second):
-            views = self.layout.views(flat)
-            views[site][0][host, places] = 0.0
-            views[site][1][host, places] = 0.0
-            views[site + 1][0][host][:, places] = 0.0
+            head, bias, tail = self._ends(flat, site)
+            head[host, places] = 0.0
+            bias[host, places] = 0.0
+            tail[host][:, places] = 0.0
         self.groups[site][host, places] = VOID
         self.alphas[site][host, places] = 0.0
         self.refresh(host)

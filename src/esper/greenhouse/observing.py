@@ -16,8 +16,8 @@ _COLUMN = {name: index for index, name in enumerate(SITE_FEATURES)}
 def observe(hosts: Hosts, host: int) -> Observation:
     """Look at one host at a decision point. The pressing chunks are left out: a seed takes a whole site here."""
     life, batch, sites = hosts.lives[host], hosts.family.batch_rows, hosts.num_sites
-    inputs = np.array([hosts.inputs_of(host, site) for site in range(sites)])
-    outputs = np.array([hosts.outputs_of(host, site) for site in range(sites)])
+    spans = hosts.body.spans
+    features = [(hosts.inputs_of(host, site), hosts.outputs_of(host, site)) for site in range(sites)]
     losses = np.array(life.losses if life.early is None else life.early, dtype=np.float64)
     mean = float(losses.mean()) if losses.size else math.nan
     noise = float(losses.std(ddof=1)) / abs(mean) if losses.size > 1 and mean != 0 else math.nan
@@ -45,8 +45,8 @@ def observe(hosts: Hosts, host: int) -> Observation:
         alive=_alive(hosts, host),
         verdicts=tuple(life.verdicts),
         stopped=life.stopped,
-        unit_params=(inputs + outputs + 1).astype(np.float64),
-        unit_flops=2.0 * batch * (inputs + outputs),
+        unit_params=np.array([span.params(1, *ends) for span, ends in zip(spans, features, strict=True)], np.float64),
+        unit_flops=np.array([batch * span.flops(1, *ends) for span, ends in zip(spans, features, strict=True)]),
         train_loss=mean,
         loss_noise=noise,
         lr_share=share,
@@ -71,11 +71,10 @@ def _site_rows(hosts: Hosts, host: int) -> np.ndarray[tuple[int, int], np.dtype[
     grown = _grown(hosts, host)
     for site, name in enumerate(hosts.site_names):
         free = life.seed_on(site) is None and life.embargo[site] <= hosts.step_count
-        read = hosts.family.inputs if site == 0 else life.widths[site - 1]
         values = {
             "is_span": 1.0,
-            "is_conv": 0.0,
-            "log_in": math.log(read),
+            "is_conv": float(hosts.body.kind.is_conv),
+            "log_in": math.log(hosts.own_inputs_of(host, site)),
             "log_hidden": math.log(life.widths[site]),
             "log_out": math.log(hosts.outputs_of(host, site)),
             "grown_share": grown[site] / life.widths[site],

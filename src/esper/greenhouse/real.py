@@ -14,11 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.config import Config
+from esper.greenhouse.bodies.kinds import body_of
 from esper.greenhouse.episodes import Outcome
-from esper.greenhouse.family import HELD_OUT_BATCHES, HostSpec, batch_order, data_of, family_named, weights_stream
+from esper.greenhouse.family import (
+    HELD_OUT_BATCHES,
+    HostSpec,
+    batch_order,
+    data_of,
+    family_named,
+    weights_stream,
+)
 from esper.greenhouse.frontier import frontier_of
-from esper.greenhouse.layout import Layout
-from esper.greenhouse.stack import initial
 from esper.grower import Grower
 from esper.protocol import AnyEvent
 from esper.tamiyo import Controller
@@ -27,27 +33,17 @@ Batch = tuple[Tensor, Tensor]
 
 
 def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of int64 labels, else mean squared error."""
+    """Cross-entropy of int64 labels, over rows or over tokens, else mean squared error."""
     x, y = batch
-    return F.mse_loss(model(x), y) if y.is_floating_point() else F.cross_entropy(model(x), y)
+    output = model(x)
+    return F.mse_loss(output, y) if y.is_floating_point() else F.cross_entropy(output.flatten(0, -2), y.flatten())
 
 
-def make_model(spec: HostSpec, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+def make_model(spec: HostSpec, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The host with the first weights that it has in a stack."""
     family = family_named(spec.family)
     widths = spec.widths or data_of(family, spec.task).widths
-    layout = Layout.of(family.inputs, widths, family.outputs)
-    weights = layout.views(initial(layout, widths, weights_stream(spec), dtype)[None])
-    layers: list[nn.Module] = []
-    features = family.inputs
-    for (weight, bias), width in zip(weights, [*widths, family.outputs], strict=True):
-        layer = nn.Linear(features, width, dtype=dtype)
-        with torch.no_grad():
-            layer.weight.copy_(weight[0, :width, :features])
-            layer.bias.copy_(bias[0, :width])
-        layers += [layer, nn.ReLU()]
-        features = width
-    return nn.Sequential(*layers[:-1])
+    return body_of(spec.family).module(widths, weights_stream(spec), dtype)
 
 
 class RealHost:
@@ -136,4 +132,4 @@ def evaluate(specs: Sequence[HostSpec], controllers: Sequence[Controller]) -> li
 
 def _typed(rows: Batch, dtype: torch.dtype) -> Batch:
     x, y = rows
-    return x.to(dtype), y.to(dtype) if y.is_floating_point() else y
+    return x.to(dtype) if x.is_floating_point() else x, y.to(dtype) if y.is_floating_point() else y

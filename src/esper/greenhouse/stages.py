@@ -193,9 +193,10 @@ def _fossilise(hosts: Hosts, host: int, cohort: Cohort, reason: str) -> None:
     for site, seed in cohort.seeds.items():
         hosts.network.keep(host, site, seed.places)
         life.grown[site] += seed.units
-        behind = life.seed_on(site + 1)
-        if behind is not None:
-            behind.reads += seed.units
+        behind = hosts.body.behind(site)
+        reader = None if behind is None else life.seed_on(behind)
+        if reader is not None:
+            reader.reads += seed.units
     hosts.network.refresh(host)
 
 
@@ -236,7 +237,7 @@ def _prepare(hosts: Hosts, host: int, cohort: Cohort, site: int, seed: Seed, cap
     stream = units_stream(hosts.specs[host], cohort.number, site)
     units = hosts.given_units.get((host, cohort.number, site))
     if units is None:
-        units = drawn(seed.units, seed.reads, seed.columns, _stds(hosts, host, site), stream)
+        units = drawn(seed.units, seed.reads, seed.columns, _stds(hosts, host, site), stream, hosts.body.taps(site))
     units = units.to(hosts.dtype)
     seed.preserves_function = True
     report = None if capture is None else _fitted(hosts, host, cohort, site, units, capture, stream)
@@ -278,10 +279,9 @@ def _affordable(hosts: Hosts, host: int, cohort: Cohort, seed: Seed, capture: Ca
 
 def _stds(hosts: Hosts, host: int, site: int) -> tuple[float, float]:
     """Deviations of the host's own weights at both ends of a site."""
-    weights, widths = hosts.network.weights, hosts.lives[host].widths
-    read = hosts.family.inputs if site == 0 else widths[site - 1]
-    head = weights[site][0][host, : widths[site], :read]
-    tail = weights[site + 1][0][host, : hosts.outputs_of(host, site), : widths[site]]
+    weights, span, own = hosts.network.weights, hosts.body.spans[site], hosts.lives[host].widths[site]
+    head = weights[span.head][0][host, :own, : hosts.own_inputs_of(host, site)]
+    tail = weights[span.tail][0][host, : hosts.outputs_of(host, site), :own]
     return _std(head), _std(tail)
 
 
@@ -298,7 +298,7 @@ def _choose_scale(hosts: Hosts, host: int, cohort: Cohort) -> None:
     for alpha in tried:
         for site, seed in cohort.seeds.items():
             hosts.network.set_alpha(host, site, seed.places, alpha)
-        values.append(float(hosts.batch_losses([host])[0, calibration].mean()))
+        values.append(float(hosts.batch_losses([host], calibration).mean()))
     hosts.count_evaluations(host, len(tried) * len(calibration))
     best, least = 0.0, values[0]
     for scale, loss in zip(tried[1:], values[1:], strict=True):

@@ -1,7 +1,8 @@
 """Synthetic tasks. Each is a function of a task's own generator and a number of rows: ``x (n, I)``, ``y``.
 
 A task's parameters (a teacher, centres, arms, noise) are drawn once; every split then draws rows of its own. Targets of
-regression are float ``(n, O)`` with about unit variance, labels are int64 ``(n,)``.
+regression are float ``(n, O)`` with about unit variance, labels are int64 ``(n,)``. Images are ``(n, C, side, side)``,
+sequences int64 ``(n, T)`` with the next tokens ``(n, T)`` for labels.
 """
 
 from __future__ import annotations
@@ -151,5 +152,57 @@ def linear(inputs: int, outputs: int, generator: Generator) -> Sampler:
     def sample(rows: int, draws: Generator) -> Rows:
         x = torch.randn(rows, inputs, generator=draws)
         return x, x @ weight.t() + noise * torch.randn(rows, outputs, generator=draws)
+
+    return sample
+
+
+SIDE = 8
+"""Pixels a side of an image."""
+
+
+def textures(inputs: int, outputs: int, generator: Generator) -> Sampler:
+    """Classes of small images: one of a class's gratings shows somewhere, under noise; some labels are wrong."""
+    kinds = _integer(2, 4, generator)
+    angle = math.pi * torch.rand(outputs, kinds, generator=generator)
+    frequency = 0.8 + 1.6 * torch.rand(outputs, kinds, generator=generator)  # radians a pixel
+    noise, share = _uniform(0.2, 0.6, generator), _uniform(0.0, 0.05, generator)
+    rows_of, columns_of = torch.meshgrid(torch.arange(SIDE).float(), torch.arange(SIDE).float(), indexing="ij")
+
+    def sample(rows: int, draws: Generator) -> Rows:
+        y = torch.randint(outputs, (rows,), generator=draws)
+        which = torch.randint(kinds, (rows,), generator=draws)
+        turn, waves = angle[y, which, None, None], frequency[y, which, None, None]
+        phase = 2 * math.pi * torch.rand(rows, 1, 1, generator=draws)
+        centre = (SIDE - 1) * (0.2 + 0.6 * torch.rand(rows, 2, 1, 1, generator=draws))
+        across = (rows_of * turn.sin() + columns_of * turn.cos()) * waves + phase
+        window = (-((rows_of - centre[:, 0]) ** 2 + (columns_of - centre[:, 1]) ** 2) / 18.0).exp()
+        x = 1.5 * torch.sin(across) * window + noise * torch.randn(rows, SIDE, SIDE, generator=draws)
+        return x[:, None].expand(-1, inputs, -1, -1).contiguous(), _flipped(y, outputs, share, draws)
+
+    return sample
+
+
+LENGTH = 12
+"""Tokens of a sequence."""
+
+
+def grammar(inputs: int, outputs: int, generator: Generator) -> Sampler:
+    """Sequences in which each token follows from the two before it by a random network of sines; ``y`` is what follows.
+
+    The sines make the two tokens act together: what each says by itself needs no hidden unit.
+    """
+    width, sharp = 32, _uniform(2.5, 3.5, generator)
+    codes = _uniform(1.5, 2.5, generator) * torch.randn(2, inputs, width, generator=generator)
+    mixed = math.sqrt(2.0) * torch.sin(codes[0][:, None] + codes[1])  # (token before, token, width)
+    table = mixed @ torch.randn(width, outputs, generator=generator) * (sharp / width**0.5)
+    share = _uniform(0.0, 0.1, generator)
+    chances = (1 - share) * table.softmax(-1) + share / outputs
+
+    def sample(rows: int, draws: Generator) -> Rows:
+        found = [torch.randint(inputs, (rows,), generator=draws) for _ in range(2)]
+        for _ in range(LENGTH - 1):
+            found.append(torch.multinomial(chances[found[-2], found[-1]], 1, generator=draws)[:, 0])
+        tokens = torch.stack(found, 1)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     return sample

@@ -105,7 +105,8 @@ class EnvironmentFactory(Protocol):
 
 
 _FAMILIES = (
-    "teacher", "spirals", "tabular", "deep", "flat", "checkers", "waves", "shells", "planted", "null",
+    "teacher", "spirals", "tabular", "deep", "flat", "checkers", "waves", "shells", "textures", "grammar", "planted",
+    "null",
 )  # fmt: skip
 _HOSTS = ("", *(f"/{family}" for family in _FAMILIES))
 _HOMES = {
