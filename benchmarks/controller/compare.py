@@ -4,8 +4,9 @@
 
 Stages: training (five and more seeds of the full recipe, fewer of each ablation), tuning (a learning rate for each arm
 and family, schedules, a static width), experience for Karn, evaluation in stacks (all arms) and under real growers
-(those that the verdict is about). Families are short and longer ones. Cells are kept in --work: run again, it goes on;
-with --deadline it stops in time and writes what there is. ``--workers N``: processes of one thread each.
+(those that the verdict is about). Families are short and longer ones, and hosts of other kinds. Cells are kept in
+--work: run again, it goes on; with --deadline it stops in time and writes what there is. ``--workers N``: processes of
+one thread each.
 
 ``--policies 0 --ablations 0`` is controls alone. It can run beside a training in another folder: append its cells.jsonl
 to the other's, and call again there.
@@ -28,7 +29,7 @@ from benchmarks.controller.contest.arms import ADVISED, ADVISED_LONGER, CONTROLS
 from benchmarks.controller.contest.cells import Cells
 from benchmarks.controller.contest.policies import Extent, train
 from benchmarks.controller.contest.recipes import RECIPES
-from benchmarks.controller.contest.verdict import GROUPS, cell_name, group_of, summary
+from benchmarks.controller.contest.verdict import GROUPS, OTHER_KINDS, cell_name, group_of, summary
 from benchmarks.controller.schedules import Growth, Schedule
 
 from esper.files import replace_text
@@ -39,6 +40,12 @@ TUNED = ("teacher", "spirals", "tabular", "teacher_long", "spirals_long", "tabul
 """Families that schedules are tuned on, and evaluated on by other tasks."""
 SHORT = ("teacher", "spirals", "tabular", "checkers", "waves", "shells")
 FAMILY_NAMES = (*SHORT, *(f"{name}_long" for name in SHORT))
+KINDS = ("textures", "grammar")
+"""Hosts of other kinds: convolutional nets and transformers, that no schedule, policy or report is from ..."""
+ON_KINDS = ("never", "always", "even", "random", *HEURISTICS, "bandit", *ADVISED_LONGER)
+"""... and what is played on them, under real growers."""
+ON_REAL = ("never", "always", "even", *HEURISTICS, "bandit")
+"""Those of them whose learning rate is looked for there."""
 RETUNED = ("always", *HEURISTICS, "bandit", "never")
 """Controls without schedules, whose learning rate is looked for."""
 USUAL = Extent(updates=70, hosts=16, copies=6, teachers=16, tried=12)
@@ -65,6 +72,7 @@ class Scale:
     go_on: bool = False
     """Train further what ran out of its seconds."""
     families: tuple[str, ...] = FAMILY_NAMES
+    kinds: tuple[str, ...] = KINDS
     schedules: int | None = None
     """Only so many of each list; ``None``: all."""
 
@@ -77,7 +85,7 @@ class Scale:
 
 TINY = Scale(
     policies=2, ablations=0, seeds=1, tasks=(1016, 1017, 1018), few_tasks=2, part=1, chunks=2, chunk=3, schedules=4,
-    families=("teacher", "waves", "teacher_long", "waves_long"),
+    families=("teacher", "waves", "teacher_long", "waves_long"), kinds=("textures",),
     extent=Extent(updates=2, hosts=4, copies=2, teachers=4, tried=2),
 )  # fmt: skip
 
@@ -133,6 +141,10 @@ class Contest:
             f"tune/arm/{arm}/{family}": (arm, family, str(self.work)) for family in families for arm in arms
         }):  # fmt: skip
             return False
+        if not self.cells.fill(runs.tune_arm_real, {
+            f"tune/real/{arm}/{family}": (arm, family, str(self.work)) for family in self.scale.kinds for arm in ON_REAL
+        }):  # fmt: skip
+            return False
         plan = self._plan(arms)
         plan["rate"] = self._rate(plan)
         plan["lr"]["random"] = plan["lr"]["heuristic"]
@@ -158,6 +170,11 @@ class Contest:
             tuned = {family: self.cells.known.get(f"tune/arm/{arm}/{family}") for family in self.scale.families}
             if None not in tuned.values():
                 plan["lr"][arm] = {family: float(_best(found["lr"])) for family, found in tuned.items() if found}
+        for family in self.scale.kinds:
+            plan["schedules"]["even"][family] = plan["schedules"]["even"][TUNED[0]]
+            for arm in ON_REAL:
+                if found := self.cells.known.get(f"tune/real/{arm}/{family}"):
+                    plan["lr"].setdefault(arm, {})[family] = float(_best(found["lr"]))
         return plan
 
     def _tuned_schedules(self) -> dict[str, Any]:
@@ -236,9 +253,11 @@ class Contest:
         others += self.learned("sampled")
         some, all_of = range(min(2, scale.seeds)), range(scale.seeds)
         wanted: dict[str, Sequence[Any]] = {}
+        other = (OTHER_KINDS,)
         for mode, arms, groups, seeds in (
             ("real", [*CONTROLS, *policies], GROUPS, some), ("real", karn, GROUPS[:1], some),
-            ("real", ADVISED_LONGER, GROUPS[1:], some), ("real", [*CONTROLS, *policies], GROUPS, all_of),
+            ("real", ADVISED_LONGER, GROUPS[1:], some), ("real", [*ON_KINDS], other, some),
+            ("real", [*CONTROLS, *policies], GROUPS, all_of), ("real", [*ON_KINDS], other, all_of),
             ("real", karn, GROUPS[:1], all_of), ("real", ADVISED_LONGER, GROUPS[1:], all_of),
             ("stack", stacked, GROUPS, some), ("stack", others, GROUPS, some), ("real", replays, GROUPS[:1], all_of),
             ("stack", [*stacked, *others], GROUPS, all_of),
@@ -249,13 +268,14 @@ class Contest:
 
     def _cases(self, mode: str, arms: Sequence[str], group: str, seeds: Sequence[int]) -> dict[str, Sequence[Any]]:
         """Cells of an evaluation on the short or the longer families."""
-        is_long = group == "longer"
+        is_long = group != "short"
         tasks = self.scale.tasks if mode == "stack" and not is_long else self.scale.tasks[: self.scale.few_tasks]
         size = self.scale.part if mode == "real" and is_long else len(tasks)
         parts = [tasks[first : first + size] for first in range(0, len(tasks), size)]
         return {
             cell_name(mode, arm, family, seed, row, len(parts)): (mode, arm, family, seed, str(self.work), part)
-            for seed in seeds for arm in arms for family in self.scale.families if group_of(family) == group
+            for seed in seeds for arm in arms for family in (*self.scale.families, *self.scale.kinds)
+            if group_of(family) == group
             for row, part in enumerate(parts, 1)
         }  # fmt: skip
 

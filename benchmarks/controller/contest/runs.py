@@ -154,6 +154,16 @@ def tune_arm(arm: str, family: str, folder: str) -> dict[str, Any]:
     return found
 
 
+def tune_arm_real(arm: str, family: str, folder: str) -> dict[str, dict[str, float]]:
+    """The same under real growers: for hosts that stacks know not all starts of."""
+    found: dict[str, float] = {}
+    for lr in LEARNING_RATES:
+        specs = [HostSpec(family=family, task=task, seed=TUNING_SEED, lr=lr) for task in TUNING]
+        rewards = [_real(spec, Watched(make(arm, spec, folder)))[0] for spec in specs]
+        found[str(lr)] = round(float(np.mean(np.clip(rewards, -10.0, 10.0))), 4)
+    return {"lr": found}
+
+
 def evaluate(mode: str, *case: Any) -> list[list[float]]:
     """In a ``stack`` or under a ``real`` grower."""
     return {"stack": evaluate_stack, "real": evaluate_real}[mode](*case)

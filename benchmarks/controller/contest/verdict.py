@@ -1,9 +1,10 @@
 """What a contest comes to: rewards by arm and family, paired differences with intervals, and whether it is a win.
 
 Differences are paired by task and seed. Intervals: trained policies, then tasks, then seeds within tasks are drawn
-anew (hierarchical bootstrap); the statistic over all families is the interquartile mean, on one family the mean of
-differences held within ten deviations. Every run counts alike, so families with more tasks or seeds count more. Beside
-all families, ``short`` and ``longer`` ones are told by themselves. p-values against several controls are Holm's.
+anew (hierarchical bootstrap); the statistic over several families is the interquartile mean, on one family the mean of
+differences held within ten deviations. Every run counts alike, so families with more tasks or seeds count more. Overall
+is over fully connected hosts; ``short`` and ``longer`` families of them, and ``other kinds`` of hosts, are told by
+themselves. p-values against several controls are Holm's.
 """
 
 from __future__ import annotations
@@ -33,10 +34,14 @@ Table = dict[str, dict[str, np.ndarray]]
 
 
 GROUPS = ("short", "longer")
+"""Of fully connected hosts."""
+OTHER_KINDS = "other kinds"
 
 
 def group_of(family: str) -> str:
-    """``short`` or ``longer``: how long its hosts train."""
+    """``short`` or ``longer``, how long its hosts train; or ``other kinds``: convolutional nets and transformers."""
+    if FAMILIES[family].body != "mlp":
+        return OTHER_KINDS
     return "longer" if FAMILIES[family].purpose == "longer" else "short"
 
 
@@ -140,18 +145,21 @@ def holm(p: dict[str, float]) -> dict[str, float]:
 
 
 def against(known: Table, one: str, others: list[str]) -> dict[str, Any]:
-    """One arm against others: over all families that both have, over the short and the longer ones of them, and
-    family by family."""
+    """One arm against others: over all families of fully connected hosts that both have (``overall``), over the short
+    and the longer ones of them, over hosts of other kinds, and family by family."""
     found: dict[str, Any] = {}
     for other in others:
         parts = {f: differences(known, one, other, f) for f in known.get(one, {})}
         there = {family: part for family, part in parts.items() if part is not None}
         if not there or other == one:
             continue
-        groups = {group: [part for f, part in there.items() if group_of(f) == group] for group in GROUPS}
+        groups = {g: [part for f, part in there.items() if group_of(f) == g] for g in (*GROUPS, OTHER_KINDS)}
+        connected = [part for group in GROUPS for part in groups[group]]
+        if not connected:
+            continue
         found[other] = {
-            "overall": interval(list(there.values()), iqm),
-            "num_families": len(there),
+            "overall": interval(connected, iqm),
+            "num_families": len(connected),
             **{group: interval(some, iqm) for group, some in groups.items() if some},
             "families": {f: interval([part], mean) for f, part in there.items()},
         }
