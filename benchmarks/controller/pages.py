@@ -95,7 +95,7 @@ ARMS = {
     "always": "always", "even": "even schedule", "even-own": "even, tuned on the family",
     "search": "best of 64 schedules",
     "search-own": "best of 64, tuned on the family", "random": "random, same rate", "heuristic": "heuristic",
-    "heuristic-before": "heuristic of decision 0023", "heuristic-0021": "heuristic of decision 0021",
+    "heuristic-before": "heuristic of decision 0024", "heuristic-0021": "heuristic of decision 0021",
     "heuristic-0023": "heuristic of decision 0023",
     "heuristic-until-60": "heuristic until 60% of a run",
     "bandit": "bandit", "bandit-1000": "bandit, taught", "karn-uniform": "heuristic, even draws of designs",

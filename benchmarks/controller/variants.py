@@ -1,10 +1,10 @@
-"""Small changes to the default heuristic, under real growers on tuning tasks of the short training families.
+"""Small changes to the heuristic of decision 0024, under real growers on tuning tasks of families of 400, 1,000 and 2,000 steps.
 
     PYTHONPATH=src:. python -m benchmarks.controller.variants --work runs/variants --out FILE
 
-What might be tried next, and what was tried: paired differences to the default, with standard errors over tasks, all at
-one learning rate. Nothing is chosen by it alone: a change has to hold on fresh tasks (``compare.py``). Five minutes of
-two cores.
+What the default of decision 0025 was chosen from: mean rewards by length of the run, paired differences with standard
+errors over tasks to *default*, which is that of 0024, each family at the better of two learning rates. A choice still has to hold on fresh tasks (``compare.py``).
+Two hours of one core; cells are kept in --work.
 """
 
 from __future__ import annotations
@@ -25,42 +25,82 @@ from benchmarks.controller.schedules import NEVER, scripted
 
 from esper.config import TamiyoConfig
 from esper.files import replace_text
-from esper.greenhouse.family import HostSpec
+from esper.greenhouse.family import FAMILIES, HostSpec
 from esper.greenhouse.field import TRAINING
 from esper.greenhouse.real import RealHost
 from esper.protocol import SITE_FEATURES, Command, Germinate, Observation, SeedPlan
 from esper.tamiyo import Controller, HeuristicController
 
-TASKS, SEEDS, LR, MOST = range(12), (711, 712), 4e-2, 10.0
+TASKS, SEEDS, MOST = range(12), (711, 712), 10.0
+LEARNING_RATES = (2e-2, 4e-2)
+GROUPS = {
+    400: TRAINING,
+    1000: ("teacher_1000", "spirals_1000", "tabular_1000"),
+    2000: ("teacher_long", "spirals_long", "tabular_long"),
+}
+"""Families by the steps that they train."""
 _READS, _WRITES = (SITE_FEATURES.index(name) for name in ("log_in", "log_out"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """``trimmed``: no more units than a span has outputs, or inputs and a bias."""
+    """What is asked for instead of what the default asks for.
 
-    start: str | None = None
+    ``first``: shares of runs of 400, 1,000 and 2,000 steps after which growth begins; ``None``: the default's.
+    ``trimmed``: no more units than a span has outputs, or inputs and a bias. ``site``: one site alone, counted from 0
+    (-1: the last).
+    """
+
+    growth: float = 0.5
     trimmed: bool = False
-    lr_scale: float = 1.0
-    patience: int = TamiyoConfig().patience
+    patience: int = 2
+    first: tuple[float, float, float] | None = None
+    start: str | None = None
+    last_share: float = TamiyoConfig().last_share
+    site: int | None = None
+    least: int | None = None
+    """Fewest units, where fewer than the default's fewest (4) may be asked for."""
+
+    def tamiyo(self, steps: int) -> TamiyoConfig:
+        """Settings of the heuristic that is asked."""
+        first = None
+        if self.first is not None:
+            first = round(steps * dict(zip(GROUPS, self.first, strict=True))[steps])
+        return TamiyoConfig(growth=self.growth, patience=self.patience, first=first, last_share=self.last_share)
 
 
+SLOW = (0.2, 0.3, 0.4)
 VARIANTS = {
     "default": Variant(),
     "patience 1": Variant(patience=1),
     "trimmed": Variant(trimmed=True),
     "trimmed, patience 1": Variant(trimmed=True, patience=1),
+    "trimmed whole width, patience 1": Variant(trimmed=True, growth=1.0, patience=1),
+    "trimmed quarter, patience 1": Variant(trimmed=True, growth=0.25, patience=1, least=2),
+    "trimmed, patience 1, from 20, 30, 40%": Variant(trimmed=True, patience=1, first=SLOW),
+    "trimmed, patience 1, from 20%": Variant(trimmed=True, patience=1, first=(0.2, 0.2, 0.2)),
+    "half, at least 2, patience 1": Variant(least=2, patience=1),
+    "third, at least 2, patience 1": Variant(growth=1 / 3, least=2, patience=1),
+    "quarter, at least 2, patience 1": Variant(growth=0.25, least=2, patience=1),
+    "patience 1, from 20, 30, 40%": Variant(patience=1, first=SLOW),
     "tiny": Variant(start="tiny"),
-    "twice the learning rate": Variant(lr_scale=2.0),
-    "four times the learning rate": Variant(lr_scale=4.0),
+    "tiny twice the width, patience 1, from 20, 30, 40%": Variant(
+        start="tiny", trimmed=True, growth=2.0, patience=1, first=SLOW
+    ),
+    "tiny twice the width, patience 1, from 20%": Variant(
+        start="tiny", trimmed=True, growth=2.0, patience=1, first=(0.2, 0.2, 0.2)
+    ),
+    "trimmed, until 60%": Variant(trimmed=True, last_share=0.6),
+    "trimmed, patience 1, first site": Variant(trimmed=True, patience=1, site=0),
+    "trimmed, patience 1, last site": Variant(trimmed=True, patience=1, site=-1),
 }
 
 
 class Changed:
     """The heuristic with a variant's seeds."""
 
-    def __init__(self, variant: Variant) -> None:
-        self._variant, self._inner = variant, HeuristicController(TamiyoConfig(patience=variant.patience))
+    def __init__(self, variant: Variant, steps: int) -> None:
+        self._variant, self._inner = variant, HeuristicController(variant.tamiyo(steps))
 
     def decide(self, observation: Observation) -> tuple[Command, ...]:
         return tuple(self._changed(command, observation) for command in self._inner.decide(observation))
@@ -74,42 +114,62 @@ class Changed:
     def _changed(self, command: Command, observation: Observation) -> Command:
         if not isinstance(command, Germinate):
             return command
-        return msgspec.structs.replace(command, seeds=tuple(self._seed(plan, observation) for plan in command.seeds))
+        plans, site = command.seeds, self._variant.site
+        if site is not None:
+            plans = tuple(plan for plan in plans if plan.site == observation.site_names[site]) or plans[:1]
+        return msgspec.structs.replace(command, seeds=tuple(self._seed(plan, observation) for plan in plans))
 
     def _seed(self, plan: SeedPlan, observation: Observation) -> SeedPlan:
-        sizes = observation.sites[observation.site_names.index(plan.site)]
-        reads, writes = (round(math.exp(sizes[column])) for column in (_READS, _WRITES))
-        width = min(plan.width or writes, writes, reads + 1) if self._variant.trimmed else plan.width
-        return msgspec.structs.replace(plan, width=width, start=self._variant.start, lr_scale=self._variant.lr_scale)
+        row = observation.site_names.index(plan.site)
+        reads, writes = (round(math.exp(observation.sites[row][column])) for column in (_READS, _WRITES))
+        width = plan.width or writes
+        if self._variant.least is not None:
+            width = max(self._variant.least, round(self._variant.growth * int(observation.hidden[row])))
+        width = min(width, writes, reads + 1) if self._variant.trimmed else width
+        return msgspec.structs.replace(plan, width=width, start=self._variant.start)
 
 
-def play(name: str, family: str, seed: int) -> list[float]:
+def play(name: str, family: str, seed: int, lr: float) -> list[float]:
     """Rewards on all tasks with one seed."""
     found: list[float] = []
     for task in TASKS:
-        controller: Controller = scripted(NEVER, (), ()) if name == "never" else Changed(VARIANTS[name])
+        controller: Controller = (
+            scripted(NEVER, (), ()) if name == "never" else Changed(VARIANTS[name], FAMILIES[family].steps)
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            end = RealHost(HostSpec(family=family, task=task, seed=seed, lr=LR), controller).run()
+            end = RealHost(HostSpec(family=family, task=task, seed=seed, lr=lr), controller).run()
         found.append(round(float(np.clip(end.reward, -MOST, MOST)), 4))
     return found
 
 
+def by_task(known: dict[str, Any], name: str, family: str) -> np.ndarray:
+    """``(tasks,)`` mean rewards over seeds, at the learning rate with the better mean."""
+    tried = [
+        np.mean([known[f"{name}/{family}/{seed}/{lr:g}"] for seed in SEEDS], axis=0) for lr in LEARNING_RATES
+    ]
+    return max(tried, key=lambda values: float(values.mean()))
+
+
 def summary(known: dict[str, Any]) -> dict[str, Any]:
-    """Each variant minus the default."""
-    by_task = {
-        name: np.array([np.mean([known[f"{name}/{family}/{seed}"] for seed in SEEDS], axis=0) for family in TRAINING])
-        for name in ("never", *VARIANTS)
-    }  # (families, tasks)
+    """Each variant's reward and its difference to the default, by length of the run and over all of them."""
+    names = ("never", *VARIANTS)
+    values = {(n, f): by_task(known, n, f) for n in names for group in GROUPS.values() for f in group}
     found: dict[str, Any] = {}
-    for name, values in by_task.items():
-        difference = values - by_task["default"]
-        error = math.sqrt(float(difference.var(axis=1, ddof=1).sum()) / len(TASKS)) / len(TRAINING)
-        found[name] = {
-            "reward": round(float(values.mean()), 3), "minus_default": round(float(difference.mean()), 3),
-            "standard_error": round(error, 3),
-            "families": {f: round(float(row.mean()), 3) for f, row in zip(TRAINING, difference, strict=True)},
-        }  # fmt: skip
+    for name in names:
+        found[name] = {"reward": {}, "minus_default": {}, "minus_never": {}, "families_minus_never": {}}
+        for steps, group in {**GROUPS, "all": tuple(f for group in GROUPS.values() for f in group)}.items():
+            found[name]["reward"][str(steps)] = round(float(np.mean([values[name, f] for f in group])), 3)
+            for other in ("default", "never"):
+                gaps = [values[name, f] - values[other, f] for f in group]
+                error = math.sqrt(sum(float(gap.var(ddof=1)) / len(gap) for gap in gaps)) / len(gaps)
+                told = {"value": round(float(np.mean(gaps)), 3), "standard_error": round(error, 3)}
+                found[name][f"minus_{other}"][str(steps)] = told
+        for family in (f for group in GROUPS.values() for f in group):
+            gap = values[name, family] - values["never", family]
+            found[name]["families_minus_never"][family] = [
+                round(float(gap.mean()), 3), round(float(gap.std(ddof=1)) / math.sqrt(len(gap)), 3)
+            ]  # fmt: skip
     return found
 
 
@@ -118,19 +178,26 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=0, help="processes of one thread each; 0: this one alone")
+    parser.add_argument("--deadline", type=float, help="seconds after which to stop; a later call goes on")
     given = parser.parse_args()
-    cells = Cells(given.work / "cells.jsonl", workers=given.workers, until=time.monotonic() + 1e9)
-    names = ("never", *VARIANTS)
+    cells = Cells(given.work / "cells.jsonl", workers=given.workers, until=time.monotonic() + (given.deadline or 1e9))
+    families = [f for steps in reversed(GROUPS) for f in GROUPS[steps]]  # what takes longest first
+    wanted = {
+        f"{n}/{f}/{s}/{lr:g}": (n, f, s, lr)
+        for f in families for n in ("never", *VARIANTS) for s in SEEDS for lr in LEARNING_RATES
+    }  # fmt: skip
     try:
-        cells.fill(play, {f"{n}/{f}/{s}": (n, f, s) for n in names for f in TRAINING for s in SEEDS})
+        is_done = cells.fill(play, wanted)
     finally:
         cells.close()
+    if not is_done:
+        raise SystemExit(f"{len(wanted.keys() - cells.known.keys())} of {len(wanted)} cells are missing: call again")
     head = {
         "command": "PYTHONPATH=src:. python -m benchmarks.controller.variants --work runs/variants --out "
         "benchmarks/results/controller_variants.json",
-        "tasks": len(TASKS), "seeds": len(SEEDS), "lr": LR,
+        "tasks": len(TASKS), "seeds": len(SEEDS), "learning_rates": LEARNING_RATES,
     }  # fmt: skip
-    replace_text(given.out, json.dumps(head | summary(cells.known), indent=1) + "\n")
+    replace_text(given.out, json.dumps({**head, "variants": summary(cells.known)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -226,20 +226,22 @@ def test_arms_act_as_their_names_say(tmp_path: Path) -> None:
     assert watched.asked == []
 
 
-def test_the_default_before_begins_earlier(tmp_path: Path) -> None:
+def test_the_default_before_asks_for_more(tmp_path: Path) -> None:
+    """On two classes: as many units as there are of them, or half the width."""
     folder, found = planned(tmp_path), {}
+    host = replace(HOST, family="checkers")
     for name in ("heuristic", "heuristic-before"):
-        hosts, subject = Hosts([HOST]), arms.make(name, HOST, folder)
+        hosts, subject = Hosts([host]), arms.make(name, host, folder)
         while not hosts.lives[0].cohorts:
             hosts.advance(20)
             for command in subject.decide(observe(hosts, 0)):
                 apply(hosts, 0, command)
-        found[name] = hosts.step_count, {seed.start for seed in hosts.lives[0].cohorts[1].seeds.values()}
-        again = arms.make(name, HOST, folder)
+        found[name] = hosts.step_count, hosts.lives[0].cohorts[1].seeds[1].units
+        again = arms.make(name, host, folder)
         assert again.state() != subject.state()
         again.load(subject.state())
         assert again.state() == subject.state()
-    assert found == {"heuristic": (40, {"random_zero"}), "heuristic-before": (20, {"random_zero"})}
+    assert found == {"heuristic": (40, 2), "heuristic-before": (40, 4)}
 
 
 def test_evaluated_tasks_are_fresh_and_known() -> None:

@@ -110,8 +110,9 @@ def test_too_late(observe: Observe, verdict: Build) -> None:
     assert stop(controller(), observe(step=151, verdicts=tried)).endswith("step 151 is past 15% of 1000 planned steps")
     assert germinate(controller(last_share=0.6), observe(step=600, verdicts=tried))
     rejected = (verdict(Lifecycle.CULLED),)
-    assert germinate(controller(), observe(step=600, verdicts=rejected)), "one unlucky test does not end growth"
-    assert "past 60%" in stop(controller(), observe(step=601, verdicts=rejected))
+    assert stop(controller(), observe(step=20, verdicts=rejected)).startswith("1 cohort rejected")
+    assert germinate(controller(patience=2), observe(step=600, verdicts=rejected))
+    assert "past 60%" in stop(controller(patience=2), observe(step=601, verdicts=rejected))
 
 
 @pytest.mark.parametrize("state", IN_THE_WAY)
@@ -145,9 +146,9 @@ def test_waits_while_the_measure_of_verdicts_is_unknown(observe: Observe, verdic
     ("temper", "width", "patience", "threshold"),
     [
         ("conservative", 8, 1, 0.04),
-        ("balanced", 16, 2, 0.02),
-        ("aggressive", 24, 3, 0.01),
-        ("exploratory", None, 2, 0.02),
+        ("balanced", 16, 1, 0.02),
+        ("aggressive", 24, 2, 0.01),
+        ("exploratory", None, 1, 0.02),
     ],
 )
 def test_tempers(

@@ -42,7 +42,7 @@ from esper.tamiyo.sight import Sight, see
 START = TamiyoConfig()
 """The heuristic as it comes, and what else follows its pace."""
 HEURISTICS = ("heuristic", "heuristic-before")
-"""The default as it is, and that of 0023 (from a twentieth of the run on)."""
+"""The default as it is, and that of 0024 (half the width whatever a span puts out, two failures end growth)."""
 CONTROLS = (
     "never", "always", "even", "even-own", "search", "search-own", "random", *HEURISTICS, "bandit",
 )  # fmt: skip
@@ -206,9 +206,7 @@ def make(arm: str, spec: HostSpec, folder: str) -> Controller:
     )
 
 
-def _before(spec: HostSpec) -> Controller:
-    first = min(100, round(0.05 * FAMILIES[spec.family].steps))
-    return HeuristicController(TamiyoConfig(first=first, growth=0.5, last_share=0.15))
+BEFORE = TamiyoConfig(growth=0.5, patience=2)
 
 
 def _following(path: Path) -> TamiyoConfig:
@@ -227,7 +225,7 @@ _SIMPLE: dict[str, Callable[[Plan, HostSpec], Controller]] = {
     "never": lambda plan, spec: scripted(NEVER, (), ()),
     "always": lambda plan, spec: Always(),
     "heuristic": lambda plan, spec: HeuristicController(START),
-    "heuristic-before": lambda plan, spec: _before(spec),
+    "heuristic-before": lambda plan, spec: HeuristicController(BEFORE),
     "bandit": lambda plan, spec: BanditController(START, seed=spec.seed),
     **{name: _schedule(name) for name in ("even", "even-own", "search", "search-own")},
 }

@@ -30,7 +30,7 @@ from esper.tamiyo.neural.controller import NeuralController
 TOGETHER = 8
 """Schedules played as one stack."""
 TUNING = range(6)
-EVALUATED = range(1048, 1064)
+EVALUATED = range(1064, 1080)
 """Tasks that nothing was trained, tuned or looked at on: evaluated once. Of longer families the first half."""
 TUNING_SEED = 500
 FIRST_SEED = 1000

@@ -52,7 +52,7 @@ class TinyShakespeare(CodeLM):
             graft=GraftConfig(ramp_steps=30, warmup_steps=30, settle_steps=steps // 8, cull_steps=30),
             tamiyo=TamiyoConfig(
                 first=max(10, steps // 50), spacing=steps // 3, growth=3.0, compound=True, last_share=0.6,
-                min_gain_per_cost=0.002,
+                patience=2, min_gain_per_cost=0.002,
             ),
             total_steps=steps,
         )  # fmt: skip

@@ -86,7 +86,7 @@ class Run:
             total_steps=size.steps, seed=seed,
             capture=CaptureConfig(batches=8, rows=2048), fit=FitConfig(steps=60, batch_rows=512, max_share=None),
             graft=GraftConfig(ramp_steps=10, timeout=60, stabilize_steps=5, fine_tune_steps=10, warmup_steps=10),
-            tamiyo=TamiyoConfig(first=first, growth=1.0, last_share=0.6), interval=10, held_out_every=50,
+            tamiyo=TamiyoConfig(first=first, growth=1.0, last_share=0.6, patience=2), interval=10, held_out_every=50,
         )  # fmt: skip
         self.grower = Grower(
             self.model, self.optimizer, loss=_loss, evaluate=self.batches[-24:], config=config, on_event=lives.note

@@ -69,19 +69,29 @@ def room(observation: Observation) -> Room:
     return Room(params=params, flops=float(flops))
 
 
-def asked_widths(observation: Observation, growth: float, *, compound: bool = False) -> Ints:
+def asked_widths(observation: Observation, growth: float, *, compound: bool = False, lean: bool = False) -> Ints:
     """Return the width each site would get without ceilings, ``(S,)`` int64.
 
-    Spans: ``growth`` times the host's inner width, or with ``compound`` times the present one (host and grown).
+    Spans: ``growth`` times the host's inner width, or with ``compound`` times the present one (host and grown); with
+    ``lean`` no more than a span can use at once (its outputs, or its inputs and a bias), but at least half of that.
     Layers: a rank of ``growth`` times an eighth of the smaller side, at most that side. At least :data:`MIN_WIDTH`,
-    except for layers smaller than that.
+    except for layers smaller than that and lean spans.
     """
     side = np.exp(np.fmin(column(observation, "log_in"), column(observation, "log_out")))
     side = np.where(np.isnan(side), MIN_WIDTH, np.maximum(np.rint(side), 1.0))
     rank = np.clip(np.rint(growth * _RANK_SHARE * side), np.minimum(MIN_WIDTH, side), side)
     present = observation.hidden + observation.grown if compound else observation.hidden
     width = np.maximum(np.rint(growth * present), MIN_WIDTH)
+    if lean:
+        width = np.fmin(width, np.fmax(_useful(observation), np.ceil(width / 2)))
     return np.where(column(observation, "is_span") == 1, width, rank).astype(np.int64)
+
+
+def _useful(observation: Observation) -> Floats:
+    """Directions that a span's new units can read and write, ``(S,)``; NaN is unknown."""
+    reads, writes = (np.rint(np.exp(column(observation, name))) for name in ("log_in", "log_out"))
+    area = np.where(column(observation, "is_conv") == 1, _KERNEL_AREA, 1.0)
+    return np.minimum(writes, reads * area + 1.0)
 
 
 def affordable_share(asked: Ints, costs: UnitCosts, left: Room) -> float:

@@ -20,7 +20,7 @@ from esper.config import TamiyoConfig
 from esper.errors import ConfigError
 from esper.protocol import Command, Germinate, Observation, SeedPlan, Stop
 from esper.tamiyo.allocation import MIN_WIDTH, UnitCosts, asked_widths, fit_widths, room, unit_costs
-from esper.tamiyo.heuristic import TEMPERS, HeuristicController, budget_reached
+from esper.tamiyo.heuristic import HeuristicController, budget_reached
 from esper.tamiyo.registry import register_controller
 from esper.worth import (
     FEATURE_NAMES,
@@ -84,7 +84,6 @@ class BanditController(HeuristicController):
 
     def __init__(self, config: TamiyoConfig, *, seed: int = 0) -> None:
         super().__init__(config, seed=seed)
-        self.growth = config.growth * TEMPERS[config.temper].growth
         self._earlier = LinearPosterior(prior_precision(_PRIOR_STRENGTH), rate=_PRIOR_RATE)
         """What other runs have taught."""
         self._known = copy.deepcopy(self._earlier)
@@ -183,7 +182,7 @@ class BanditController(HeuristicController):
         draw = self._known.sample(np.random.default_rng([self._seed, self._draws]))[:, 0]
         self._draws += 1
         around = places(observation)
-        base = asked_widths(observation, self.growth * 0.5**self._refusals)
+        base = asked_widths(observation, self.growth * 0.5**self._refusals, lean=self._lean)
         picks: list[_Pick] = []
         best, price = -math.inf, compressed(self.threshold)
         for row in rows.tolist():

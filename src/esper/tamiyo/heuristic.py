@@ -31,8 +31,10 @@ _EARLIEST, _LATEST, _STEPS_LEFT = 0.1, 0.4, 700
 """Else as late as leaves new units so many steps to learn, between these shares of the run (decision 0024) ..."""
 _LATEST_STEP = 2000
 """... and no later than 40% of the longest run that was measured."""
+_GROWTH = 0.5
+"""Of the width, where the configuration states no growth (decision 0025)."""
 _LAST_FIRST_SHARE = 0.6
-"""As long as nothing was kept growth is tried until here: an unlucky test, or a late first one, should not end it."""
+"""As long as nothing was kept growth is tried until here: so that a first cohort may begin late."""
 
 _STATE_KEYS = ("germinations", "cohorts_when_asked", "refusals", "asked_at")
 
@@ -103,7 +105,8 @@ class HeuristicController:
         temper = TEMPERS[config.temper]
         patience = config.patience + temper.extra_patience
         self.patience = patience if temper.most_patience is None else min(patience, temper.most_patience)
-        self.growth = config.growth * temper.growth
+        self.growth = (_GROWTH if config.growth is None else config.growth) * temper.growth
+        self._lean = config.growth is None
         self.threshold = config.min_gain_per_cost * temper.threshold
         self._first, self._last_share = config.first, config.last_share
         self._spacing, self._compound = config.spacing, config.compound
@@ -219,7 +222,7 @@ class HeuristicController:
             variation = draw_variation(rows.size, self._seed, self._germinations)
             rows = rows[variation.keep]
         growth = self.growth * variation.growth * 0.5**self._refusals
-        asked = asked_widths(observation, growth, compound=self._compound)[rows]
+        asked = asked_widths(observation, growth, compound=self._compound, lean=self._lean)[rows]
         costs = UnitCosts(*(unit[rows] for unit in unit_costs(observation)))
         left = room(observation)
         widths = fit_widths(asked, costs, left)

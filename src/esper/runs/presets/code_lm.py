@@ -117,7 +117,9 @@ class CodeLM(Preset):
                 capture=CaptureConfig(batches=16, rows=16_384, max_bytes=1 << 28),
                 fit=FitConfig(steps=100, batch_rows=1024),
                 graft=GraftConfig(ramp_steps=30, warmup_steps=30, settle_steps=60),
-                tamiyo=TamiyoConfig(first=60, spacing=steps // 3, growth=2.0, compound=True, last_share=0.6),
+                tamiyo=TamiyoConfig(
+                    first=60, spacing=steps // 3, growth=2.0, compound=True, last_share=0.6, patience=2
+                ),
                 total_steps=steps,
             )
         return Config(
@@ -126,7 +128,7 @@ class CodeLM(Preset):
             graft=GraftConfig(ramp_steps=50, warmup_steps=50, settle_steps=250, cull_steps=50, lr_boost=4.0),
             evidence=EvidenceConfig(),
             tamiyo=TamiyoConfig(
-                first=30, spacing=680, growth=3.0, compound=True, last_share=0.6, min_gain_per_cost=0.002
+                first=30, spacing=680, growth=3.0, compound=True, last_share=0.6, patience=2, min_gain_per_cost=0.002
             ),
             total_steps=steps,
         )

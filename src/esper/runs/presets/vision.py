@@ -132,6 +132,8 @@ class Vision(Preset):
         return Config(
             graft=GraftConfig(ramp_steps=20, warmup_steps=20, settle_steps=steps // 12, stabilize_steps=10),
             evidence=EvidenceConfig(),
-            tamiyo=TamiyoConfig(first=max(10, steps // 16), growth=1.0, last_share=0.4, min_gain_per_cost=0.01),
+            tamiyo=TamiyoConfig(
+                first=max(10, steps // 16), growth=1.0, last_share=0.4, patience=2, min_gain_per_cost=0.01
+            ),
             total_steps=steps,
         )
