@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from esper.greenhouse.bodies.mlp import MLP as Body
-from esper.greenhouse.layout import HOST, VOID, Layout, annex, live, num_groups, owners
+from esper.greenhouse.layout import HOST, VOID, Layout, Part, annex, live, num_groups, owners
 from esper.greenhouse.stack import Moments, Rates, adamw, losses, output_gradient
 from esper.runs.hosts import MLP
 
@@ -146,6 +146,40 @@ def test_moving_to_a_wider_layout_keeps_every_weight(hidden: list[int], data: st
         rows, columns = weight.shape[1:]
         assert torch.equal(kept[:, :rows, :columns], weight) and torch.equal(kept_bias[:, :rows], bias)
     torch.testing.assert_close(moved.sum(1), flat.sum(1))
+
+
+few = st.integers(1, 4)
+sites = st.none() | st.integers(0, 1)
+some_parts = st.lists(
+    st.builds(
+        Part, name=st.just("any"), rows=few, columns=few, rows_of=sites, columns_of=sites, taps=st.sampled_from((1, 9)),
+        bias=st.booleans(), uses=st.integers(0, 5),
+    ),
+    min_size=1,
+    max_size=4,
+)  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None)
+@given(some_parts, st.tuples(few, few), st.tuples(st.integers(0, 20), st.integers(0, 20)))
+def test_parts_of_every_kind_have_their_places(
+    found: list[Part], hidden: tuple[int, int], more: tuple[int, int]
+) -> None:
+    """With taps and without a bias: the row is covered once, moves whole, and what has no site is the host's."""
+    old = Layout.of(tuple(found), hidden)
+    wider = Layout.of(old.parts, [units + added for units, added in zip(hidden, more, strict=True)])
+    flat = torch.arange(2.0 * old.length).view(2, old.length)
+    assert torch.cat([part.flatten(1) for pair in old.views(flat) for part in pair], 1).equal(flat)
+    moved = old.moved(flat, wider)
+    assert moved.sum() == flat.sum() and set(flat[1].tolist()) <= {*moved[1].tolist(), 0.0}
+    owner = owners(old, [torch.full((room,), VOID) for room in old.hidden])
+    for part, (weight, bias) in zip(old.parts, old.views(owner[None]), strict=True):
+        is_fixed = part.rows_of is None and part.columns_of is None
+        assert bool((weight == (HOST if is_fixed else VOID)).all())
+        assert bias.shape[1] == part.bias * weight.shape[1]
+        rows, columns = part.shape(old.hidden)
+        assert weight.shape[1:3] == (rows, columns) and part.params(old.hidden) == weight.numel() + bias.numel()
+        assert part.flops(old.hidden) == 2 * part.uses * weight.numel()
 
 
 def test_who_owns_which_weight() -> None:

@@ -293,7 +293,7 @@ class Hosts:
         if most is not None and len(rows) > most:
             rows = rows[:: row_step(len(rows), most)]
         weight = weight[host, :columns, :own].flatten(1)
-        return torch.addmm(bias[host, :columns], rows, weight.t()) if bias.shape[1] else rows @ weight.t()
+        return torch.addmm(bias[host, :columns], rows, weight.t())
 
     def _look(self) -> None:
         """A point of the held-out curve, where that is due."""

@@ -126,23 +126,20 @@ class Network:
         reads = self.read_places(host, site)[: units.w1.shape[1]]
         columns = torch.arange(units.w2.shape[0])
         head[host][places[:, None], reads[None, :]] = units.w1.to(self.dtype)
-        if bias is not None:
-            bias[host][places] = units.b1.to(self.dtype)
+        bias[host][places] = units.b1.to(self.dtype)
         tail[host][columns[:, None], places[None, :]] = units.w2.to(self.dtype)
 
-    def _ends(self, flat: Tensor, site: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _ends(self, flat: Tensor, site: int) -> tuple[Tensor, Tensor, Tensor]:
         """Weight and bias of a site's head and weight of its tail, as views of ``flat (N, P)``."""
         views, span = self.layout.views(flat), self.body.spans[site]
-        weight, bias = views[span.head]
-        return weight, bias if self.body.head(site).bias else None, views[span.tail][0]
+        return *views[span.head], views[span.tail][0]
 
     def units_of(self, host: int, site: int) -> Units:
         """A site's present hidden units, grown ones included and seeds not, as they read the layer before."""
         head, bias, tail = self._ends(self.values, site)
         places = self.kept_places(host, site)
         w1 = head[host][places[:, None], self.read_places(host, site)[None, :]]
-        b1 = w1.new_zeros(len(places)) if bias is None else bias[host][places]
-        return Units(w1, b1, tail[host][:, places])
+        return Units(w1, bias[host][places], tail[host][:, places])
 
     def scale_output(self, host: int, site: int, places: Tensor, factor: float) -> None:
         """Multiply what units write."""
@@ -156,8 +153,7 @@ class Network:
         for flat in (self.values, self.moments.first, self.moments.second):
             head, bias, tail = self._ends(flat, site)
             head[host, places] = 0.0
-            if bias is not None:
-                bias[host, places] = 0.0
+            bias[host, places] = 0.0
             tail[host][:, places] = 0.0
         self.groups[site][host, places] = VOID
         self.alphas[site][host, places] = 0.0

@@ -22,6 +22,7 @@ from esper.protocol import SiteKind
 @dataclass(frozen=True)
 class Span:
     """A site: the part that its hidden units are rows of (head), the one that they are columns of (tail), its costs.
+    Both have a bias.
 
     ``positions`` are rows of the tail's output a row of data, ``shrinkage`` the head's rows for each of them.
     """
@@ -32,13 +33,12 @@ class Span:
     tail: int
     head_taps: int = 1
     tail_taps: int = 1
-    bias: bool = True
     positions: int = 1
     shrinkage: int = 1
 
     def params(self, units: int, reads: int, columns: int) -> int:
         """Parameters of hidden units that read and write so many features."""
-        return units * (reads * self.head_taps + columns * self.tail_taps + self.bias)
+        return units * (reads * self.head_taps + columns * self.tail_taps + 1)
 
     def flops(self, units: int, reads: int, columns: int) -> float:
         """Forward FLOPs of a row of data through them."""
