@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.protocol import Observation
+from esper.protocol import SITE_FEATURES, Observation
 from esper.tamiyo.allocation import (
     MIN_WIDTH,
     Room,
@@ -58,6 +58,28 @@ def test_asked_widths(observe: Observe) -> None:
     observation = observe(spans=0, layers=1)
     observation.sites[:] = NAN
     assert asked_widths(observation, 1.0).tolist() == [MIN_WIDTH]
+
+
+@pytest.mark.parametrize(
+    ("width", "reads", "writes", "conv", "found"),
+    [
+        (64, 64, 64, False, 32), (64, 64, 20, False, 20), (64, 64, 10, False, 16), (64, 9, 64, False, 16),
+        (64, 19, 64, False, 20), (64, 3, 64, True, 28), (4, 10, 2, False, 2), (4, 10, 1, False, 2), (8, 2, 8, False, 3),
+    ],
+)  # fmt: skip
+def test_lean_spans_ask_for_what_they_can_use(
+    observe: Observe, width: int, reads: int, writes: int, conv: bool, found: int
+) -> None:
+    """Half the width, no more than outputs or inputs and a bias, at least half of that; a kernel reads nine times."""
+    observation = observe(spans=1, layers=1, conv=conv)
+    observation.hidden[0] = width
+    observation.sites[0, SITE_FEATURES.index("log_in")] = np.log(reads)
+    observation.sites[0, SITE_FEATURES.index("log_out")] = np.log(writes)
+    plain = asked_widths(observation, 0.5)
+    assert asked_widths(observation, 0.5, lean=True).tolist() == [found, plain[1]]
+    assert plain[0] == max(MIN_WIDTH, width // 2)
+    observation.sites[0] = NAN
+    assert asked_widths(observation, 0.5, lean=True)[0] == asked_widths(observation, 0.5)[0]
 
 
 def test_even_trim_known_answers() -> None:
