@@ -1,10 +1,10 @@
-"""Small changes to the heuristic of decision 0024, under real growers on tuning tasks of families of 400, 1,000 and 2,000 steps.
+"""Small changes to the heuristic of decision 0024 on tuning tasks of runs of 400, 1,000 and 2,000 steps, real growers.
 
     PYTHONPATH=src:. python -m benchmarks.controller.variants --work runs/variants --out FILE
 
 What the default of decision 0025 was chosen from: mean rewards by length of the run, paired differences with standard
-errors over tasks to *default*, which is that of 0024, each family at the better of two learning rates. A choice still has to hold on fresh tasks (``compare.py``).
-Two hours of one core; cells are kept in --work.
+errors over tasks to *default*, which is that of 0024, each family at the better of two learning rates. A choice still
+has to hold on fresh tasks (``compare.py``). Two hours of one core; cells are kept in --work.
 """
 
 from __future__ import annotations
@@ -145,9 +145,7 @@ def play(name: str, family: str, seed: int, lr: float) -> list[float]:
 
 def by_task(known: dict[str, Any], name: str, family: str) -> np.ndarray:
     """``(tasks,)`` mean rewards over seeds, at the learning rate with the better mean."""
-    tried = [
-        np.mean([known[f"{name}/{family}/{seed}/{lr:g}"] for seed in SEEDS], axis=0) for lr in LEARNING_RATES
-    ]
+    tried = [np.mean([known[f"{name}/{family}/{seed}/{lr:g}"] for seed in SEEDS], axis=0) for lr in LEARNING_RATES]
     return max(tried, key=lambda values: float(values.mean()))
 
 
@@ -158,7 +156,7 @@ def summary(known: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in names:
         found[name] = {"reward": {}, "minus_default": {}, "minus_never": {}, "families_minus_never": {}}
-        for steps, group in {**GROUPS, "all": tuple(f for group in GROUPS.values() for f in group)}.items():
+        for steps, group in {**GROUPS, "all": tuple(f for some in GROUPS.values() for f in some)}.items():
             found[name]["reward"][str(steps)] = round(float(np.mean([values[name, f] for f in group])), 3)
             for other in ("default", "never"):
                 gaps = [values[name, f] - values[other, f] for f in group]

@@ -309,8 +309,9 @@ class TamiyoConfig:
     spacing: int = 0
     """Fewest steps between germinations: spreading growth over the run saves FLOPs while the network is small."""
     growth: float | None = None
-    """Units a cohort adds to a span, as a multiple of the host's inner width; ``None``: half of it, and where the span
-    has fewer outputs (or inputs and a bias) than that as many as these, at least a quarter (0025)."""
+    """Units a cohort adds to a span, as a multiple of the host's inner width; ``None``: half of it, and with
+    ``total_steps`` as many as the span has outputs (or inputs and a bias) where these are fewer, at least a quarter
+    (0025)."""
     compound: bool = False
     """Take ``growth`` as a multiple of the present inner width, grown units included."""
     seeds_per_site: int = 1
@@ -323,8 +324,9 @@ class TamiyoConfig:
     first one that is kept is the last. As long as nothing was kept it is tried until 0.6."""
     min_gain_per_cost: float = 0.02
     """Stop when gain (relative to the held-out loss) over cost (relative FLOPs added) falls under this."""
-    patience: int = 1
-    """Cohorts in a row under the threshold, or refused, before growth stops (0025); above 1,000 they never do."""
+    patience: int | None = None
+    """Cohorts in a row under the threshold, or refused, before growth stops; ``None``: 1 with ``total_steps``,
+    else 2 (0025); above 1,000 they never do."""
 
     def __post_init__(self) -> None:
         _check(
@@ -334,7 +336,9 @@ class TamiyoConfig:
             "use 'balanced'",
         )
         _check(self.growth is None or self.growth > 0, "tamiyo.growth must be positive", self.growth, "use None")
-        _check(self.patience >= 1, "tamiyo.patience must be at least 1", self.patience, "use 1")
+        _check(
+            self.patience is None or self.patience >= 1, "tamiyo.patience must be at least 1", self.patience, "use None"
+        )
         _check(self.seeds_per_site >= 1, "tamiyo.seeds_per_site must be at least 1", self.seeds_per_site, "use 1")
         _check(0 < self.keep_share <= 1, "tamiyo.keep_share must lie in (0, 1]", self.keep_share, "use 1.0")
         _check(0 < self.last_share <= 1, "tamiyo.last_share must lie in (0, 1]", self.last_share, "use 0.15")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from esper.config import TamiyoConfig
 from esper.errors import ConfigError
-from esper.protocol import CohortView, Germinate, Lifecycle, Observation, Stop, Verdict
+from esper.protocol import SITE_FEATURES, CohortView, Germinate, Lifecycle, Observation, Stop, Verdict
 from esper.tamiyo import HeuristicController
 from esper.tamiyo.exploration import draw_variation
 from esper.tamiyo.heuristic import TEMPERS
@@ -115,6 +115,22 @@ def test_too_late(observe: Observe, verdict: Build) -> None:
     assert "past 60%" in stop(controller(patience=2), observe(step=601, verdicts=rejected))
 
 
+def test_without_a_planned_length_it_asks_for_more_and_twice(observe: Observe, verdict: Build) -> None:
+    narrow = observe(), observe(total_steps=None)
+    for observation in narrow:
+        observation.sites[:, SITE_FEATURES.index("log_out")] = math.log(10)
+    assert [germinate(controller(), one).seeds[0].width for one in narrow] == [10, 16]
+    assert [germinate(controller(growth=0.5), one).seeds[0].width for one in narrow] == [16, 16]
+    rejected = (verdict(Lifecycle.CULLED),)
+    assert stop(controller(), observe(verdicts=rejected)).startswith("1 cohort rejected")
+    assert germinate(controller(), observe(verdicts=rejected, total_steps=None))
+    assert stop(controller(), observe(verdicts=rejected * 2, total_steps=None)).startswith(
+        "2 cohorts in a row rejected"
+    )
+    assert germinate(controller(patience=3), observe(verdicts=rejected * 2, total_steps=None, step=600))
+    assert [controller(temper).patience(None) for temper in TEMPERS] == [1, 2, 3, 2]
+
+
 @pytest.mark.parametrize("state", IN_THE_WAY)
 def test_one_cohort_at_a_time(observe: Observe, view: View, state: Lifecycle) -> None:
     assert controller().decide(observe(alive=(view(Lifecycle.FINE_TUNING), view(state)))) == ()
@@ -165,7 +181,7 @@ def test_tempers(
 
 def test_every_temper_of_the_configuration_is_known() -> None:
     assert set(TEMPERS) == {"conservative", "balanced", "aggressive", "exploratory"}
-    assert controller("conservative", patience=5).patience == 1
+    assert controller("conservative", patience=5).patience(1000) == 1
 
 
 def test_parameter_budget_trims_evenly(observe: Observe) -> None:

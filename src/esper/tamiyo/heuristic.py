@@ -103,8 +103,7 @@ class HeuristicController:
 
     def __init__(self, config: TamiyoConfig, *, seed: int = 0) -> None:
         temper = TEMPERS[config.temper]
-        patience = config.patience + temper.extra_patience
-        self.patience = patience if temper.most_patience is None else min(patience, temper.most_patience)
+        self._patience, self._temper = config.patience, temper
         self.growth = (_GROWTH if config.growth is None else config.growth) * temper.growth
         self._lean = config.growth is None
         self.threshold = config.min_gain_per_cost * temper.threshold
@@ -136,6 +135,12 @@ class HeuristicController:
         untried = self._asked_at is None and num_ended == 0
         return untried and step < self._first_step(total_steps) and not self._is_late(step, total_steps, kept=False)
 
+    def patience(self, total_steps: int | None) -> int:
+        """Failures in a row that end growth."""
+        usual = (2 if total_steps is None else 1) if self._patience is None else self._patience
+        patience, most = usual + self._temper.extra_patience, self._temper.most_patience
+        return patience if most is None else min(patience, most)
+
     def state(self) -> dict[str, Any]:
         """Return counters as plain values."""
         return {
@@ -166,7 +171,8 @@ class HeuristicController:
 
     def _reason_to_stop(self, observation: Observation) -> str | None:
         if math.isfinite(observation.held_out):
-            reason = reason_to_stop(observation.verdicts, observation.held_out, self.threshold, self.patience)
+            patience = self.patience(observation.total_steps)
+            reason = reason_to_stop(observation.verdicts, observation.held_out, self.threshold, patience)
             if reason is not None:
                 return reason
         total = observation.total_steps
@@ -204,6 +210,10 @@ class HeuristicController:
     def _is_late(self, step: int, total_steps: int | None, *, kept: bool) -> bool:
         return total_steps is not None and step > self._late_share(kept) * total_steps
 
+    def _is_lean(self, observation: Observation) -> bool:
+        """Nothing but the length of a run says whether more units would pay back."""
+        return self._lean and observation.total_steps is not None
+
     def _note_asked(self, observation: Observation) -> None:
         self._germinations += 1
         self._asked_at = observation.step
@@ -222,7 +232,7 @@ class HeuristicController:
             variation = draw_variation(rows.size, self._seed, self._germinations)
             rows = rows[variation.keep]
         growth = self.growth * variation.growth * 0.5**self._refusals
-        asked = asked_widths(observation, growth, compound=self._compound, lean=self._lean)[rows]
+        asked = asked_widths(observation, growth, compound=self._compound, lean=self._is_lean(observation))[rows]
         costs = UnitCosts(*(unit[rows] for unit in unit_costs(observation)))
         left = room(observation)
         widths = fit_widths(asked, costs, left)
