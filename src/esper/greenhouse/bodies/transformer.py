@@ -88,10 +88,9 @@ class Transformer(Body):
             first = span.head - 4
             added, held = _attend(weights[first : first + 3], h, rows)
             h = h + added
-            kept += held
-            folded, held = _normed(weights[span.head - 1], weights[span.head], h)
+            folded, normed = _normed(weights[span.head - 1], weights[span.head], h)
             units = torch.baddbmm(*folded).relu_()
-            kept += [*held, units]
+            kept += [*held, *normed, units] if learns else []
             if alphas is not None:
                 units = units * alphas[site].unsqueeze(1)
             inputs[span.tail] = units
@@ -208,7 +207,8 @@ def _attend_back(layers: Weights, gradients: Weights, delta: Tensor, kept: list[
     back = heads.transpose(2, 3).reshape(chances.shape[0], LENGTH, -1)
     inner = torch.bmm(back, values.transpose(1, 2))
     inner.sub_((inner * chances).sum(-1, keepdim=True)).mul_(chances).mul_(_SCALE)
-    of_three = torch.stack(
-        [torch.bmm(inner, keys), torch.bmm(inner.transpose(1, 2), queries), torch.bmm(chances.transpose(1, 2), back)]
-    )
+    of_three = torch.empty_like(three)
+    torch.bmm(inner, keys, out=of_three[0])
+    torch.bmm(inner.transpose(1, 2), queries, out=of_three[1])
+    torch.bmm(chances.transpose(1, 2), back, out=of_three[2])
     return _normed_back(layers[:2], gradients[:2], _joined(of_three, delta.shape[0]), normed, deviation)
