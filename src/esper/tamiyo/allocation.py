@@ -69,6 +69,16 @@ def room(observation: Observation) -> Room:
     return Room(params=params, flops=float(flops))
 
 
+def growth_for(share: float, observation: Observation, rows: Ints) -> float:
+    """Return how many times their width the spans ``rows (K,)`` have to grow to add ``share`` of the model's FLOPs.
+
+    NaN where no cost is known.
+    """
+    added = observation.hidden[rows] * unit_costs(observation).flops[rows]
+    total = float(np.nansum(added))
+    return share * observation.flops_per_step / total if total > 0 else np.nan
+
+
 def asked_widths(observation: Observation, growth: float, *, compound: bool = False, lean: bool = False) -> Ints:
     """Return the width each site would get without ceilings, ``(S,)`` int64.
 

@@ -182,7 +182,9 @@ class BanditController(HeuristicController):
         draw = self._known.sample(np.random.default_rng([self._seed, self._draws]))[:, 0]
         self._draws += 1
         around = places(observation)
-        base = asked_widths(observation, self.growth * 0.5**self._refusals, lean=self._is_lean(observation))
+        base = asked_widths(
+            observation, self._growth(observation, rows) * 0.5**self._refusals, lean=self._is_lean(observation)
+        )
         picks: list[_Pick] = []
         best, price = -math.inf, compressed(self.threshold)
         for row in rows.tolist():

@@ -15,7 +15,16 @@ import numpy.typing as npt
 from esper.config import TamiyoConfig
 from esper.errors import ConfigError
 from esper.protocol import Command, Germinate, Lifecycle, Observation, SeedPlan, Stop
-from esper.tamiyo.allocation import UnitCosts, affordable_share, asked_widths, column, fit_widths, room, unit_costs
+from esper.tamiyo.allocation import (
+    UnitCosts,
+    affordable_share,
+    asked_widths,
+    column,
+    fit_widths,
+    growth_for,
+    room,
+    unit_costs,
+)
 from esper.tamiyo.exploration import STEADY, Variation, draw_variation, pressing_chunks
 from esper.tamiyo.registry import register_controller
 from esper.tamiyo.stopping import reason_to_stop
@@ -31,8 +40,9 @@ _EARLIEST, _LATEST, _STEPS_LEFT = 0.1, 0.4, 700
 """Else as late as leaves new units so many steps to learn, between these shares of the run (decision 0024) ..."""
 _LATEST_STEP = 2000
 """... and no later than 40% of the longest run that was measured."""
-_GROWTH = 0.5
-"""Of the width, where the configuration states no growth (decision 0025)."""
+_GROWTH, _MOST_GROWTH, _SHARE = 0.5, 4.0, 0.5
+"""Times the width, where the configuration states no growth: half, or so much that half of the model's FLOPs are added,
+up to four times (decision 0025)."""
 _LAST_FIRST_SHARE = 0.6
 """As long as nothing was kept growth is tried until here: so that a first cohort may begin late."""
 
@@ -105,7 +115,7 @@ class HeuristicController:
         temper = TEMPERS[config.temper]
         self._patience, self._temper = config.patience, temper
         self.growth = (_GROWTH if config.growth is None else config.growth) * temper.growth
-        self._lean = config.growth is None
+        self._is_stated = config.growth is not None
         self.threshold = config.min_gain_per_cost * temper.threshold
         self._first, self._last_share = config.first, config.last_share
         self._spacing, self._compound = config.spacing, config.compound
@@ -212,7 +222,15 @@ class HeuristicController:
 
     def _is_lean(self, observation: Observation) -> bool:
         """Nothing but the length of a run says whether more units would pay back."""
-        return self._lean and observation.total_steps is not None
+        return not self._is_stated and observation.total_steps is not None
+
+    def _growth(self, observation: Observation, rows: npt.NDArray[np.int64]) -> float:
+        """Times the width of the spans among ``rows``."""
+        if not self._is_lean(observation):
+            return self.growth
+        spans = rows[column(observation, "is_span")[rows] == 1]
+        wanted = growth_for(_SHARE, observation, spans)  # NaN leaves it at what is usual
+        return self.growth * float(np.fmax(1.0, np.fmin(wanted, _MOST_GROWTH) / _GROWTH))
 
     def _note_asked(self, observation: Observation) -> None:
         self._germinations += 1
@@ -231,7 +249,7 @@ class HeuristicController:
         if self._explores:
             variation = draw_variation(rows.size, self._seed, self._germinations)
             rows = rows[variation.keep]
-        growth = self.growth * variation.growth * 0.5**self._refusals
+        growth = self._growth(observation, rows) * variation.growth * 0.5**self._refusals
         asked = asked_widths(observation, growth, compound=self._compound, lean=self._is_lean(observation))[rows]
         costs = UnitCosts(*(unit[rows] for unit in unit_costs(observation)))
         left = room(observation)
