@@ -16,6 +16,7 @@ from esper.cli.entry import COMMANDS
 from esper.errors import ConfigError, DataError, UnknownNameError
 from esper.protocol import AnyEvent, RunStarted
 from esper.runs import RunOptions
+from esper.tamiyo import known_controllers
 
 pytestmark = pytest.mark.component
 
@@ -220,6 +221,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"esper {__version__}\n"
+
+
+def test_help_of_run_names_every_controller(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    listed = shown.partition("Who decides: ")[2].partition(", or one")[0].split(", ")
+    assert sorted(listed) == sorted((*known_controllers(), "remote"))
 
 
 def test_command_help_and_completion_go_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ def test_one_registration_is_enough() -> None:
         def load(self, state: dict[str, Any]) -> None:
             return None
 
-    assert {"bandit", "heuristic", "neural", "still"} <= set(known_controllers())
+    assert {"bandit", "heuristic", "neural", "never", "random", "schedule", "still"} <= set(known_controllers())
     assert isinstance(make_controller("still", TamiyoConfig()), Still)
 
 
@@ -46,7 +46,7 @@ def test_taken_name() -> None:
 def test_unknown_name_lists_known_and_near() -> None:
     with pytest.raises(UnknownNameError) as caught:
         make_controller("heurstic", TamiyoConfig())
-    known = "bandit, heuristic, neural"
+    known = "bandit, heuristic, neural, never, random, schedule"
     assert str(caught.value) == f"no controller is called 'heurstic'; did you mean 'heuristic'? known: {known}"
     with pytest.raises(UnknownNameError) as caught:
         make_controller("ppo", TamiyoConfig())

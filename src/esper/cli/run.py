@@ -13,6 +13,9 @@ from esper.runs.options import PRESET_NAMES, RunOptions
 _PRESETS_OWN = "the preset's"
 
 
+_CONTROLLERS = ("heuristic", "neural", "bandit", "schedule", "random", "never", "remote")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Train a preset, let it grow, and compare it with controls.
@@ -58,9 +61,13 @@ class Run:
             completes=("conservative", "balanced", "aggressive", "exploratory"),
         ),
     ] = None  # fmt: skip
-    controller: Annotated[str | None, Option(metavar="NAME", help="Which controller decides.", default="heuristic")] = (
-        None
-    )
+    controller: Annotated[
+        str | None,
+        Option(
+            metavar="NAME", help=f"Who decides: {', '.join(_CONTROLLERS)}, or one of your own.", default="heuristic",
+            completes=_CONTROLLERS,
+        ),
+    ] = None  # fmt: skip
     bus: Annotated[
         str | None, Option(metavar="URL", help="A message bus to tell and to obey: redis://HOST.", default="none")
     ] = None

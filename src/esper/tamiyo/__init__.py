@@ -5,12 +5,16 @@ from esper.tamiyo.bandit import BanditController
 from esper.tamiyo.heuristic import HeuristicController
 from esper.tamiyo.registry import Controller, Noting, Waiting, known_controllers, make_controller, register_controller
 from esper.tamiyo.schedule import ScheduleController
+from esper.tamiyo.yardsticks import EvenController, NeverController, RandomController
 
 __all__ = [
     "BanditController",
     "Controller",
+    "EvenController",
     "HeuristicController",
+    "NeverController",
     "Noting",
+    "RandomController",
     "ScheduleController",
     "Waiting",
     "known_controllers",
