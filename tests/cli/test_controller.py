@@ -37,11 +37,13 @@ def test_trains_evaluates_and_compares(tmp_path: Path, capsys: pytest.CaptureFix
     assert set(result["players"]) == {f"{run}/policy", "never"} and result["episodes"] == 4
     assert main(["controller", "evaluate", *few, "--players", "never"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "player  return  95%               never minus it  95%",
+        "player  return  95%",
         "never   0.0000  0.0000 to 0.0000",
         "episodes   4 each, the same for all",
         "best       0.9000 is the most there is",
     ]
+    assert main(["controller", "evaluate", *few, "--players", str(run)]) == 2
+    assert f"got '{run}' without a card.json in it; name '{run}/policy'" in capsys.readouterr().err
     assert main(["controller", "compare", *few]) == 0
     rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[:4]]
     assert rows == ["player", "never", "random", "heuristic"]
@@ -58,6 +60,10 @@ def test_trains_evaluates_and_compares(tmp_path: Path, capsys: pytest.CaptureFix
         (["train", "--size", "huge"], 2, "no policy size is called 'huge'"),
         (["compare", "--environment", "moon"], 2, "no environment is called 'moon'"),
         (["compare", "--players", "nobody"], 2, "no controller is called 'nobody'"),
+        (["compare", "--players", "here/nobody"], 2, "got 'here/nobody' without a card.json in it; esper controller"),
+        (["train", "--side-by-side", "0"], 2, "--side-by-side must be at least 1, got 0"),
+        (["compare", "--episodes", "0"], 2, "--episodes must be at least 1, got 0"),
+        (["train", "--environment", "greenhouse/teacher"], 2, "nothing is trained on tasks of evaluation"),
     ],
 )
 def test_mistakes(
@@ -67,6 +73,20 @@ def test_mistakes(
     monkeypatch.chdir(tmp_path)
     assert main(["controller", *words]) == status
     assert complaint in capsys.readouterr().err
+
+
+def test_an_interrupted_training_says_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("esper.learning.job.train", interrupted)
+    assert main(["controller", "train", "--run-dir", str(tmp_path / "run"), *TINY]) == 130
+    assert capsys.readouterr().err == (
+        f"esper controller: interrupted; what was done stays in {tmp_path / 'run'}: the same command goes on from its "
+        "last checkpoint\n"
+    )
 
 
 def test_help_names_every_word(capsys: pytest.CaptureFixture[str]) -> None:

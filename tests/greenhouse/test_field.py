@@ -10,6 +10,7 @@ import pytest
 from esper.errors import ConfigError
 from esper.greenhouse.family import FAMILIES, FIRST_HELD_OUT
 from esper.greenhouse.field import TRAINING, Field
+from esper.learning import environment
 from esper.learning.environment import known_environments, make_environment
 from esper.protocol import Observation
 from esper.tamiyo.actions import WAIT, Action, Operation, draw
@@ -26,9 +27,11 @@ def waiting(sights: Sequence[Sight], observations: Sequence[Observation]) -> lis
     return [WAIT] * len(sights)
 
 
-def test_every_family_is_an_environment_that_can_be_named() -> None:
+def test_every_family_is_an_environment_that_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"greenhouse", *(f"greenhouse/{name}" for name in FAMILIES)}
-    assert names <= set(known_environments())
+    with monkeypatch.context() as before_anything_is_imported:
+        before_anything_is_imported.setattr(environment, "_FACTORIES", {})
+        assert set(known_environments()) == {*names, "planted"}
     field = make_environment("greenhouse/checkers", 2)
     assert isinstance(field, Field) and field.families == ("checkers",) and field.num == len(field.look()) == 2
     assert [seen.step for seen in field.observations()] == [20, 20]

@@ -235,6 +235,7 @@ def test_a_snapshot_is_the_same_bytes_whatever_the_order(tmp_path: Path) -> None
     ("content", "told"),
     [
         (None, "got none at"), (b"{", "must be an export of Karn"),
+        (b'{"steps": 3}', "must be an export of Karn, got JSON without v, reports, designs; name what"),
         (b'{"v": 9}', "a Karn export up to version 1, got 9"),
         (Snapshot(reports=(report(v=9),)).encoded(), "a Karn report up to version 1, got 9"),
         (Snapshot(designs=(design(v=9),)).encoded(), "a Karn design up to version 1, got 9"),

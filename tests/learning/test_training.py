@@ -174,6 +174,22 @@ def test_another_training_in_the_folder_is_refused(tmp_path: Path) -> None:
         train(options(tmp_path, updates=1, lr=0.1), quietly)
 
 
+def test_curves_that_are_none_are_refused_by_name(tmp_path: Path) -> None:
+    train(options(tmp_path, updates=1), quietly)
+    for text in ("rubbish\n", '{"a": 1}\n', "3\n"):
+        (tmp_path / CURVES).write_text(text)
+        with pytest.raises(StateError, match=r"curves\.jsonl must hold one update a line"):
+            train(options(tmp_path, updates=1), quietly)
+    (tmp_path / CURVES).unlink()
+    train(options(tmp_path, updates=1), quietly)
+
+
+def test_nothing_is_trained_on_tasks_of_evaluation(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="got the environment 'greenhouse/teacher'"):
+        train(options(tmp_path, environment="greenhouse/teacher"), quietly)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("changes", [{"updates": 0}, {"lr": 0.0}, {"seed": -1}, {"episodes": 0}])
 def test_options_out_of_range(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(changes))):

@@ -21,6 +21,8 @@ class Context:
 
     run_dir: Path | None = None
     """Where the command writes, once it does."""
+    goes_on_by: str | None = None
+    """What goes on from there; ``None``: esper report shows what a run has written."""
 
 
 @dataclass(frozen=True, kw_only=True)

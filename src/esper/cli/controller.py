@@ -98,7 +98,15 @@ class Controller:
         return WORDS[self.word](self, context)
 
 
+def _check_counts(command: Controller) -> None:
+    """Refuse counts by the names that they have here."""
+    for option, number in (("--side-by-side", command.side_by_side), ("--episodes", command.episodes)):
+        if number < 1:
+            raise UsageError(f"{option} must be at least 1, got {number}; leave it out for the default")
+
+
 def _train(command: Controller, context: Context) -> Outcome:
+    _check_counts(command)
     options = TrainOptions(
         environment=command.environment, run_dir=command.run_dir, updates=command.updates, steps=command.steps,
         episodes=command.side_by_side, size=command.size, seed=command.seed, lr=command.lr, clone=command.clone,
@@ -114,7 +122,7 @@ def _train(command: Controller, context: Context) -> Outcome:
         write_lines([f"update {line['update']}: {line['episodes']:,} episodes, return {earned}"], sys.stderr)
 
     with remembered():
-        context.run_dir = command.run_dir
+        context.run_dir, context.goes_on_by = command.run_dir, "the same command goes on from its last checkpoint"
         result = train(options, tell)
     _draw_curves(options.run_dir)
     best = "" if result["best"] is None else f"; the best possible is {result['best']:.4f}"
@@ -161,6 +169,7 @@ def _compare(command: Controller, context: Context) -> Outcome:
     from esper.learning.environment import make_environment
     from esper.tamiyo.neural.threads import one_thread
 
+    _check_counts(command)
     environment = make_environment(command.environment, command.side_by_side)
     players = {name: _player(name, sampled=command.sampled) for name in command.players}
     with one_thread():
@@ -175,8 +184,16 @@ def _player(name: str, *, sampled: bool) -> contest.Player:
     from esper.learning import contest
     from esper.tamiyo.neural import policy_file
 
-    if (Path(name) / policy_file.CARD).is_file():
+    folder = Path(name)
+    if (folder / policy_file.CARD).is_file():
         return contest.Following(policy_file.load(name)[0], sampled=sampled)
+    if folder.exists() or len(folder.parts) > 1:
+        inside = folder / "policy"
+        there = f"name {str(inside)!r}" if (inside / policy_file.CARD).is_file() else "esper controller train makes one"
+        raise UsageError(
+            f"a player is a controller's name or the folder of a policy, got {name!r} without a "
+            f"{policy_file.CARD} in it; {there}"
+        )
     return contest.named(name)
 
 
@@ -184,11 +201,11 @@ def _contest_lines(result: dict[str, Any]) -> list[str]:
     first = next(iter(result["players"]))
     differences = result[f"{first}_minus"]
     rows = [
-        [name, *_shown(found), *(_shown(differences[name]) if name in differences else ["", ""])]
+        [name, *_shown(found), *(_shown(differences[name]) if name in differences else ["", ""] if differences else [])]
         for name, found in result["players"].items()
     ]
-    head = ["player", "return", "95%", f"{first} minus it", "95%"]
-    lines = table(head, rows, width=columns(sys.stdout), numbers=(1, 3))
+    head = ["player", "return", "95%", *([f"{first} minus it", "95%"] if differences else [])]
+    lines = table(head, rows, width=columns(sys.stdout), numbers=(1, 3) if differences else (1,))
     best = [] if result["best"] is None else [labelled("best", f"{result['best']:.4f} is the most there is")]
     return [*lines, labelled("episodes", f"{result['episodes']} each, the same for all"), *best]
 

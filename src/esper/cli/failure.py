@@ -93,4 +93,4 @@ def _traceback_lines(error: BaseException) -> list[str]:
 def _what_stays(context: Context) -> str:
     if context.run_dir is None:
         return ""
-    return f"; what was done stays in {context.run_dir}: esper report {context.run_dir}"
+    return f"; what was done stays in {context.run_dir}: {context.goes_on_by or f'esper report {context.run_dir}'}"

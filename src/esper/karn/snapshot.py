@@ -59,7 +59,9 @@ def read_snapshot(path: Path) -> Snapshot:
         There is none, it is damaged, or a newer Esper has written it.
     """
     try:
-        snapshot = msgspec.json.decode(path.read_bytes(), type=Snapshot)
+        content = path.read_bytes()
+        snapshot = msgspec.json.decode(content, type=Snapshot)
+        written = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
     except FileNotFoundError as error:
         raise StateError(f"an export of Karn is a file, got none at {str(path)!r}; check the path") from error
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -71,4 +73,10 @@ def read_snapshot(path: Path) -> Snapshot:
     for what, version, known in newest:
         if version > known:
             raise StateError(f"this Esper reads a Karn {what} up to version {known}, got {version}; update esper-morph")
+    missing = [name for name in Snapshot.__struct_fields__ if name not in written]
+    if missing:  # all have defaults, so any object would do
+        raise StateError(
+            f"{str(path)!r} must be an export of Karn, got JSON without {', '.join(missing)}; name what esper karn "
+            "export wrote"
+        )
     return snapshot

@@ -106,7 +106,8 @@ class EnvironmentFactory(Protocol):
 
 _FAMILIES = (
     "teacher", "spirals", "tabular", "deep", "flat", "checkers", "waves", "shells", "textures", "grammar", "planted",
-    "null",
+    "null", "teacher_long", "spirals_long", "tabular_long", "checkers_long", "waves_long", "shells_long",
+    "teacher_1000", "spirals_1000", "tabular_1000", "teacher_5000", "spirals_5000", "tabular_5000",
 )  # fmt: skip
 _HOSTS = ("", *(f"/{family}" for family in _FAMILIES))
 _HOMES = {
@@ -114,6 +115,8 @@ _HOMES = {
     **{f"greenhouse{family}": "esper.greenhouse.field" for family in _HOSTS},
 }
 """Modules that register an environment of that name, imported when it is first asked for."""
+_PLAYED_ONLY = "greenhouse/"
+"""Names that begin so draw tasks of evaluation."""
 _FACTORIES: dict[str, EnvironmentFactory] = {}
 
 F = TypeVar("F", bound=EnvironmentFactory)
@@ -135,6 +138,11 @@ def register_environment(name: str) -> Callable[[F], F]:
 def known_environments() -> tuple[str, ...]:
     """All names, sorted."""
     return tuple(sorted({*_HOMES, *_FACTORIES}))
+
+
+def is_played_only(name: str) -> bool:
+    """Whether the environment called ``name`` draws tasks of evaluation, which nothing may be trained on."""
+    return name.startswith(_PLAYED_ONLY)
 
 
 def find_environment(name: str) -> EnvironmentFactory:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from esper.config import TamiyoConfig
-from esper.errors import ConfigError
+from esper.errors import ConfigError, StateError
 from esper.files import replace_text
 from esper.learning.cloning import agreement, clone, demonstrate
 from esper.learning.contest import Following, play
-from esper.learning.environment import HostEnvironment, find_environment
+from esper.learning.environment import HostEnvironment, find_environment, is_played_only
 from esper.learning.options import TrainOptions
 from esper.learning.ppo import PPOConfig
 from esper.learning.shards import spread
@@ -57,16 +57,21 @@ def train(options: TrainOptions, on_line: OnLine) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        The folder holds another training.
+        The folder holds another training, or the environment draws tasks of evaluation.
     StateError
-        The folder cannot be used, or its checkpoints are damaged.
+        The folder cannot be used, or its checkpoints or curves are damaged.
     WorkerError
         A Ray worker cannot be started or is gone. The checkpoints stay.
     """
+    factory = find_environment(options.environment)
+    if is_played_only(options.environment):
+        raise ConfigError(
+            f"nothing is trained on tasks of evaluation, got the environment {options.environment!r}, which draws "
+            "them; train in 'greenhouse' and play there"
+        )
     if options.fresh and options.run_dir.exists():
         shutil.rmtree(options.run_dir / PROGRESS, ignore_errors=True)
         (options.run_dir / CURVES).unlink(missing_ok=True)
-    factory = find_environment(options.environment)
     with (
         one_thread(),
         Checkpoints(options.run_dir / PROGRESS, kind=KIND) as checkpoints,
@@ -133,8 +138,14 @@ def _lines_until(path: Path, updates: int) -> list[dict[str, Any]]:
     """The curves up to an update; later lines are of updates that will be made again."""
     if not path.is_file():
         return []
-    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line["update"] <= updates]
+    try:
+        lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+        return [line for line in lines if line["update"] <= updates]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StateError(
+            f"{path} must hold one update a line as JSON, got something else ({error}); move it away: the training "
+            "goes on and its curves begin there, or start afresh with --fresh"
+        ) from error
 
 
 def _finish(training: Training, options: TrainOptions, cloned: dict[str, Any] | None) -> dict[str, Any]:
