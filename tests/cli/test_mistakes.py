@@ -63,7 +63,7 @@ FROM_THE_SHELL: list[tuple[list[str], int, list[str]]] = [
     (["run", *QUICK, "--start", "random"], 2, ["no start is called 'random'", "random_zero", "known: "]),
     (["run", *QUICK, "--controller", "heurstic"], 2, ["no controller is called 'heurstic'", "heuristic"]),
     (["run", *QUICK, "--temper", "bold"], 2, ["temper must be conservative, balanced", "got 'bold'", "use 'balanced'"]),
-    (["run", *QUICK, "--growth", "0"], 2, ["growth must be positive", "got 0.0", "use 1.0"]),
+    (["run", *QUICK, "--growth", "0"], 2, ["growth must be positive", "got 0.0", "use None"]),
     (["run", *QUICK, "--budget-params", "10"], 2, ["at least the host's", "got 10", "raise it"]),
     (["run", "--json", "none/x.json"], 2, ["in a folder that exists", "'none/x.json'", "mkdir -p none"]),
     (["sites", "--match", "laers.*"], 2, ["'laers.*' matches none", "near: ", "list all with: esper sites"]),

@@ -26,6 +26,7 @@ Observe = Callable[..., Observation]
 View = Callable[[Lifecycle], CohortView]
 Build = Callable[..., Verdict]
 NAN = float("nan")
+DEAR = 2e5
 
 IN_THE_WAY = [state for state in Lifecycle if Lifecycle.GERMINATED <= state <= Lifecycle.EVALUATING]
 NOT_IN_THE_WAY = [Lifecycle.FINE_TUNING, Lifecycle.CULLED, Lifecycle.ROLLED_BACK]
@@ -49,6 +50,16 @@ def stop(subject: HeuristicController, observation: Observation) -> str:
     return command.reason
 
 
+@pytest.fixture
+def observe(observe: Observe) -> Observe:
+    """Spans whose units cost so much that half the width is all that is asked for."""
+
+    def build(*, spans: int = 4, layers: int = 0, **changes: Any) -> Observation:
+        return observe(spans=spans, layers=layers, **({"unit_flops": np.full(spans + layers, DEAR)} | changes))
+
+    return build
+
+
 def test_even_growth_over_all_spans(observe: Observe) -> None:
     command = germinate(controller(), observe(spans=4, layers=2))
     assert [plan.site for plan in command.seeds] == [f"blocks.{row}" for row in range(4)]
@@ -56,6 +67,28 @@ def test_even_growth_over_all_spans(observe: Observe) -> None:
     assert all(plan.chunks == () for plan in command.seeds)
     assert all(plan.blueprint is plan.start is plan.strategy is None for plan in command.seeds)
     assert command.reason == "even growth over 4 sites: +16 units each"
+
+
+@pytest.mark.parametrize(
+    ("unit", "width"),
+    [
+        (4e6 / (4 * 32), 16),  # half the width is just half of the model's FLOPs
+        (2e6 / (4 * 32), 32),
+        (1e6 / (4 * 32), 64),
+        (1.0, 128),  # never more than four times
+    ],
+)
+def test_cheap_spans_grow_by_half_of_the_models_flops(unit: float, width: int, observe: Observe) -> None:
+    def asked(subject: HeuristicController, **changes: Any) -> int | None:
+        return germinate(subject, observe(width=256, unit_flops=np.full(4, unit), **changes)).seeds[0].width
+
+    assert asked(controller()) == width
+    assert asked(controller(growth=0.5)) == asked(controller(), total_steps=None) == 16, "nothing else was said"
+
+
+def test_layers_are_asked_for_what_is_usual_however_cheap(observe: Observe) -> None:
+    seen = observe(spans=0, layers=2, unit_flops=np.full(2, 1.0))
+    assert [plan.width for plan in germinate(controller(), seen).seeds] == [4, 4]
 
 
 def test_only_eligible_spans(observe: Observe) -> None:

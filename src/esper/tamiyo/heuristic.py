@@ -230,7 +230,7 @@ class HeuristicController:
             return self.growth
         spans = rows[column(observation, "is_span")[rows] == 1]
         wanted = growth_for(_SHARE, observation, spans)  # NaN leaves it at what is usual
-        return self.growth * float(np.fmax(1.0, np.fmin(wanted, _MOST_GROWTH) / _GROWTH))
+        return self.growth * float(np.fmax(1.0, np.minimum(wanted, _MOST_GROWTH) / _GROWTH))
 
     def _note_asked(self, observation: Observation) -> None:
         self._germinations += 1
