@@ -369,6 +369,32 @@ def test_differences_are_paired_and_a_win_has_to_be_over_all() -> None:
     assert verdict.arms(known)["policy"]["tabular"]["by_policy"] == pytest.approx([1.0, 1.2], abs=0.1)
 
 
+@pytest.mark.parametrize("control", ["replay", "time-only", "shuffled"])
+def test_a_policy_that_is_only_a_schedule_has_not_won(control: str) -> None:
+    """Better than no growth, and no better than one that sees nothing of the host."""
+    known = verdict.table(cells_of({"policy:0": 1.0, f"{control}:0": 1.0, "never": 0.5}), "stack")
+    told = verdict.win(verdict.against(known, "policy", ["never", control]))
+    assert told["not_above"] == [control] and not told["above_all"]
+
+
+def test_luck_is_no_skill() -> None:
+    """One policy, played again twenty times on each task with luck of its own: 95% of the intervals hold zero, and it
+    is next to never better than itself."""
+    rng = np.random.default_rng(0)
+    better = apart = 0
+    for _ in range(100):
+        known = {
+            name: {"tabular": np.zeros((1, 20, 8, len(verdict.COLUMNS)))} for name in ("policy", "never")
+        }  # fmt: skip
+        level = rng.standard_normal(8)
+        for values in known.values():
+            values["tabular"][..., 0] = level + rng.standard_normal((1, 20, 8))
+        found = verdict.against(known, "policy", ["never"])["never"]["overall"]
+        better += found["low"] > 0
+        apart += not found["low"] <= 0 <= found["high"]
+    assert better <= 6 and apart <= 12
+
+
 def test_short_and_longer_families_are_told_apart_and_together() -> None:
     cells: dict[str, Any] = {}
     for arm, short, longer in (("policy:0", 1.0, -1.0), ("never", 0.0, 0.0), ("karn-50", 0.5, None)):

@@ -75,10 +75,11 @@ def test_drift_earns_no_credit() -> None:
     assert abs(gaps.mean()) < 2.4 * gaps.std(ddof=1) / np.sqrt(8)
 
 
-def test_gymnasium_finds_nothing_to_say() -> None:
+@pytest.mark.parametrize("family", ["spirals", "textures", "grammar"])
+def test_gymnasium_finds_nothing_to_say(family: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_env(gymnasium.make(ID, family="spirals").unwrapped)
+        check_env(gymnasium.make(ID, family=family).unwrapped)
 
 
 def test_the_environment_is_an_episode() -> None:

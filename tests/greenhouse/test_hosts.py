@@ -15,6 +15,7 @@ from esper.greenhouse.germination import apply
 from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.isolated import Units, drawn, fit
 from esper.greenhouse.life import Capture
+from esper.greenhouse.real import make_model
 from esper.greenhouse.stages import finish
 from esper.protocol import Germinate, Lifecycle, SeedPlan
 from esper.runs.hosts import MLP
@@ -149,6 +150,20 @@ def test_the_ledger_agrees_with_a_count_of_flops() -> None:
     wider = MLP(family.inputs, (life.widths[0] + 16, life.widths[1]), family.outputs)
     spent = life.ledger.spent["host"] + life.ledger.spent["branches"] - before
     assert spent == pytest.approx(5 * _training_flops(wider, family.batch_rows), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["textures", "grammar"])
+def test_the_ledger_of_other_kinds_agrees_with_a_count_of_flops(name: str) -> None:
+    spec = HostSpec(family=name, task=0, seed=0, lr=1e-3, steps=40)
+    hosts = Hosts([spec], replace(FAMILIES[name].config, total_steps=40))
+    hosts.advance(10)
+    x, y = data_of(hosts.family, 0).train
+    x, y = x[: hosts.family.batch_rows], y[: hosts.family.batch_rows]
+    module = make_model(spec)
+    with FlopCounterMode(display=False) as counter:
+        found = module(x)
+        torch.nn.functional.cross_entropy(found.reshape(-1, found.shape[-1]), y.reshape(-1)).backward()
+    assert hosts.lives[0].ledger.spent["host"] == pytest.approx(10 * counter.get_total_flops(), rel=0.02)
 
 
 def test_a_fit_is_counted_as_it_runs() -> None:
