@@ -298,7 +298,7 @@ class TamiyoConfig:
     """The controller's temper."""
 
     controller: str = "heuristic"
-    """Name of a registered controller."""
+    """heuristic, neural, bandit, schedule, random, never, or a registered one of your own."""
     policy: str | None = None
     """Folder of the policy that the controller ``neural`` follows; ``None``: the one that comes with the package."""
     temper: str = "balanced"
