@@ -283,6 +283,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(runs, "tune_static", doing("static", lambda f, lr: [{"row": 0, "lr": lr, "reward": lr}]))
     asked = {lr: [[[20, -1, 1.0]]] for lr in rates}
     monkeypatch.setattr(runs, "tune_arm", doing("arm", lambda *_: {"lr": rates, "asked": asked}))
+    monkeypatch.setattr(runs, "tune_arm_real", doing("arm", lambda *_: {"lr": rates}))
     monkeypatch.setattr(runs, "gather", doing("gather", lambda *_: [{"report": 1}]))
     monkeypatch.setattr(runs, "evaluate", doing("", lambda *case: [[0.1, 0.5, 1e6, 9, 1, 1, 0] for _ in case[-1]]))
     return names
@@ -299,7 +300,10 @@ def test_controls_and_policies_in_two_folders_are_one_contest_when_their_cells_a
 ) -> None:
     alone = contest_in(tmp_path / "controls", policies=0, ablations=0, seeds=2)
     found = verdict.summary(alone.cells.known, alone.cells.seconds, alone.plan_path)
-    assert set(found["real"]["arms"]["never"]) == set(compare.FAMILY_NAMES) and "policy" not in found["real"]["arms"]
+    assert (
+        set(found["real"]["arms"]["never"]) == {*compare.FAMILY_NAMES, *compare.Scale().kinds}
+        and "policy" not in found["real"]["arms"]
+    )
     trained = compare.Contest(
         tmp_path / "policies", compare.Scale(policies=2, ablations=1, seeds=2), workers=0, until=math.inf
     )
