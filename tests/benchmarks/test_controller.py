@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.controller import defaults, frontier, headroom, pages, parity
+from benchmarks.controller import defaults, effort, frontier, headroom, pages, parity, variants
 from benchmarks.controller.contest import runs
 from benchmarks.controller.schedules import NEVER, STARTS, controller, even_schedules, schedules, tuned_schedules
 
@@ -95,6 +95,17 @@ def test_settings_of_the_grid_differ_in_pace_size_and_start() -> None:
     assert all(len(run["rewards"]) == 1 for run in runs_of.values())
     told = defaults.summary({})
     assert told["incomplete"] == list(found) and told["rows"] == {}
+
+
+def test_what_was_measured_with_an_earlier_default_states_its_settings() -> None:
+    """So that the commands give the same numbers whatever the default is."""
+    grid = [defaults.config_of(setting, 400) for setting in defaults.settings().values() if setting]
+    assert grid and {config.patience for config in grid} == {2} and None not in {config.growth for config in grid}
+    for config in effort.SETTINGS.values():
+        assert config.patience is not None and config.growth is not None and config.first is not None
+    for variant in variants.VARIANTS.values():
+        config = variant.tamiyo(400)
+        assert config.patience is not None and config.growth is not None
 
 
 def test_a_schedule_on_real_hosts_and_its_reward() -> None:
