@@ -64,12 +64,14 @@ def test_cells_are_kept_and_not_played_again(tmp_path: Path, monkeypatch: pytest
 
 
 def test_everything_of_a_family_is_measured_from_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rewards are made up: the schedule with more growth is better, one learning rate is best."""
+    """Rewards are made up: the schedule with more growth is better, the heuristic grows once, one learning rate is
+    best."""
 
     def play(specs: Any, plans: Any, *, keep_all: bool) -> list[dict[str, float]]:
+        grown = [1 if plan is None else len(plan) for plan in plans]
         return [
-            {"reward": 0.0, "loss": 0.5 - 0.01 * len(plan) - (spec.lr == 2e-2) * 0.1 + 1e-3 * spec.seed, "flops": 3e7}
-            for spec, plan in zip(specs, plans, strict=True)
+            {"reward": 0.0, "loss": 0.5 - 0.01 * num - (spec.lr == 2e-2) * 0.1 + 1e-3 * spec.seed, "flops": 3e7}
+            for spec, num in zip(specs, grown, strict=True)
         ]
 
     monkeypatch.setattr(headroom, "play", play)
@@ -78,6 +80,7 @@ def test_everything_of_a_family_is_measured_from_its_cells(tmp_path: Path, monke
     most = max(map(len, schedules(20, 400, 2)))
     assert {len(schedules(20, 400, 2)[number]) for number in found["oracle_schedules"]} == {most}
     assert found["oracle_minus_even"]["mean"] > 0 < found["even_minus_never"]["mean"]
+    assert found["heuristic_minus_even"]["mean"] < 0 < found["heuristic_minus_never"]["mean"]
     assert "reward_any_shape" in found
 
 
