@@ -86,8 +86,8 @@ def asked_widths(
 ) -> Ints:
     """Return the width each site would get without ceilings, ``(S,)`` int64; ``growth`` is for all or ``(S,)``.
 
-    Spans: ``growth`` times the host's inner width, or with ``compound`` times the present one (host and grown); with
-    ``lean`` no more than a span can use at once (its outputs, or its inputs and a bias), but at least half of that.
+    Spans: ``growth`` times the host's inner width, or with ``compound`` times the present one (host and grown). With
+    ``lean`` no more of these than a span can use at once (its outputs, or its inputs and a bias), but at least half.
     Layers: a rank of ``growth`` times an eighth of the smaller side, at most that side. At least :data:`MIN_WIDTH`,
     except for layers smaller than that and lean spans.
     """
