@@ -96,9 +96,9 @@ class HeuristicController:
        cost under a ceiling, is unknown.
     3. Germinate one cohort over all eligible spans. Layers get low-rank branches when no span is eligible and no
        cohort is alive (spans are then absent, full or under embargo: something else is tried meanwhile).
-       How much is ``growth`` times the host's width. Where no growth is stated and the length of the run is known, it is
-       what adds half of the host's FLOPs, between half the width and four times that, and of it no more than a span can
-       use at once, but at least half (decision 0025).
+       Spans ask for ``growth`` times the host's width. Where none is stated and the length of the run is known, for
+       what adds half of the host's FLOPs, between half and four times the width, and of that for no more than a span
+       can use at once, but at least half (decision 0025).
     4. Widths are trimmed evenly to the budget; when nothing worthwhile fits, stop.
 
     A germination that shows up neither alive nor ended by the next decision was refused by a gate. The next one asks
