@@ -403,7 +403,7 @@ def test_short_and_longer_families_are_told_apart_and_together() -> None:
     measured = {"command": "x", "cpu_s": {}, "real": {
         "arms": verdict.arms(verdict.table(cells, "real")), "differences": {"policy": found},
     }}  # fmt: skip
-    _, first, short, second, longer = pages.contest_tables(measured).split("\n\n")
+    _, first, short, second, longer = pages.contest_tables(measured, "policy").split("\n\n")
     assert "runs of 400 steps" in first and "runs of 2,000 steps" in second
     assert "| heuristic with Karn, 50 reports |" in short and "Karn" not in longer
     assert "+1.00 (+1.00 to +1.00)" in short and "-1.00 (-1.00 to -1.00)" in longer
@@ -421,6 +421,12 @@ def test_hosts_of_other_kinds_are_told_by_themselves() -> None:
     assert set(found) == {"never"}, "overall is over fully connected hosts: none, no entry"
     never = found["never"]
     assert never["overall"]["value"] == never["short"]["value"] == pytest.approx(1.0) and never["num_families"] == 1
+    measured = {"command": "x", "cpu_s": {}, "real": {
+        "arms": verdict.arms(verdict.table(cells, "real")), "differences": {"heuristic": found},
+    }}  # fmt: skip
+    *_, title, kinds = pages.contest_tables(measured).split("\n\n")
+    assert "a conv net and a transformer" in title and "| textures | grammar |" in kinds and "| bandit |" in kinds
+    assert "-4.00" in kinds and "-4.00" in pages.default_table(measured).splitlines()[-1]
     assert never[verdict.OTHER_KINDS]["value"] == pytest.approx(-4.0) and set(never["families"]) == {
         "tabular", "textures", "grammar",
     }  # fmt: skip
