@@ -88,17 +88,17 @@ def test_lean_spans_ask_for_what_they_can_use(
 def test_growth_for_a_share_of_the_flops(observe: Observe) -> None:
     """32 units of each of four spans at 1e4 are 1.28e6 of 4e6."""
     cheap = observe(unit_flops=np.full(4, 1e4), grown=np.full(4, 32), flops_per_step=8e6)
-    every = np.arange(4)
-    assert growth_for(0.5, cheap, every) == pytest.approx(2e6 / 1.28e6)
-    assert growth_for(0.5, cheap, every[:1]) == pytest.approx(2e6 / 0.32e6)
-    assert growth_for(0.5, cheap, every, compound=True) == pytest.approx(4e6 / 2.56e6)
+    assert growth_for(0.5, cheap) == pytest.approx(2e6 / 1.28e6)
+    assert growth_for(0.5, cheap, compound=True) == pytest.approx(4e6 / 2.56e6)
+    cheap.eligible[1:] = False
+    assert growth_for(0.5, cheap) == pytest.approx(2e6 / 1.28e6), "the same where few can grow"
     guessed = observe(unit_flops=np.array([1e4, 1e4, 1e4, NAN]))
-    assert growth_for(0.5, guessed, every) == pytest.approx(2e6 / (0.96e6 + 32 * 129 * 200)), "what is not stated"
-    assert np.isnan(growth_for(0.5, cheap, every[:0])), "no spans"
-    assert np.isnan(growth_for(0.5, observe(unit_flops=np.zeros(4)), every)), "nothing costs anything"
+    assert growth_for(0.5, guessed) == pytest.approx(2e6 / (0.96e6 + 32 * 129 * 200)), "what is not stated"
+    assert np.isnan(growth_for(0.5, observe(spans=0, layers=4, unit_flops=np.full(4, 1e4)))), "no spans"
+    assert np.isnan(growth_for(0.5, observe(unit_flops=np.zeros(4)))), "nothing costs anything"
     blind = observe(unit_flops=np.full(4, NAN))
     blind.sites[:, SITE_FEATURES.index("log_in")] = NAN
-    assert np.isnan(growth_for(0.5, blind, every))
+    assert np.isnan(growth_for(0.5, blind))
 
 
 def test_each_site_may_grow_by_its_own(observe: Observe) -> None:

@@ -69,15 +69,15 @@ def room(observation: Observation) -> Room:
     return Room(params=params, flops=float(flops))
 
 
-def growth_for(share: float, observation: Observation, rows: Ints, *, compound: bool = False) -> float:
-    """Return how many times their width the spans ``rows (K,)`` have to grow to add ``share`` of the host's FLOPs.
+def growth_for(share: float, observation: Observation, *, compound: bool = False) -> float:
+    """Return how many times their width all spans together have to grow to add ``share`` of the host's FLOPs.
 
     As in :func:`asked_widths` ``compound`` is of present widths, and then of the present model's FLOPs. NaN where there
     are no spans or no cost is known.
     """
     width = observation.hidden + (observation.grown if compound else 0)
     flops = observation.flops_per_step if compound else observation.host_flops_per_step
-    total = float(np.nansum((width * unit_costs(observation).flops)[rows]))
+    total = float(np.nansum((width * unit_costs(observation).flops)[column(observation, "is_span") == 1]))
     return share * flops / total if total > 0 else np.nan
 
 

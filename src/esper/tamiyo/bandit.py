@@ -182,7 +182,7 @@ class BanditController(HeuristicController):
         draw = self._known.sample(np.random.default_rng([self._seed, self._draws]))[:, 0]
         self._draws += 1
         around = places(observation)
-        base = self._asked(observation, rows, compound=False, size=1.0)
+        base = self._asked(observation, compound=False, size=1.0)
         picks: list[_Pick] = []
         best, price = -math.inf, compressed(self.threshold)
         for row in rows.tolist():

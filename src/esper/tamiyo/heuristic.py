@@ -228,13 +228,12 @@ class HeuristicController:
         """Nothing but the length of a run says whether more units would pay back."""
         return not self._is_stated and observation.total_steps is not None
 
-    def _asked(self, observation: Observation, rows: npt.NDArray[np.int64], *, compound: bool, size: float) -> Ints:
-        """Width of each site ``(S,)`` in a cohort on ``rows``, ``size`` times what is usual."""
+    def _asked(self, observation: Observation, *, compound: bool, size: float) -> Ints:
+        """Width of each site ``(S,)``, ``size`` times what is usual; the same whichever of the spans a cohort is on."""
         lean, growth = self._is_lean(observation), np.full(len(observation.hidden), self.growth)
-        is_span = column(observation, "is_span") == 1
-        wanted = growth_for(_SHARE, observation, rows[is_span[rows]], compound=compound)
+        wanted = growth_for(_SHARE, observation, compound=compound)
         if lean and wanted > _GROWTH:  # never where it is unknown (NaN)
-            growth[is_span] *= min(wanted, _MOST_GROWTH) / _GROWTH
+            growth[column(observation, "is_span") == 1] *= min(wanted, _MOST_GROWTH) / _GROWTH
         return asked_widths(observation, growth * size * 0.5**self._refusals, compound=compound, lean=lean)
 
     def _note_asked(self, observation: Observation) -> None:
@@ -254,7 +253,7 @@ class HeuristicController:
         if self._explores:
             variation = draw_variation(rows.size, self._seed, self._germinations)
             rows = rows[variation.keep]
-        asked = self._asked(observation, rows, compound=self._compound, size=variation.growth)[rows]
+        asked = self._asked(observation, compound=self._compound, size=variation.growth)[rows]
         costs = UnitCosts(*(unit[rows] for unit in unit_costs(observation)))
         left = room(observation)
         widths = fit_widths(asked, costs, left)
