@@ -61,9 +61,9 @@ class Scale:
     tasks: tuple[int, ...] = tuple(runs.EVALUATED)
     """Evaluated ones: of short families in stacks ..."""
     few_tasks: int = 8
-    """... and so many of them under real growers and of longer families."""
+    """... and so many of them under real growers and of all other families."""
     part: int = 4
-    """Tasks of a longer family in one cell under real growers."""
+    """Tasks in one cell under real growers, but of short families."""
     chunks: int = 80
     chunk: int = 9
     """Runs that reports are gathered from: so many parts of so many."""
@@ -267,10 +267,10 @@ class Contest:
         return self.cells.fill(runs.evaluate, wanted)
 
     def _cases(self, mode: str, arms: Sequence[str], group: str, seeds: Sequence[int]) -> dict[str, Sequence[Any]]:
-        """Cells of an evaluation on the short or the longer families."""
-        is_long = group != "short"
-        tasks = self.scale.tasks if mode == "stack" and not is_long else self.scale.tasks[: self.scale.few_tasks]
-        size = self.scale.part if mode == "real" and is_long else len(tasks)
+        """Cells of an evaluation on the families of a group."""
+        is_short = group == "short"
+        tasks = self.scale.tasks if mode == "stack" and is_short else self.scale.tasks[: self.scale.few_tasks]
+        size = len(tasks) if mode == "stack" or is_short else self.scale.part
         parts = [tasks[first : first + size] for first in range(0, len(tasks), size)]
         return {
             cell_name(mode, arm, family, seed, row, len(parts)): (mode, arm, family, seed, str(self.work), part)

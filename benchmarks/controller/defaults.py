@@ -58,7 +58,7 @@ def settings() -> dict[str, Setting]:
 def config_of(setting: Setting, steps: int) -> TamiyoConfig:
     """The configuration on a run of so many steps."""
     words = {name: value for name, value in setting.items() if name not in ("first", "start")}
-    return TamiyoConfig(first=round(setting["first"] * steps), **words)
+    return TamiyoConfig(first=round(setting["first"] * steps), patience=2, **words)
 
 
 def _controller(setting: Setting, steps: int) -> Any:

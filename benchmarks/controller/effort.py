@@ -18,6 +18,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,12 @@ START_WIDTH = 8
 STEPS = 1200
 REFERENCE_SEEDS = range(300, 305)
 TRIALS = 30
+_USUAL = TamiyoConfig(first=STEPS // 20, growth=0.5, patience=2)
 SETTINGS = {
-    "usual": TamiyoConfig(first=STEPS // 20),
-    "longer": TamiyoConfig(first=STEPS // 20, last_share=0.6),
-    "four times": TamiyoConfig(first=STEPS // 20, growth=4.0),
-    "doubling": TamiyoConfig(first=STEPS // 20, compound=True, last_share=0.4),
+    "usual": _USUAL,
+    "longer": replace(_USUAL, last_share=0.6),
+    "four times": replace(_USUAL, growth=4.0),
+    "doubling": replace(_USUAL, compound=True, last_share=0.4),
     "aggressive": TamiyoConfig(first=STEPS // 20, temper="aggressive", growth=2.0, last_share=0.4, patience=4),
 }
 """Settings of growth; one is chosen for all tasks, on other tasks of the same families."""

@@ -4,8 +4,9 @@
 
 For each family: a learning rate and then an even schedule are tuned on its training tasks; then 64 schedules run on
 each of some further tasks with two seeds, the best one of each task runs again on eight fresh seeds beside the best
-even schedule and no growth (paired: same tasks, same seeds). Rewards are seed deviations below the static frontier,
-everything counted. Cells are kept as they are done: run again, it goes on.
+even schedule, no growth and the heuristic as it comes (paired: same tasks, same seeds). Rewards are seed deviations
+below the static frontier, everything counted. Of hosts that stacks know one start of all schedules have that one. Cells
+are kept as they are done: run again, it goes on.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own f
 
 from benchmarks.controller.schedules import NEVER, Schedule, controller, schedules, tuned_schedules
 
+from esper.config import TamiyoConfig
+from esper.greenhouse.bodies.kinds import body_of
 from esper.greenhouse.episodes import outcome
 from esper.greenhouse.family import FAMILIES, FIRST_HELD_OUT, Family, HostSpec, all_kept
 from esper.greenhouse.frontier import LEARNING_RATES, frontier_of, tasks_of
@@ -35,6 +38,7 @@ from esper.greenhouse.germination import apply
 from esper.greenhouse.hosts import Hosts
 from esper.greenhouse.observing import observe
 from esper.greenhouse.stages import finish
+from esper.tamiyo import HeuristicController
 
 TUNING = range(12)
 HELD_OUT = range(FIRST_HELD_OUT, FIRST_HELD_OUT + 16)
@@ -45,13 +49,26 @@ SELECTION_SEEDS = (0, 1)
 FRESH_SEEDS = tuple(range(10, 18))
 
 
-def play(specs: Sequence[HostSpec], plans: Sequence[Schedule], *, keep_all: bool = False) -> list[dict[str, float]]:
+Plan = Schedule | None
+"""A schedule; ``None``: what the heuristic does."""
+
+
+def playable(plan: Schedule, family: Family) -> Schedule:
+    """The schedule with a start that stacks of the family's hosts know."""
+    known = body_of(family.name).starts
+    return tuple(replace(growth, start=growth.start if growth.start in known else known[0]) for growth in plan)
+
+
+def play(specs: Sequence[HostSpec], plans: Sequence[Plan], *, keep_all: bool = False) -> list[dict[str, float]]:
     """Each host under its schedule: reward, loss and FLOPs; ``keep_all`` leaves out the judgement of cohorts."""
     config = FAMILIES[specs[0].family].config
     if keep_all:
         config = all_kept(config)
     hosts = Hosts(specs, replace(config, total_steps=specs[0].steps or config.total_steps))
-    players = [controller(plan, hosts, number) for number, plan in enumerate(plans)]
+    players = [
+        HeuristicController(TamiyoConfig()) if plan is None else controller(plan, hosts, number)
+        for number, plan in enumerate(plans)
+    ]
     while not hosts.done:
         hosts.advance(hosts.config.interval)
         for number, player in enumerate(players):
@@ -70,7 +87,7 @@ def play(specs: Sequence[HostSpec], plans: Sequence[Schedule], *, keep_all: bool
     ]
 
 
-Cell = tuple[list[HostSpec], list[Schedule]]
+Cell = tuple[list[HostSpec], list[Plan]]
 TOGETHER = 4
 """Cells played as one stack."""
 
@@ -116,17 +133,18 @@ def measure(family: Family, cells: Cells, num_tasks: int, *, keep_all: bool = Fa
     held_out, tuning = HELD_OUT[:num_tasks], TUNING[:num_tasks]
     prefix = f"{family.name}{'/all-kept' if keep_all else ''}"
     never_lr, even, lr = tune(family, cells, tuning, prefix, keep_all=keep_all)
-    plans = schedules(interval, steps, family.num_sites)
+    plans = [playable(plan, family) for plan in schedules(interval, steps, family.num_sites)]
     names = {f"{prefix}/select/{number}/{lr:g}/{num_tasks}": plan for number, plan in enumerate(plans)}
     wanted = {name: cell(family, held_out, SELECTION_SEEDS, lr, plan) for name, plan in names.items()}
     cells.fill(wanted, keep_all=keep_all)
     selected = [rewards(cells.known[name], family, held_out) for name in names]
     table = np.stack(selected)  # (64, tasks, seeds)
     best = table.mean(2).argmax(0)
-    arms: dict[str, tuple[float, list[Schedule]]] = {
+    arms: dict[str, tuple[float, list[Plan]]] = {
         "never": (never_lr, [NEVER] * len(held_out)),
         "even": (lr, [even] * len(held_out)),
         "oracle": (lr, [plans[number] for number in best]),
+        "heuristic": (lr, [None] * len(held_out)),
     }
     fresh: dict[str, np.ndarray] = {}
     strict: dict[str, np.ndarray] = {}
@@ -154,6 +172,8 @@ def measure(family: Family, cells: Cells, num_tasks: int, *, keep_all: bool = Fa
         "oracle_minus_even": interval_of((fresh["oracle"] - fresh["even"]).mean(1)),
         "oracle_minus_never": interval_of((fresh["oracle"] - fresh["never"]).mean(1)),
         "even_minus_never": interval_of((fresh["even"] - fresh["never"]).mean(1)),
+        "heuristic_minus_even": interval_of((fresh["heuristic"] - fresh["even"]).mean(1)),
+        "heuristic_minus_never": interval_of((fresh["heuristic"] - fresh["never"]).mean(1)),
     }  # fmt: skip
     if strict:
         found |= {
@@ -174,7 +194,8 @@ def tune(
     family: Family, cells: Cells, tasks: Sequence[int], prefix: str, *, keep_all: bool
 ) -> tuple[float, Schedule, float]:
     """Learning rate of no growth, the best even schedule and its learning rate, on training tasks."""
-    plans = [NEVER, *tuned_schedules(family.config.interval, family.steps)]
+    every = [playable(plan, family) for plan in tuned_schedules(family.config.interval, family.steps)]
+    plans = [NEVER, *dict.fromkeys(every)]
 
     def scores(asked: Sequence[tuple[int, float]]) -> dict[tuple[int, float], float]:
         """Mean reward of schedules (0 is no growth) at learning rates."""
@@ -192,7 +213,7 @@ def tune(
     return never_lr, plans[max(all_even, key=lambda key: all_even[key])[0]], lr
 
 
-def hash_of(plans: Sequence[Schedule]) -> str:
+def hash_of(plans: Sequence[Plan]) -> str:
     """What tells cells of other schedules apart."""
     return hashlib.sha256(repr(plans).encode()).hexdigest()[:8]
 

@@ -6,10 +6,11 @@ python -m benchmarks.controller.pages
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.controller.contest.verdict import GROUPS, group_of
+from benchmarks.controller.contest.verdict import GROUPS, OTHER_KINDS, group_of
 
 from esper.greenhouse.family import FAMILIES
 
@@ -38,6 +39,13 @@ def headroom_table(measured: dict[str, dict[str, Any]]) -> str:
             f"{shown(reward['oracle'])} | {shown(found['oracle_minus_even'])} | {shown(found['oracle_minus_never'])} | "
             f"{verdict(found)} |"
         )
+    if all("heuristic" in found["reward"] for found in measured.values()):
+        lines += ["", "| family | heuristic | heuristic − even | heuristic − never |", "|---|---|---|---|"]
+        lines += [
+            f"| {name} | {shown(found['reward']['heuristic'])} | {shown(found['heuristic_minus_even'])} | "
+            f"{shown(found['heuristic_minus_never'])} |"
+            for name, found in measured.items()
+        ]
     lines += [
         "",
         "| family | learning rate (never) | best even schedule | MFLOP: never, even, oracle | oracle when chosen |",
@@ -107,31 +115,38 @@ ARMS = {
 """What the arms of a contest are called on the page."""
 
 
-def contest_tables(measured: dict[str, Any]) -> str:
-    """Rewards by arm and family, in stacks and under real growers, and the policy against all others: short families
-    in one table, longer ones in another."""
+def called(arm: str, measured: dict[str, Any]) -> str:
+    """An arm's name on the page, with as many reports as there were."""
+    return ARMS[arm].replace("1,000", f"{min(1000, measured.get('reports') or 1000):,}")
+
+
+def contest_tables(measured: dict[str, Any], subject: str = "heuristic") -> str:
+    """Rewards by arm and family, in stacks and under real growers, and one arm against all others: short families,
+    longer ones and other kinds of hosts in a table each."""
     parts = [f"`{measured['command']}` ({sum(measured['cpu_s'].values()) / 3600:.1f} CPU hours in all)."]
     for mode, title in (("real", "Under real growers"), ("stack", "In stacks")):
         there = {family for rows in measured.get(mode, {}).get("arms", {}).values() for family in rows}
-        for group in GROUPS:
+        for group in (*GROUPS, OTHER_KINDS):
             families = [family for family in FAMILIES if family in there and group_of(family) == group]
             if families:
                 lengths = " or ".join(f"{steps:,}" for steps in sorted({FAMILIES[name].steps for name in families}))
+                kind = "; a conv net and a transformer" if group == OTHER_KINDS else ""
                 parts += [
-                    f"**{title}**, runs of {lengths} steps, mean reward ± standard error over tasks:",
-                    contest_table(measured[mode], families, group),
+                    f"**{title}**, runs of {lengths} steps{kind}, mean reward ± standard error over tasks:",
+                    contest_table(measured, mode, families, group, subject),
                 ]
     return "\n\n".join(parts)
 
 
-def contest_table(found: dict[str, Any], families: list[str], group: str) -> str:
+def contest_table(measured: dict[str, Any], mode: str, families: list[str], group: str, subject: str) -> str:
     """One row an arm that was on all of the families."""
-    against = found["differences"].get("policy", {})
+    found = measured[mode]
+    against = found["differences"].get(subject, {})
     lines = [
-        f"| | {' | '.join(families)} | MFLOP | kept | policy minus it |",
+        f"| | {' | '.join(families)} | MFLOP | kept | {subject} minus it |",
         "|---|" + "---|" * (len(families) + 3),
     ]
-    for name, shown_as in ARMS.items():
+    for name in ARMS:
         rows = {family: row for family, row in found["arms"].get(name, {}).items() if family in families}
         if len(rows) < len(families):
             continue
@@ -139,7 +154,23 @@ def contest_table(found: dict[str, Any], families: list[str], group: str) -> str
         mflop, kept = (sum(row[key] for row in rows.values()) / len(rows) for key in ("mflop", "kept"))
         over = against.get(name, {}).get(group)
         told = "" if over is None else f"{over['value']:+.2f} ({over['low']:+.2f} to {over['high']:+.2f})"
-        lines.append(f"| {shown_as} | {' | '.join(cells)} | {mflop:.0f} | {kept:.1f} | {told} |")
+        lines.append(f"| {called(name, measured)} | {' | '.join(cells)} | {mflop:.0f} | {kept:.1f} | {told} |")
+    return "\n".join(lines)
+
+
+def default_table(measured: dict[str, Any]) -> str:
+    """The heuristic as it comes against every other arm."""
+    found = measured["real"]["differences"]["heuristic"]
+    lines = [
+        "Heuristic minus the other one, 95% interval:",
+        "",
+        "| | all fully connected | runs of 400 steps | of 2,000 | conv net and transformer |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ARMS:
+        if name in found:
+            parts = (found[name].get(part) for part in ("overall", *GROUPS, OTHER_KINDS))
+            lines.append(f"| {called(name, measured)} | {' | '.join(_over(part) for part in parts)} |")
     return "\n".join(lines)
 
 
@@ -156,10 +187,11 @@ def karn_table(measured: dict[str, Any]) -> str:
     for name in ("karn-uniform", "karn-50", "karn-200", "karn-1000", "bandit-1000"):
         if name in found:
             cells = [_over(found[name].get(other, {}).get("short")) for other in others]
-            lines.append(f"| {ARMS[name]} | {' | '.join(cells)} |")
-            longer = [_over(found[name].get(other, {}).get("longer")) for other in others]
-            if any(longer):
-                lines.append(f"| {ARMS[name]}, longer families | {' | '.join(longer)} |")
+            lines.append(f"| {called(name, measured)} | {' | '.join(cells)} |")
+            for group, families in (("longer", "longer families"), (OTHER_KINDS, "conv net and transformer")):
+                cells = [_over(found[name].get(other, {}).get(group)) for other in others]
+                if any(cells):
+                    lines.append(f"| {called(name, measured)}, {families} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -258,6 +290,24 @@ def foresight_text(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def worth_text(measured: dict[str, Any]) -> str:
+    """What a report tells against what comes of the run."""
+    told = [f"{name} {r:+.2f} ({low:+.2f} to {high:+.2f})" for name, (r, low, high) in measured["correlation"].items()]
+    lines = [
+        f"`{measured['command']}`: {measured['runs']} runs. Correlation with the reward at the end, minus that of the "
+        f"default on the same host: {', '.join(told)}.",
+        "",
+        "| first cohort's start | runs | gain | gain per cost | kept | reward minus the default's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for start, row in measured["by_start"].items():
+        lines.append(
+            f"| {start} | {row['runs']} | {row['gain']:.3f} | {row['efficiency']:.3f} | {row['kept']:.0%} | "
+            f"{row['reward_minus_default']:+.2f} ± {row['standard_error']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def correlations(found: dict[str, Any]) -> str:
     return ", ".join(f"{name} {shown(found[name])}" for name in ("reward", "loss", "flops"))
 
@@ -268,7 +318,7 @@ def replaced(page: str, name: str, text: str) -> str:
     return page[: page.index(begin) + len(begin)] + f"\n{text}\n" + page[page.index(end) :]
 
 
-SOURCES = {"karn": "contest"}
+SOURCES = {"karn": "contest", "default": "contest"}
 """Measured files that have another name than the text."""
 
 
@@ -278,10 +328,12 @@ def pages() -> dict[Path, str]:
     for page, name, make in (
         ("control_headroom", "headroom", headroom_table), ("control_headroom", "headroom_32", headroom_table),
         ("greenhouse", "parity", parity_text),
-        ("control", "contest", contest_tables), ("control", "ablations", contest_tables),
+        ("control", "default", default_table), ("control", "contest", contest_tables),
+        ("control", "ablations", partial(contest_tables, subject="policy")),
         ("control", "karn", karn_table),
         ("control", "shipped", shipped_text), ("control", "effort", effort_text),
-        ("control", "foresight", foresight_text), ("control", "defaults", defaults_text),
+        ("control", "foresight", foresight_text), ("control", "worth", worth_text),
+        ("control", "defaults", defaults_text),
     ):  # fmt: skip
         path, source = ROOT / "docs" / f"{page}.md", RESULTS / f"controller_{SOURCES.get(name, name)}.json"
         text = make(json.loads(source.read_text(encoding="utf-8"))) if source.exists() else "Not measured yet."

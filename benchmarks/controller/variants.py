@@ -69,6 +69,18 @@ class Variant:
         return TamiyoConfig(growth=self.growth, patience=self.patience, first=first, last_share=self.last_share)
 
 
+KINDS = ("textures", "grammar")
+"""Hosts of other kinds, by themselves: at one learning rate, the best one of all that was tried there."""
+KINDS_LR = 2e-2
+ON_KINDS = {
+    "default": TamiyoConfig(growth=0.5, patience=2),
+    "half the width, patience 1": TamiyoConfig(growth=0.5, patience=1),
+    "the width, patience 1": TamiyoConfig(growth=1.0, patience=1),
+    "twice the width, patience 1": TamiyoConfig(growth=2.0, patience=1),
+    "four times the width, patience 1": TamiyoConfig(growth=4.0, patience=1),
+    "as it comes": TamiyoConfig(),
+}
+"""Settings that are played on them; *as it comes* asks for as much as adds half of the host's FLOPs."""
 SLOW = (0.2, 0.3, 0.4)
 VARIANTS = {
     "default": Variant(),
@@ -143,6 +155,35 @@ def play(name: str, family: str, seed: int, lr: float) -> list[float]:
     return found
 
 
+def play_kinds(name: str, family: str, seed: int) -> list[float]:
+    """The same on hosts of another kind."""
+    found: list[float] = []
+    for task in TASKS:
+        controller: Controller = scripted(NEVER, (), ()) if name == "never" else HeuristicController(ON_KINDS[name])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            end = RealHost(HostSpec(family=family, task=task, seed=seed, lr=KINDS_LR), controller).run()
+        found.append(round(float(np.clip(end.reward, -MOST, MOST)), 4))
+    return found
+
+
+def on_kinds(known: dict[str, Any]) -> dict[str, Any]:
+    """Each setting's reward on hosts of other kinds, and minus that of no growth: mean and standard error."""
+    found: dict[str, Any] = {}
+    for name in ("never", *ON_KINDS):
+        found[name] = {}
+        for family in KINDS:
+            values, never = (
+                np.mean([known[f"kinds/{one}/{family}/{seed}"] for seed in SEEDS], axis=0) for one in (name, "never")
+            )
+            gap = values - never
+            found[name][family] = {
+                "reward": round(float(values.mean()), 3), "minus_never": round(float(gap.mean()), 3),
+                "standard_error": round(float(gap.std(ddof=1)) / math.sqrt(len(gap)), 3),
+            }  # fmt: skip
+    return found
+
+
 def by_task(known: dict[str, Any], name: str, family: str) -> np.ndarray:
     """``(tasks,)`` mean rewards over seeds, at the learning rate with the better mean."""
     tried = [np.mean([known[f"{name}/{family}/{seed}/{lr:g}"] for seed in SEEDS], axis=0) for lr in LEARNING_RATES]
@@ -184,18 +225,23 @@ def main() -> None:
         f"{n}/{f}/{s}/{lr:g}": (n, f, s, lr)
         for f in families for n in ("never", *VARIANTS) for s in SEEDS for lr in LEARNING_RATES
     }  # fmt: skip
+    others = {f"kinds/{n}/{f}/{s}": (n, f, s) for f in KINDS for n in ("never", *ON_KINDS) for s in SEEDS}
     try:
-        is_done = cells.fill(play, wanted)
+        is_done = cells.fill(play, wanted) and cells.fill(play_kinds, others)
     finally:
         cells.close()
     if not is_done:
-        raise SystemExit(f"{len(wanted.keys() - cells.known.keys())} of {len(wanted)} cells are missing: call again")
+        missing = (wanted.keys() | others.keys()) - cells.known.keys()
+        raise SystemExit(f"{len(missing)} of {len(wanted) + len(others)} cells are missing: call again")
     head = {
         "command": "PYTHONPATH=src:. python -m benchmarks.controller.variants --work runs/variants --out "
         "benchmarks/results/controller_variants.json",
         "tasks": len(TASKS), "seeds": len(SEEDS), "learning_rates": LEARNING_RATES,
     }  # fmt: skip
-    replace_text(given.out, json.dumps({**head, "variants": summary(cells.known)}, indent=1) + "\n")
+    replace_text(
+        given.out,
+        json.dumps({**head, "variants": summary(cells.known), "other_kinds": on_kinds(cells.known)}, indent=1) + "\n",
+    )
 
 
 if __name__ == "__main__":

@@ -309,9 +309,9 @@ class TamiyoConfig:
     spacing: int = 0
     """Fewest steps between germinations: spreading growth over the run saves FLOPs while the network is small."""
     growth: float | None = None
-    """Units a cohort adds to a span, as a multiple of the host's inner width; ``None``: half of it, and with
-    ``total_steps`` as many as the span has outputs (or inputs and a bias) where these are fewer, at least a quarter
-    (0025)."""
+    """Units a cohort adds to a span, as a multiple of the host's inner width; ``None``: half of it. With
+    ``total_steps`` ``None`` is as many as add half of the host's FLOPs where that is more, up to four times the width,
+    and of either no more than the span has outputs (or inputs and a bias), but at least half (0025)."""
     compound: bool = False
     """Take ``growth`` as a multiple of the present inner width, grown units included."""
     seeds_per_site: int = 1

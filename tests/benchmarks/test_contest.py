@@ -246,11 +246,15 @@ def test_the_default_before_asks_for_more(tmp_path: Path) -> None:
 
 def test_evaluated_tasks_are_fresh_and_known() -> None:
     scale = compare.Scale()
-    for family in compare.FAMILY_NAMES:
+    for family in (*compare.FAMILY_NAMES, *compare.KINDS):
         known = set(tasks_of(family))
-        num = scale.few_tasks if verdict.group_of(family) == "longer" else len(scale.tasks)
+        num = len(scale.tasks) if verdict.group_of(family) == "short" else scale.few_tasks
         assert set(scale.tasks[:num]) <= known and set(runs.TUNING) <= known
-    assert min(scale.tasks) >= 1048  # what was evaluated before, and what the headroom was measured on, is not
+    assert min(scale.tasks) >= 1064  # what was evaluated before, and what the headroom was measured on, is not
+    tiny = compare.TINY
+    for family in (*tiny.families, *tiny.kinds):
+        num = len(tiny.tasks) if verdict.group_of(family) == "short" else tiny.few_tasks
+        assert set(tiny.tasks[:num]) <= set(tasks_of(family))
     assert {name for name, _ in compare.Scale().trained} == set(recipes.RECIPES)
 
 
@@ -283,7 +287,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(runs, "tune_static", doing("static", lambda f, lr: [{"row": 0, "lr": lr, "reward": lr}]))
     asked = {lr: [[[20, -1, 1.0]]] for lr in rates}
     monkeypatch.setattr(runs, "tune_arm", doing("arm", lambda *_: {"lr": rates, "asked": asked}))
-    monkeypatch.setattr(runs, "tune_arm_real", doing("arm", lambda *_: {"lr": rates}))
+    monkeypatch.setattr(runs, "tune_arm_real", doing("arm_real", lambda *_: {"lr": rates}))
     monkeypatch.setattr(runs, "gather", doing("gather", lambda *_: [{"report": 1}]))
     monkeypatch.setattr(runs, "evaluate", doing("", lambda *case: [[0.1, 0.5, 1e6, 9, 1, 1, 0] for _ in case[-1]]))
     return names
@@ -300,10 +304,12 @@ def test_controls_and_policies_in_two_folders_are_one_contest_when_their_cells_a
 ) -> None:
     alone = contest_in(tmp_path / "controls", policies=0, ablations=0, seeds=2)
     found = verdict.summary(alone.cells.known, alone.cells.seconds, alone.plan_path)
-    assert (
-        set(found["real"]["arms"]["never"]) == {*compare.FAMILY_NAMES, *compare.Scale().kinds}
-        and "policy" not in found["real"]["arms"]
-    )
+    everywhere = {*compare.FAMILY_NAMES, *compare.KINDS}
+    for arm in compare.ON_KINDS:
+        wanted = set(compare.KINDS) | (set(compare.SHORT) if arm == "karn-1000" else set())
+        assert wanted <= set(found["real"]["arms"][arm]) <= everywhere
+    assert set(found["real"]["arms"]["never"]) == everywhere and "policy" not in found["real"]["arms"]
+    assert set(found["real"]["arms"]["search"]) == set(found["stack"]["arms"]["never"]) == set(compare.FAMILY_NAMES)
     trained = compare.Contest(
         tmp_path / "policies", compare.Scale(policies=2, ablations=1, seeds=2), workers=0, until=math.inf
     )
@@ -318,6 +324,9 @@ def test_controls_and_policies_in_two_folders_are_one_contest_when_their_cells_a
     assert done and not [name for name in done if any(name.startswith(f"{head}/") for head in again)]
     plan = json.loads(whole.plan_path.read_text(encoding="utf-8"))
     assert {"heuristic", "policy:1", "cloned:0", "random", "critic:0"} <= set(plan["lr"])
+    for arm in (*compare.ON_REAL, "random"):
+        assert set(plan["lr"][arm]) == everywhere
+    assert plan["schedules"]["even"]["grammar"] == plan["schedules"]["even"]["teacher"], "tuned on other hosts"
     assert set(plan["schedules"]["replay:1"]) == set(compare.FAMILY_NAMES)
     assert plan["schedules"]["even"]["waves_long"][0]["step"] == 5 * plan["schedules"]["even"]["waves"][0]["step"]
     found = verdict.summary(whole.cells.known, whole.cells.seconds, whole.plan_path)
@@ -420,10 +429,44 @@ def test_short_and_longer_families_are_told_apart_and_together() -> None:
     measured = {"command": "x", "cpu_s": {}, "real": {
         "arms": verdict.arms(verdict.table(cells, "real")), "differences": {"policy": found},
     }}  # fmt: skip
-    _, first, short, second, longer = pages.contest_tables(measured).split("\n\n")
+    _, first, short, second, longer = pages.contest_tables(measured, "policy").split("\n\n")
     assert "runs of 400 steps" in first and "runs of 2,000 steps" in second
     assert "| heuristic with Karn, 50 reports |" in short and "Karn" not in longer
     assert "+1.00 (+1.00 to +1.00)" in short and "-1.00 (-1.00 to -1.00)" in longer
+
+
+def test_hosts_of_other_kinds_are_told_by_themselves() -> None:
+    rewards = {"heuristic": (1.0, -3.0, -5.0), "never": (0.0, 0.0, 0.0), "bandit": (None, 1.0, 1.0)}
+    cells = {
+        f"real/{arm}/{family}/{seed}": [[value + 0.01 * (seed + task), 0.5, 1e6, 100, 1, 1, 0] for task in range(4)]
+        for arm, values in rewards.items()
+        for family, value in zip(("tabular", "textures", "grammar"), values, strict=True) if value is not None
+        for seed in range(2)
+    }  # fmt: skip
+    found = verdict.against(verdict.table(cells, "real"), "heuristic", ["never", "bandit"])
+    assert set(found) == {"never"}, "overall is over fully connected hosts: none, no entry"
+    never = found["never"]
+    assert never["overall"]["value"] == never["short"]["value"] == pytest.approx(1.0) and never["num_families"] == 1
+    measured = {"command": "x", "cpu_s": {}, "real": {
+        "arms": verdict.arms(verdict.table(cells, "real")), "differences": {"heuristic": found},
+    }}  # fmt: skip
+    *_, title, kinds = pages.contest_tables(measured).split("\n\n")
+    assert "a conv net and a transformer" in title and "| textures | grammar |" in kinds and "| bandit |" in kinds
+    assert "-4.00" in kinds and "-4.00" in pages.default_table(measured).splitlines()[-1]
+    assert never[verdict.OTHER_KINDS]["value"] == pytest.approx(-4.0) and set(never["families"]) == {
+        "tabular", "textures", "grammar",
+    }  # fmt: skip
+
+
+@pytest.mark.integration
+def test_learning_rates_for_hosts_of_other_kinds_are_looked_for_under_real_growers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "textures", replace(FAMILIES["textures"], steps=40))
+    monkeypatch.setattr(runs, "TUNING", range(2))
+    found = runs.tune_arm_real("heuristic", "textures", planned(tmp_path))
+    assert set(found) == {"lr"} and set(found["lr"]) == {str(lr) for lr in LEARNING_RATES}
+    assert all(math.isfinite(value) for value in found["lr"].values()) and len(set(found["lr"].values())) == 3
 
 
 def test_the_policy_that_may_ship_is_chosen_on_what_it_was_trained_on() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.controller import defaults, frontier, headroom, pages, parity
+from benchmarks.controller import defaults, effort, frontier, headroom, pages, parity, variants
 from benchmarks.controller.contest import runs
 from benchmarks.controller.schedules import NEVER, STARTS, controller, even_schedules, schedules, tuned_schedules
 
@@ -64,12 +64,14 @@ def test_cells_are_kept_and_not_played_again(tmp_path: Path, monkeypatch: pytest
 
 
 def test_everything_of_a_family_is_measured_from_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rewards are made up: the schedule with more growth is better, one learning rate is best."""
+    """Rewards are made up: the schedule with more growth is better, the heuristic grows once, one learning rate is
+    best."""
 
     def play(specs: Any, plans: Any, *, keep_all: bool) -> list[dict[str, float]]:
+        grown = [1 if plan is None else len(plan) for plan in plans]
         return [
-            {"reward": 0.0, "loss": 0.5 - 0.01 * len(plan) - (spec.lr == 2e-2) * 0.1 + 1e-3 * spec.seed, "flops": 3e7}
-            for spec, plan in zip(specs, plans, strict=True)
+            {"reward": 0.0, "loss": 0.5 - 0.01 * num - (spec.lr == 2e-2) * 0.1 + 1e-3 * spec.seed, "flops": 3e7}
+            for spec, num in zip(specs, grown, strict=True)
         ]
 
     monkeypatch.setattr(headroom, "play", play)
@@ -78,6 +80,7 @@ def test_everything_of_a_family_is_measured_from_its_cells(tmp_path: Path, monke
     most = max(map(len, schedules(20, 400, 2)))
     assert {len(schedules(20, 400, 2)[number]) for number in found["oracle_schedules"]} == {most}
     assert found["oracle_minus_even"]["mean"] > 0 < found["even_minus_never"]["mean"]
+    assert found["heuristic_minus_even"]["mean"] < 0 < found["heuristic_minus_never"]["mean"]
     assert "reward_any_shape" in found
 
 
@@ -95,6 +98,17 @@ def test_settings_of_the_grid_differ_in_pace_size_and_start() -> None:
     assert all(len(run["rewards"]) == 1 for run in runs_of.values())
     told = defaults.summary({})
     assert told["incomplete"] == list(found) and told["rows"] == {}
+
+
+def test_what_was_measured_with_an_earlier_default_states_its_settings() -> None:
+    """So that the commands give the same numbers whatever the default is."""
+    grid = [defaults.config_of(setting, 400) for setting in defaults.settings().values() if setting]
+    assert grid and {config.patience for config in grid} == {2} and None not in {config.growth for config in grid}
+    for config in effort.SETTINGS.values():
+        assert config.patience is not None and config.growth is not None and config.first is not None
+    for variant in variants.VARIANTS.values():
+        config = variant.tamiyo(400)
+        assert config.patience is not None and config.growth is not None
 
 
 def test_a_schedule_on_real_hosts_and_its_reward() -> None:

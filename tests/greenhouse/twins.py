@@ -90,7 +90,7 @@ def assert_same_sight(stacked: list[Observation], real: list[Observation]) -> No
         for name in ("step", "params", "host_params", "site_names", "stopped", "alive"):
             assert getattr(mine, name) == getattr(theirs, name), (name, mine.step)
         for name in (
-            "held_out", "held_out_initial", "flops_per_step", "hidden", "grown", "eligible", "unit_params",
-            "unit_flops", "train_loss", "loss_noise", "lr_share", "price",
+            "held_out", "held_out_initial", "flops_per_step", "host_flops_per_step", "hidden", "grown", "eligible",
+            "unit_params", "unit_flops", "train_loss", "loss_noise", "lr_share", "price",
         ):  # fmt: skip
             np.testing.assert_allclose(getattr(mine, name), getattr(theirs, name), rtol=1e-2, err_msg=name)

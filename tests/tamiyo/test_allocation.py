@@ -15,6 +15,7 @@ from esper.tamiyo.allocation import (
     affordable_share,
     asked_widths,
     fit_widths,
+    growth_for,
     room,
     unit_costs,
 )
@@ -78,8 +79,31 @@ def test_lean_spans_ask_for_what_they_can_use(
     plain = asked_widths(observation, 0.5)
     assert asked_widths(observation, 0.5, lean=True).tolist() == [found, plain[1]]
     assert plain[0] == max(MIN_WIDTH, width // 2)
-    observation.sites[0] = NAN
-    assert asked_widths(observation, 0.5, lean=True)[0] == asked_widths(observation, 0.5)[0]
+    observation.sites[0, SITE_FEATURES.index("log_in")] = NAN
+    assert asked_widths(observation, 0.5, lean=True)[0] == np.clip(writes, np.ceil(plain[0] / 2), plain[0])
+    observation.sites[0, SITE_FEATURES.index("log_out")] = NAN
+    assert asked_widths(observation, 0.5, lean=True)[0] == plain[0], "where nothing is known nothing is cut"
+
+
+def test_growth_for_a_share_of_the_flops(observe: Observe) -> None:
+    """32 units of each of four spans at 1e4 are 1.28e6 of 4e6."""
+    cheap = observe(unit_flops=np.full(4, 1e4), grown=np.full(4, 32), flops_per_step=8e6)
+    assert growth_for(0.5, cheap) == pytest.approx(2e6 / 1.28e6)
+    assert growth_for(0.5, cheap, compound=True) == pytest.approx(4e6 / 2.56e6)
+    cheap.eligible[1:] = False
+    assert growth_for(0.5, cheap) == pytest.approx(2e6 / 1.28e6), "the same where few can grow"
+    guessed = observe(unit_flops=np.array([1e4, 1e4, 1e4, NAN]))
+    assert growth_for(0.5, guessed) == pytest.approx(2e6 / (0.96e6 + 32 * 129 * 200)), "what is not stated"
+    assert np.isnan(growth_for(0.5, observe(spans=0, layers=4, unit_flops=np.full(4, 1e4)))), "no spans"
+    assert np.isnan(growth_for(0.5, observe(unit_flops=np.zeros(4)))), "nothing costs anything"
+    blind = observe(unit_flops=np.full(4, NAN))
+    blind.sites[:, SITE_FEATURES.index("log_in")] = NAN
+    assert np.isnan(growth_for(0.5, blind))
+
+
+def test_each_site_may_grow_by_its_own(observe: Observe) -> None:
+    seen = observe(spans=2, layers=1)
+    assert asked_widths(seen, np.array([0.5, 2.0, 1.0])).tolist() == [16, 64, 8]
 
 
 def test_even_trim_known_answers() -> None:

@@ -23,7 +23,8 @@ OFFERS = (("bottleneck", "random_zero"), ("bottleneck", "tiny"))
 
 
 def bandit(seed: int = 0, **settings: Any) -> BanditController:
-    made = make_controller("bandit", TamiyoConfig(controller="bandit", **{"first": 100, **settings}), seed=seed)
+    config = TamiyoConfig(controller="bandit", **{"first": 100, "growth": 0.5, **settings})
+    made = make_controller("bandit", config, seed=seed)
     assert isinstance(made, BanditController)
     return made
 
@@ -35,7 +36,7 @@ def look(observe: Observe) -> Callable[..., Observation]:
     def build(**changes: Any) -> Observation:
         fields: dict[str, Any] = {
             "spans": 2, "kinds": ("linear_span",) * 2, "offers": (OFFERS,) * 2, "family": "mlp",
-            "optimizer": "adaptive", "unit_flops": np.full(2, 2e5),  # dear: half the width is all that is asked for
+            "optimizer": "adaptive",
         }  # fmt: skip
         return observe(**(fields | changes))
 
@@ -197,6 +198,22 @@ def test_spans_and_layers_are_weighed_together(look: Callable[..., Observation])
     subject.learn(np.array(rows * 100), np.full((300, 3), compressed(1.0)))
     plans = {plan.site: plan for plan in asked(subject, seen).seeds}
     assert plans["blocks.1"].blueprint == "low_rank" and plans["blocks.1"].width in (4, 8, 16)
+
+
+def test_the_default_asks_for_more_of_spans_that_cost_little_and_not_of_layers(
+    look: Callable[..., Observation],
+) -> None:
+    seen = look(
+        spans=1, layers=1, kinds=("linear_span", "linear_layer"), offers=(OFFERS, (("low_rank", "random_zero"),)),
+        unit_flops=np.array([1e4, 1e4]),
+    )  # fmt: skip
+    found: dict[str, set[int | None]] = {"blocks.0": set(), "blocks.1": set()}
+    for seed in range(40):
+        for command in bandit(seed, growth=None).decide(seen):
+            assert isinstance(command, Germinate)
+            for plan in command.seeds:
+                found[plan.site].add(plan.width)
+    assert found == {"blocks.0": {32, 64, 128}, "blocks.1": {4, 8}}, "four times 32, but 64 outputs; and as stated"
 
 
 def test_where_nobody_tells_what_can_be_defaults_grow(observe: Observe) -> None:

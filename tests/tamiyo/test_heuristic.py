@@ -26,16 +26,15 @@ Observe = Callable[..., Observation]
 View = Callable[[Lifecycle], CohortView]
 Build = Callable[..., Verdict]
 NAN = float("nan")
-DEAR = 2e5
 
 IN_THE_WAY = [state for state in Lifecycle if Lifecycle.GERMINATED <= state <= Lifecycle.EVALUATING]
 NOT_IN_THE_WAY = [Lifecycle.FINE_TUNING, Lifecycle.CULLED, Lifecycle.ROLLED_BACK]
 
 
 def controller(
-    temper: str = "balanced", seed: int = 0, first: int | None = 100, **settings: object
+    temper: str = "balanced", seed: int = 0, *, first: int | None = 100, growth: float | None = 0.5, **settings: Any
 ) -> HeuristicController:
-    return HeuristicController(TamiyoConfig(temper=temper, first=first, **settings), seed=seed)  # type: ignore[arg-type]
+    return HeuristicController(TamiyoConfig(temper=temper, first=first, growth=growth, **settings), seed=seed)
 
 
 def germinate(subject: HeuristicController, observation: Observation) -> Germinate:
@@ -50,16 +49,6 @@ def stop(subject: HeuristicController, observation: Observation) -> str:
     return command.reason
 
 
-@pytest.fixture
-def observe(observe: Observe) -> Observe:
-    """Spans whose units cost so much that half the width is all that is asked for."""
-
-    def build(*, spans: int = 4, layers: int = 0, **changes: Any) -> Observation:
-        return observe(spans=spans, layers=layers, **({"unit_flops": np.full(spans + layers, DEAR)} | changes))
-
-    return build
-
-
 def test_even_growth_over_all_spans(observe: Observe) -> None:
     command = germinate(controller(), observe(spans=4, layers=2))
     assert [plan.site for plan in command.seeds] == [f"blocks.{row}" for row in range(4)]
@@ -67,28 +56,6 @@ def test_even_growth_over_all_spans(observe: Observe) -> None:
     assert all(plan.chunks == () for plan in command.seeds)
     assert all(plan.blueprint is plan.start is plan.strategy is None for plan in command.seeds)
     assert command.reason == "even growth over 4 sites: +16 units each"
-
-
-@pytest.mark.parametrize(
-    ("unit", "width"),
-    [
-        (4e6 / (4 * 32), 16),  # half the width is just half of the model's FLOPs
-        (2e6 / (4 * 32), 32),
-        (1e6 / (4 * 32), 64),
-        (1.0, 128),  # never more than four times
-    ],
-)
-def test_cheap_spans_grow_by_half_of_the_models_flops(unit: float, width: int, observe: Observe) -> None:
-    def asked(subject: HeuristicController, **changes: Any) -> int | None:
-        return germinate(subject, observe(width=256, unit_flops=np.full(4, unit), **changes)).seeds[0].width
-
-    assert asked(controller()) == width
-    assert asked(controller(growth=0.5)) == asked(controller(), total_steps=None) == 16, "nothing else was said"
-
-
-def test_layers_are_asked_for_what_is_usual_however_cheap(observe: Observe) -> None:
-    seen = observe(spans=0, layers=2, unit_flops=np.full(2, 1.0))
-    assert [plan.width for plan in germinate(controller(), seen).seeds] == [4, 4]
 
 
 def test_only_eligible_spans(observe: Observe) -> None:
@@ -148,12 +115,7 @@ def test_too_late(observe: Observe, verdict: Build) -> None:
     assert "past 60%" in stop(controller(patience=2), observe(step=601, verdicts=rejected))
 
 
-def test_without_a_planned_length_it_asks_for_more_and_twice(observe: Observe, verdict: Build) -> None:
-    narrow = observe(), observe(total_steps=None)
-    for observation in narrow:
-        observation.sites[:, SITE_FEATURES.index("log_out")] = math.log(10)
-    assert [germinate(controller(), one).seeds[0].width for one in narrow] == [10, 16]
-    assert [germinate(controller(growth=0.5), one).seeds[0].width for one in narrow] == [16, 16]
+def test_without_a_planned_length_two_failures_end_growth(observe: Observe, verdict: Build) -> None:
     rejected = (verdict(Lifecycle.CULLED),)
     assert stop(controller(), observe(verdicts=rejected)).startswith("1 cohort rejected")
     assert germinate(controller(), observe(verdicts=rejected, total_steps=None))
@@ -162,6 +124,76 @@ def test_without_a_planned_length_it_asks_for_more_and_twice(observe: Observe, v
     )
     assert germinate(controller(patience=3), observe(verdicts=rejected * 2, total_steps=None, step=600))
     assert [controller(temper).patience(None) for temper in TEMPERS] == [1, 2, 3, 2]
+
+
+def known(observation: Observation, share: float, writes: int = 1000) -> Observation:
+    """As many outputs as never count, and units of the host's width on all spans that cost ``share`` of its FLOPs."""
+    observation.sites[:, SITE_FEATURES.index("log_out")] = math.log(writes)
+    observation.sites[:, SITE_FEATURES.index("log_in")] = math.log(writes)
+    num = int(np.count_nonzero(observation.hidden))
+    each = share * observation.host_flops_per_step / max(1, observation.hidden.sum()) if num else NAN
+    return dataclasses.replace(observation, unit_flops=np.full(len(observation.hidden), each))
+
+
+def default(observation: Observation, temper: str = "balanced", **settings: Any) -> list[int | None]:
+    """Widths that the default asks for."""
+    command = germinate(controller(temper, growth=None, **settings), observation)
+    return [plan.width for plan in command.seeds]
+
+
+def test_the_default_asks_for_no_more_than_a_span_can_use_where_the_length_is_known(observe: Observe) -> None:
+    narrow = known(observe(), 1.0, writes=10)
+    assert default(narrow) == [10] * 4
+    assert default(dataclasses.replace(narrow, total_steps=None)) == [16] * 4
+    assert germinate(controller(), narrow).seeds[0].width == 16, "what is stated is asked for as it is"
+    assert default(known(observe(), 1.0, writes=3)) == [8] * 4, "and no less than half of what it would be"
+
+
+@pytest.mark.parametrize(
+    ("share", "width"), [(4.0, 16), (1.0, 16), (0.8, 20), (0.5, 32), (0.25, 64), (0.125, 128), (0.01, 128), (NAN, 16)]
+)
+def test_the_default_asks_for_half_of_the_host_s_flops_up_to_four_times_the_width(
+    observe: Observe, share: float, width: int
+) -> None:
+    seen = known(observe(), share)
+    if math.isnan(share):  # of no cost at all is anything known
+        seen.sites[:, SITE_FEATURES.index("log_in")] = NAN
+    assert default(seen) == [width] * 4
+    assert default(dataclasses.replace(seen, total_steps=None)) == [16] * 4
+    assert germinate(controller(), seen).seeds[0].width == 16, "what is stated is asked for as it is"
+    assert default(seen, "conservative") == [width // 2] * 4
+    assert default(seen, "aggressive") == [width * 3 // 2] * 4
+
+
+def test_a_span_that_can_use_little_gets_half_of_what_half_of_the_flops_would_be(observe: Observe) -> None:
+    assert default(known(observe(), 0.125, writes=100)) == [100] * 4
+    assert default(known(observe(), 0.125, writes=10)) == [64] * 4
+
+
+def test_what_has_been_grown_does_not_make_the_next_cohort_larger(observe: Observe) -> None:
+    """Growth is a multiple of the host's width and FLOPs; with ``compound`` of the present ones."""
+    grown = {"grown": np.full(4, 32), "flops_per_step": 8e6}
+    seen = known(observe(**grown), 0.8)
+    assert default(seen) == [20] * 4
+    assert default(seen, compound=True) == [40] * 4, "half of 8e6 where units of the present width cost 6.4e6"
+    unknown = dataclasses.replace(seen, flops_per_step=NAN)
+    assert default(unknown) == [20] * 4 and default(unknown, compound=True) == [32] * 4
+
+
+def test_the_default_asks_for_fewer_units_under_a_budget_and_after_refusals(observe: Observe) -> None:
+    seen = known(observe(budget_flops=4e6 + 1e6), 0.25)
+    assert default(seen) == [32] * 4, "half of the host's FLOPs would be 64 each"
+    subject = controller(growth=None)
+    free = dataclasses.replace(seen, budget_flops=None)
+    assert [germinate(subject, free).seeds[0].width for _ in range(3)] == [64, 32, 16]
+
+
+def test_layers_get_the_usual_rank_from_the_default(observe: Observe) -> None:
+    """However little the spans cost, and where there are none."""
+    assert default(observe(spans=0, layers=2)) == [4, 4]
+    assert default(observe(spans=0, layers=1, width=128), "aggressive") == [12]
+    mixed = known(observe(spans=1, layers=1, eligible=np.array([False, True])), 0.01)
+    assert default(mixed) == [62], "an eighth of half the smaller side, 1,000"
 
 
 @pytest.mark.parametrize("state", IN_THE_WAY)

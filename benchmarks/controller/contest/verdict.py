@@ -29,6 +29,8 @@ FEW = [
     "search-own", "bandit", "karn-uniform", "karn-200",
 ]  # fmt: skip
 """What arms other than the policy are held against."""
+SUBJECTS = ("policy", "heuristic")
+"""Arms that are held against all others."""
 Table = dict[str, dict[str, np.ndarray]]
 """By group and family: ``(P, S, T, columns)``."""
 
@@ -223,17 +225,17 @@ def summary(cells: dict[str, Any], seconds: dict[str, float], plan_path: Path) -
         known = table(cells, mode)
         if not known:
             continue
-        others = [name for name in known if name != "policy"]
         chosen = [name for name in ("policy", "karn-policy", "heuristic", "even", "bandit", *ADVISED) if name in known]
         found[mode] = {
             "arms": arms(known),
             "differences": {
-                name: against(known, name, others if name == "policy" else FEW)
+                name: against(known, name, [arm for arm in known if arm != name] if name in SUBJECTS else FEW)
                 for name in chosen
             },
         }  # fmt: skip
-        if "policy" in known:
-            found[mode]["win"] = win(found[mode]["differences"]["policy"])
+        for subject in SUBJECTS:
+            if subject in known:
+                found[mode].setdefault("win", {})[subject] = win(found[mode]["differences"][subject])
     reports = [report for name, value in cells.items() if name.startswith("gather/") for report in value]
     found["reports"] = len(reports)
     return found

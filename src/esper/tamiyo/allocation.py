@@ -69,21 +69,25 @@ def room(observation: Observation) -> Room:
     return Room(params=params, flops=float(flops))
 
 
-def growth_for(share: float, observation: Observation, rows: Ints) -> float:
-    """Return how many times their width the spans ``rows (K,)`` have to grow to add ``share`` of the model's FLOPs.
+def growth_for(share: float, observation: Observation, *, compound: bool = False) -> float:
+    """Return how many times their width all spans together have to grow to add ``share`` of the host's FLOPs.
 
-    NaN where no cost is known.
+    As in :func:`asked_widths` ``compound`` is of present widths, and then of the present model's FLOPs. NaN where there
+    are no spans or no cost is known.
     """
-    added = observation.hidden[rows] * unit_costs(observation).flops[rows]
-    total = float(np.nansum(added))
-    return share * observation.flops_per_step / total if total > 0 else np.nan
+    width = observation.hidden + (observation.grown if compound else 0)
+    flops = observation.flops_per_step if compound else observation.host_flops_per_step
+    total = float(np.nansum((width * unit_costs(observation).flops)[column(observation, "is_span") == 1]))
+    return share * flops / total if total > 0 else np.nan
 
 
-def asked_widths(observation: Observation, growth: float, *, compound: bool = False, lean: bool = False) -> Ints:
-    """Return the width each site would get without ceilings, ``(S,)`` int64.
+def asked_widths(
+    observation: Observation, growth: float | Floats, *, compound: bool = False, lean: bool = False
+) -> Ints:
+    """Return the width each site would get without ceilings, ``(S,)`` int64; ``growth`` is for all or ``(S,)``.
 
-    Spans: ``growth`` times the host's inner width, or with ``compound`` times the present one (host and grown); with
-    ``lean`` no more than a span can use at once (its outputs, or its inputs and a bias), but at least half of that.
+    Spans: ``growth`` times the host's inner width, or with ``compound`` times the present one (host and grown). With
+    ``lean`` no more of these than a span can use at once (its outputs, or its inputs and a bias), but at least half.
     Layers: a rank of ``growth`` times an eighth of the smaller side, at most that side. At least :data:`MIN_WIDTH`,
     except for layers smaller than that and lean spans.
     """
@@ -93,15 +97,15 @@ def asked_widths(observation: Observation, growth: float, *, compound: bool = Fa
     present = observation.hidden + observation.grown if compound else observation.hidden
     width = np.maximum(np.rint(growth * present), MIN_WIDTH)
     if lean:
-        width = np.fmin(width, np.fmax(_useful(observation), np.ceil(width / 2)))
+        width = np.fmin(width, np.maximum(_useful(observation), np.ceil(width / 2)))  # NaN caps nothing
     return np.where(column(observation, "is_span") == 1, width, rank).astype(np.int64)
 
 
 def _useful(observation: Observation) -> Floats:
-    """Directions that a span's new units can read and write, ``(S,)``; NaN is unknown."""
+    """Directions that a span's new units can read and write, ``(S,)``; NaN where neither is known."""
     reads, writes = (np.rint(np.exp(column(observation, name))) for name in ("log_in", "log_out"))
     area = np.where(column(observation, "is_conv") == 1, _KERNEL_AREA, 1.0)
-    return np.minimum(writes, reads * area + 1.0)
+    return np.fmin(writes, reads * area + 1.0)
 
 
 def affordable_share(asked: Ints, costs: UnitCosts, left: Room) -> float:

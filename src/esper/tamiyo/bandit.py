@@ -19,7 +19,7 @@ import numpy.typing as npt
 from esper.config import TamiyoConfig
 from esper.errors import ConfigError
 from esper.protocol import Command, Germinate, Observation, SeedPlan, Stop
-from esper.tamiyo.allocation import MIN_WIDTH, UnitCosts, asked_widths, fit_widths, room, unit_costs
+from esper.tamiyo.allocation import MIN_WIDTH, UnitCosts, fit_widths, room, unit_costs
 from esper.tamiyo.heuristic import HeuristicController, budget_reached
 from esper.tamiyo.registry import register_controller
 from esper.worth import (
@@ -182,9 +182,7 @@ class BanditController(HeuristicController):
         draw = self._known.sample(np.random.default_rng([self._seed, self._draws]))[:, 0]
         self._draws += 1
         around = places(observation)
-        base = asked_widths(
-            observation, self._growth(observation, rows) * 0.5**self._refusals, lean=self._is_lean(observation)
-        )
+        base = self._asked(observation, compound=False, size=1.0)
         picks: list[_Pick] = []
         best, price = -math.inf, compressed(self.threshold)
         for row in rows.tolist():

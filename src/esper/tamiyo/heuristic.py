@@ -16,6 +16,7 @@ from esper.config import TamiyoConfig
 from esper.errors import ConfigError
 from esper.protocol import Command, Germinate, Lifecycle, Observation, SeedPlan, Stop
 from esper.tamiyo.allocation import (
+    Ints,
     UnitCosts,
     affordable_share,
     asked_widths,
@@ -41,8 +42,8 @@ _EARLIEST, _LATEST, _STEPS_LEFT = 0.1, 0.4, 700
 _LATEST_STEP = 2000
 """... and no later than 40% of the longest run that was measured."""
 _GROWTH, _MOST_GROWTH, _SHARE = 0.5, 4.0, 0.5
-"""Times the width, where the configuration states no growth: half, or so much that half of the model's FLOPs are added,
-up to four times (decision 0025)."""
+"""Times the width, where the configuration states no growth: half, or where that adds less than this share of the
+host's FLOPs so much as does, up to four times (decision 0025)."""
 _LAST_FIRST_SHARE = 0.6
 """As long as nothing was kept growth is tried until here: so that a first cohort may begin late."""
 
@@ -95,6 +96,9 @@ class HeuristicController:
        cost under a ceiling, is unknown.
     3. Germinate one cohort over all eligible spans. Layers get low-rank branches when no span is eligible and no
        cohort is alive (spans are then absent, full or under embargo: something else is tried meanwhile).
+       Spans ask for ``growth`` times the host's width. Where none is stated and the length of the run is known, for
+       what adds half of the host's FLOPs, between half and four times the width, and of that for no more than a span
+       can use at once, but at least half (decision 0025).
     4. Widths are trimmed evenly to the budget; when nothing worthwhile fits, stop.
 
     A germination that shows up neither alive nor ended by the next decision was refused by a gate. The next one asks
@@ -224,13 +228,13 @@ class HeuristicController:
         """Nothing but the length of a run says whether more units would pay back."""
         return not self._is_stated and observation.total_steps is not None
 
-    def _growth(self, observation: Observation, rows: npt.NDArray[np.int64]) -> float:
-        """Times the width of the spans among ``rows``."""
-        if not self._is_lean(observation):
-            return self.growth
-        spans = rows[column(observation, "is_span")[rows] == 1]
-        wanted = growth_for(_SHARE, observation, spans)  # NaN leaves it at what is usual
-        return self.growth * float(np.fmax(1.0, np.minimum(wanted, _MOST_GROWTH) / _GROWTH))
+    def _asked(self, observation: Observation, *, compound: bool, size: float) -> Ints:
+        """Width of each site ``(S,)``, ``size`` times what is usual; the same whichever of the spans a cohort is on."""
+        lean, growth = self._is_lean(observation), np.full(len(observation.hidden), self.growth)
+        wanted = growth_for(_SHARE, observation, compound=compound)
+        if lean and wanted > _GROWTH:  # never where it is unknown (NaN)
+            growth[column(observation, "is_span") == 1] *= min(wanted, _MOST_GROWTH) / _GROWTH
+        return asked_widths(observation, growth * size * 0.5**self._refusals, compound=compound, lean=lean)
 
     def _note_asked(self, observation: Observation) -> None:
         self._germinations += 1
@@ -249,8 +253,7 @@ class HeuristicController:
         if self._explores:
             variation = draw_variation(rows.size, self._seed, self._germinations)
             rows = rows[variation.keep]
-        growth = self._growth(observation, rows) * variation.growth * 0.5**self._refusals
-        asked = asked_widths(observation, growth, compound=self._compound, lean=self._is_lean(observation))[rows]
+        asked = self._asked(observation, compound=self._compound, size=variation.growth)[rows]
         costs = UnitCosts(*(unit[rows] for unit in unit_costs(observation)))
         left = room(observation)
         widths = fit_widths(asked, costs, left)

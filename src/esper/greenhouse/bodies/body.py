@@ -24,7 +24,7 @@ class Span:
     """A site: the part that its hidden units are rows of (head), the one that they are columns of (tail), its costs.
     Both have a bias.
 
-    ``positions`` are rows of the tail's output a row of data, ``shrinkage`` the head's rows for each of them.
+    ``positions`` are rows that both put out for a row of data.
     """
 
     name: str
@@ -34,7 +34,6 @@ class Span:
     head_taps: int = 1
     tail_taps: int = 1
     positions: int = 1
-    shrinkage: int = 1
 
     def params(self, units: int, reads: int, columns: int) -> int:
         """Parameters of hidden units that read and write so many features."""
@@ -42,8 +41,7 @@ class Span:
 
     def flops(self, units: int, reads: int, columns: int) -> float:
         """Forward FLOPs of a row of data through them."""
-        a_unit = reads * self.head_taps * self.shrinkage + columns * self.tail_taps
-        return 2.0 * self.positions * units * a_unit
+        return 2.0 * self.positions * units * (reads * self.head_taps + columns * self.tail_taps)
 
 
 @dataclass

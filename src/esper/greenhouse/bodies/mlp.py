@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor, nn
@@ -85,7 +84,3 @@ class MLP(Body):
                     delta.mul_(alphas[layer - 1].unsqueeze(1))
                 deltas.append(delta)
         return deltas[::-1]
-
-    def host_flops(self, widths: Sequence[int]) -> float:
-        sizes = [self.parts[0].columns, *widths, self.parts[-1].rows]
-        return 2.0 * sum(a * b for a, b in pairwise(sizes))
