@@ -379,6 +379,8 @@ def test_differences_are_paired_and_a_win_has_to_be_over_all() -> None:
     assert found["heuristic"]["families"]["tabular"]["high"] < 0
     told = verdict.win(found)
     assert told["not_above"] == ["heuristic"] and not told["above_all"] and told["worse_by_half"] == []
+    assert {"even", "random", "replay"} <= set(told["not_played"]) and "never" not in told["not_played"]
+    assert "heuristic" not in verdict.win(found, "heuristic")["not_played"]
     assert verdict.arms(known)["policy"]["tabular"]["by_policy"] == pytest.approx([1.0, 1.2], abs=0.1)
 
 

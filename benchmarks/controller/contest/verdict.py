@@ -194,9 +194,13 @@ def arms(known: Table) -> dict[str, Any]:
     return found
 
 
-def win(found: dict[str, Any]) -> dict[str, Any]:
-    """The test of a win, from one arm's differences: above all controls; no family worse by half a deviation."""
-    needed = [name for name in (*CONTROLS, "time-only", "replay", "shuffled") if name in found]
+def win(found: dict[str, Any], subject: str = "policy") -> dict[str, Any]:
+    """The test of a win, from one arm's differences: above all controls; no family worse by half a deviation.
+
+    A control that was not played is named: without it nothing is won.
+    """
+    every = [name for name in (*CONTROLS, "time-only", "replay", "shuffled") if name != subject]
+    needed = [name for name in every if name in found]
     not_above = [name for name in needed if not found[name]["overall"]["low"] > 0]
     worse = [
         f"{family} against {name}: {entry['value']:+.2f}"
@@ -204,7 +208,8 @@ def win(found: dict[str, Any]) -> dict[str, Any]:
         for family, entry in found[name]["families"].items()
         if entry["value"] < -0.5
     ]
-    return {"above_all": not not_above, "not_above": not_above, "worse_by_half": worse}
+    not_played = [name for name in every if name not in found]
+    return {"above_all": not not_above, "not_above": not_above, "worse_by_half": worse, "not_played": not_played}
 
 
 def summary(cells: dict[str, Any], seconds: dict[str, float], plan_path: Path) -> dict[str, Any]:
@@ -235,7 +240,7 @@ def summary(cells: dict[str, Any], seconds: dict[str, float], plan_path: Path) -
         }  # fmt: skip
         for subject in SUBJECTS:
             if subject in known:
-                found[mode].setdefault("win", {})[subject] = win(found[mode]["differences"][subject])
+                found[mode].setdefault("win", {})[subject] = win(found[mode]["differences"][subject], subject)
     reports = [report for name, value in cells.items() if name.startswith("gather/") for report in value]
     found["reports"] = len(reports)
     return found
