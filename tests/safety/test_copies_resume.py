@@ -223,7 +223,7 @@ def test_a_checkpoint_from_before_copies_were_kept_loads_and_says_what_is_lost()
     """Written by the Esper before, with a twin and two networks kept; beside it the same run five steps later."""
     evidence = esper.EvidenceConfig(twin_share=1.0, twin_steps=6, accept="always")
     then = esper.TelemetryConfig(every=3, rows=1024)  # the default of that time
-    pace = esper.TamiyoConfig(first=100, growth=1.0, last_share=0.6)  # likewise
+    pace = esper.TamiyoConfig(first=100, growth=1.0, last_share=0.6, patience=2)  # likewise
     rig = attach(Mlp(), evidence=evidence, telemetry=then, tamiyo=pace, audit=rows(6))
     with pytest.warns(RuntimeWarning) as caught:
         loaded = rig.grower.load(GOLDEN)
