@@ -308,6 +308,22 @@ def worth_text(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def stack_speed_text(measured: dict[str, Any]) -> str:
+    """What a host step costs in three ways."""
+    ways = list(next(iter(measured["microseconds"].values()))["no growth"])
+    lines = [
+        f"Microseconds a host step (`{measured['command']}`; {measured['machine']}), without growth; with two cohorts "
+        "of eight units a site:",
+        "",
+        f"| family | {' | '.join(ways)} |",
+        "|---|" + "---|" * len(ways),
+    ]
+    for family, found in measured["microseconds"].items():
+        cells = [f"{found['no growth'][way]:.0f}; {found['two cohorts'][way]:.0f}" for way in ways]
+        lines.append(f"| {family} ({FAMILIES[family].body}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def correlations(found: dict[str, Any]) -> str:
     return ", ".join(f"{name} {shown(found[name])}" for name in ("reward", "loss", "flops"))
 
@@ -327,7 +343,7 @@ def pages() -> dict[Path, str]:
     found: dict[Path, str] = {}
     for page, name, make in (
         ("control_headroom", "headroom", headroom_table), ("control_headroom", "headroom_32", headroom_table),
-        ("greenhouse", "parity", parity_text),
+        ("greenhouse", "parity", parity_text), ("greenhouse", "stack_speed", stack_speed_text),
         ("control", "default", default_table), ("control", "contest", contest_tables),
         ("control", "ablations", partial(contest_tables, subject="policy")),
         ("control", "karn", karn_table),

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.controller import defaults, effort, frontier, headroom, pages, parity, variants
+from benchmarks.controller import defaults, effort, frontier, headroom, pages, parity, stack_speed, variants
 from benchmarks.controller.contest import runs
 from benchmarks.controller.schedules import NEVER, STARTS, controller, even_schedules, schedules, tuned_schedules
 
 from esper.greenhouse.family import FAMILIES, FIRST_HELD_OUT, HostSpec
 from esper.greenhouse.frontier import shapes_of, tasks_of
 from esper.greenhouse.hosts import Hosts
+from esper.greenhouse.observing import observe
+from esper.protocol import Germinate
 
 pytestmark = pytest.mark.unit
 
@@ -177,6 +179,20 @@ def test_pages_show_what_was_measured() -> None:
         assert path.read_text(encoding="utf-8") == text, (
             f"run python -m benchmarks.controller.pages: {path.name} is behind"
         )
+
+
+def test_what_a_step_costs_is_measured_with_growth_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = HostSpec(family="textures", task=0, seed=0, lr=1e-2)
+    for plan, wanted in ((NEVER, []), (None, [(40, 2), (140, 2)])):
+        hosts, asked = Hosts([host]), list[tuple[int, int]]()
+        controller = stack_speed.growing("textures", plan)
+        for step in (20, 40, 140):
+            hosts.step_count = step
+            asked += [(step, len(c.seeds)) for c in controller.decide(observe(hosts, 0)) if isinstance(c, Germinate)]
+        assert asked == wanted
+    ticks = iter([0.0, 3.0, 10.0, 11.0, 20.0, 22.0])
+    monkeypatch.setattr(stack_speed.time, "process_time", lambda: next(ticks))
+    assert stack_speed.microseconds(lambda: None, 4) == 250000.0, "the best of three"
 
 
 def test_intervals() -> None:
