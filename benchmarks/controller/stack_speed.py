@@ -14,20 +14,17 @@ import platform
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.controller.schedules import NEVER, Schedule
+from benchmarks.controller.contest.runs import run_stack
 
 from esper.files import replace_text
 from esper.greenhouse.bodies.kinds import body_of
 from esper.greenhouse.family import FAMILIES, HostSpec
-from esper.greenhouse.germination import apply
-from esper.greenhouse.hosts import Hosts
-from esper.greenhouse.observing import observe
 from esper.greenhouse.real import RealHost
-from esper.greenhouse.stages import finish
 from esper.protocol import SeedPlan
 from esper.tamiyo.schedule import ScheduleController, ScheduleEntry
 
@@ -36,30 +33,23 @@ COHORTS = (40, 140)
 """Steps at which growth is asked for."""
 
 
-def growing(family: str, plan: Schedule | None) -> ScheduleController:
+def growing(family: str, *, grows: bool) -> ScheduleController:
     """Two cohorts on all sites, or nothing at all."""
     seeds = tuple(SeedPlan(site=name, width=UNITS, start="random_zero") for name in body_of(family).names)
-    return ScheduleController([] if plan is NEVER else [ScheduleEntry(step=step, seeds=seeds) for step in COHORTS])
+    return ScheduleController([ScheduleEntry(step=step, seeds=seeds) for step in COHORTS if grows])
 
 
-def stacked(family: str, num: int, plan: Schedule | None) -> None:
+def stacked(family: str, num: int, *, grows: bool) -> None:
     """One stack to its end."""
-    hosts = Hosts([HostSpec(family=family, task=n % 8, seed=n // 8, lr=LR) for n in range(num)])
-    controllers = [growing(family, plan) for _ in range(num)]
-    while not hosts.done:
-        hosts.advance(hosts.config.interval)
-        for number, controller in enumerate(controllers):
-            if hosts.lives[number].stopped is None and not hosts.done:
-                for command in controller.decide(observe(hosts, number)):
-                    apply(hosts, number, command)
-    finish(hosts)
+    specs = [HostSpec(family=family, task=n % 8, seed=n // 8, lr=LR) for n in range(num)]
+    run_stack(specs, [growing(family, grows=grows) for _ in specs])
 
 
-def real(family: str, plan: Schedule | None) -> None:
+def real(family: str, *, grows: bool) -> None:
     """One host under a grower."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        RealHost(HostSpec(family=family, task=0, seed=0, lr=LR), growing(family, plan)).run()
+        RealHost(HostSpec(family=family, task=0, seed=0, lr=LR), growing(family, grows=grows)).run()
 
 
 def microseconds(work: Callable[[], None], steps: int) -> float:
@@ -75,14 +65,14 @@ def microseconds(work: Callable[[], None], steps: int) -> float:
 def measure(family: str) -> dict[str, dict[str, float]]:
     """Without growth and with it, in each of three ways."""
     steps = FAMILIES[family].steps
-    return {
-        name: {
-            f"stack of {STACK}": microseconds(lambda plan=plan: stacked(family, STACK, plan), STACK * steps),
-            "alone": microseconds(lambda plan=plan: stacked(family, 1, plan), steps),
-            "real grower": microseconds(lambda plan=plan: real(family, plan), steps),
+    found: dict[str, dict[str, float]] = {}
+    for name, grows in (("no growth", False), ("two cohorts", True)):
+        found[name] = {
+            f"stack of {STACK}": microseconds(partial(stacked, family, STACK, grows=grows), STACK * steps),
+            "alone": microseconds(partial(stacked, family, 1, grows=grows), steps),
+            "real grower": microseconds(partial(real, family, grows=grows), steps),
         }
-        for name, plan in (("no growth", NEVER), ("two cohorts", None))
-    }
+    return found
 
 
 def main() -> None:

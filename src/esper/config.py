@@ -317,8 +317,7 @@ class TamiyoConfig:
     seeds_per_site: int = 1
     """Seeds that a cohort's units on a site are shared out to, each on a share of its chunks (at most one a unit)."""
     keep_share: float = 1.0
-    """Share of a site's seeds that are grafted after their isolated training: those with the largest first-order gain
-    on held-out batches."""
+    """Share of a site's seeds that are grafted after isolated training: those with most first-order held-out gain."""
     last_share: float = 0.15
     """After this share of ``total_steps`` nothing follows a cohort that was kept (0021): where ``first`` is later, the
     first one that is kept is the last. As long as nothing was kept it is tried until 0.6."""
@@ -336,9 +335,7 @@ class TamiyoConfig:
             "use 'balanced'",
         )
         _check(self.growth is None or self.growth > 0, "tamiyo.growth must be positive", self.growth, "use None")
-        _check(
-            self.patience is None or self.patience >= 1, "tamiyo.patience must be at least 1", self.patience, "use None"
-        )
+        _check(self.patience is None or self.patience > 0, "tamiyo.patience must be at least 1", self.patience, "use 1")
         _check(self.seeds_per_site >= 1, "tamiyo.seeds_per_site must be at least 1", self.seeds_per_site, "use 1")
         _check(0 < self.keep_share <= 1, "tamiyo.keep_share must lie in (0, 1]", self.keep_share, "use 1.0")
         _check(0 < self.last_share <= 1, "tamiyo.last_share must lie in (0, 1]", self.last_share, "use 0.15")

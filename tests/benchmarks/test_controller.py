@@ -183,9 +183,9 @@ def test_pages_show_what_was_measured() -> None:
 
 def test_what_a_step_costs_is_measured_with_growth_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     host = HostSpec(family="textures", task=0, seed=0, lr=1e-2)
-    for plan, wanted in ((NEVER, []), (None, [(40, 2), (140, 2)])):
+    for grows, wanted in ((False, []), (True, [(40, 2), (140, 2)])):
         hosts, asked = Hosts([host]), list[tuple[int, int]]()
-        controller = stack_speed.growing("textures", plan)
+        controller = stack_speed.growing("textures", grows=grows)
         for step in (20, 40, 140):
             hosts.step_count = step
             asked += [(step, len(c.seeds)) for c in controller.decide(observe(hosts, 0)) if isinstance(c, Germinate)]
